@@ -1,0 +1,212 @@
+"""ResNet and ResNeXt in torchvision's geometry, with context blocks wherever the settings put them.
+
+He et al. (arXiv 1512.03385), Xie et al. (arXiv 1611.05431); the stride is on the 3x3 convolution
+("v1.5"). The paper's GC networks are these with a global context block behind conv3's norm, before
+the residual sum, in every block of stages 2 to 4 (c3 to c5).
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from gcnet_jax.context.common import check_choice
+from gcnet_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    StochasticDepth,
+    check_images,
+    global_average_pool,
+    linear_rates,
+    max_pool,
+)
+from gcnet_jax.models.placement import Placement, apply_placements, check_placements
+
+STEMS = ('imagenet', 'small', 'none')
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (ResNet-18 and -34, CIFAR networks, GC-CNN)."""
+
+    positions = ('after_conv1', 'after_conv2', 'after_add')
+    expansion = 1
+
+    width: int
+    stride: int = 1
+    groups: int = 1
+    base_width: int = 64
+    context: tuple[Placement, ...] = ()
+    stochastic_depth_rate: float = 0.0
+    zero_init_residual: bool = False
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, 'batch height width channel'], *, train: bool
+    ) -> Float[Array, 'batch out_height out_width out_channel']:
+        def place(values, position):
+            return apply_placements(values, self.context, position, self.dtype)
+
+        shortcut = _shortcut(features, self.width, self.stride, self.dtype, train)
+        branch = Conv(self.width, 3, self.stride, dtype=self.dtype, name='conv1')(features)
+        branch = nn.relu(BatchNorm(dtype=self.dtype, name='norm1')(branch, train=train))
+        branch = place(branch, 'after_conv1')
+        branch = Conv(self.width, 3, dtype=self.dtype, name='conv2')(branch)
+        branch = _last_norm(self, 'norm2')(branch, train=train)
+        branch = place(branch, 'after_conv2')
+        branch = StochasticDepth(self.stochastic_depth_rate)(branch, train=train)
+        return place(nn.relu(branch + shortcut), 'after_add')
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; grouped, it is ResNeXt's."""
+
+    positions = ('after_conv1', 'after_conv2', 'after_conv3', 'after_add')
+    expansion = 4
+
+    width: int
+    stride: int = 1
+    groups: int = 1
+    base_width: int = 64
+    context: tuple[Placement, ...] = ()
+    stochastic_depth_rate: float = 0.0
+    zero_init_residual: bool = False
+    dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, 'batch height width channel'], *, train: bool
+    ) -> Float[Array, 'batch out_height out_width out_channel']:
+        def place(values, position):
+            return apply_placements(values, self.context, position, self.dtype)
+
+        out_channels = self.width * self.expansion
+        inner = self.width * self.base_width // 64 * self.groups
+        shortcut = _shortcut(features, out_channels, self.stride, self.dtype, train)
+        branch = Conv(inner, 1, dtype=self.dtype, name='conv1')(features)
+        branch = nn.relu(BatchNorm(dtype=self.dtype, name='norm1')(branch, train=train))
+        branch = place(branch, 'after_conv1')
+        branch = Conv(inner, 3, self.stride, self.groups, dtype=self.dtype, name='conv2')(branch)
+        branch = nn.relu(BatchNorm(dtype=self.dtype, name='norm2')(branch, train=train))
+        branch = place(branch, 'after_conv2')
+        branch = Conv(out_channels, 1, dtype=self.dtype, name='conv3')(branch)
+        branch = _last_norm(self, 'norm3')(branch, train=train)
+        branch = place(branch, 'after_conv3')
+        branch = StochasticDepth(self.stochastic_depth_rate)(branch, train=train)
+        return place(nn.relu(branch + shortcut), 'after_add')
+
+
+def _shortcut(features, out_channels: int, stride: int, dtype: Dtype | None, train: bool):
+    """The input itself where the shapes agree, else a 1x1 convolution and its norm."""
+    if stride == 1 and features.shape[-1] == out_channels:
+        return features
+    projected = Conv(out_channels, 1, stride, dtype=dtype, name='shortcut_conv')(features)
+    return BatchNorm(dtype=dtype, name='shortcut_norm')(projected, train=train)
+
+
+def _last_norm(block: BasicBlock | BottleneckBlock, name: str) -> BatchNorm:
+    """The norm before the sum; at zero scale the whole residual block starts as the identity."""
+    zero = block.zero_init_residual
+    scale_init = nn.initializers.zeros if zero else nn.initializers.ones
+    return BatchNorm(dtype=block.dtype, scale_init=scale_init, name=name)
+
+
+class ResNet(nn.Module):
+    """A residual network for classification, or a backbone through the method `features`.
+
+    Attributes:
+      block: BasicBlock or BottleneckBlock.
+      stage_sizes: Number of residual blocks in each stage.
+      widths: Width of each stage, before the bottleneck's expansion.
+      num_classes: Size of the classifier; 0 leaves it out and returns the pooled features.
+      stem: 'imagenet' (7x7 at stride 2 and max pooling), 'small' (3x3 at stride 1, for 32-pixel
+        images) or 'none' (the first residual block reads the image).
+      groups, base_width: ResNeXt's cardinality and width: 32 and 4 for 32x4d.
+      context: Context blocks, see Placement.
+      dropout_rate: Before the classifier.
+      stochastic_depth_rate: Of the last block; it grows linearly from 0 at the first.
+      zero_init_residual: Start the last norm of each block at zero scale (arXiv 1706.02677, 5.1).
+      dtype: Type of the computation. Parameters, statistics, pooling and classifier are float32.
+    """
+
+    block: type[nn.Module]
+    stage_sizes: Sequence[int]
+    widths: Sequence[int] = (64, 128, 256, 512)
+    num_classes: int = 1000
+    stem: str = 'imagenet'
+    groups: int = 1
+    base_width: int = 64
+    context: tuple[Placement, ...] = ()
+    dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
+    zero_init_residual: bool = False
+    dtype: Dtype = jnp.float32
+
+    def __post_init__(self):
+        check_choice('stem', self.stem, STEMS)
+        check_placements(self.context, self.stage_sizes, self.block.positions)
+        super().__post_init__()
+
+    def setup(self):
+        if self.stem != 'none':
+            size, stride = (7, 2) if self.stem == 'imagenet' else (3, 1)
+            self.stem_conv = Conv(self.widths[0], size, stride, dtype=self.dtype)
+            self.stem_norm = BatchNorm(dtype=self.dtype)
+        rates = iter(linear_rates(self.stochastic_depth_rate, sum(self.stage_sizes)))
+        for stage, size in enumerate(self.stage_sizes, start=1):
+            blocks = [self._residual_block(stage, index, next(rates)) for index in range(size)]
+            setattr(self, f'stage{stage}', blocks)
+        self.dropout = nn.Dropout(self.dropout_rate)
+        if self.num_classes:
+            self.classifier = nn.Dense(self.num_classes)
+
+    def _residual_block(self, stage: int, index: int, rate: float) -> nn.Module:
+        size = self.stage_sizes[stage - 1]
+        return self.block(
+            width=self.widths[stage - 1],
+            stride=2 if stage > 1 and index == 0 else 1,
+            groups=self.groups,
+            base_width=self.base_width,
+            context=tuple(place for place in self.context if place.holds(stage, index, size)),
+            stochastic_depth_rate=rate,
+            zero_init_residual=self.zero_init_residual,
+            dtype=self.dtype,
+        )
+
+    def features(
+        self, images: Float[Array, 'batch height width channel'], *, train: bool
+    ) -> dict[str, Float[Array, 'batch _ _ _']]:
+        """Returns the feature map of the stem and of every stage, by name.
+
+        The ImageNet networks give 'stem' at 1/2, 'stage1' at 1/4, ... 'stage4' at 1/32 of the
+        image's size, rounded up.
+        """
+        check_images(images, type(self).__name__)
+        maps = {}
+        values = images.astype(self.dtype)
+        if self.stem != 'none':
+            values = nn.relu(self.stem_norm(self.stem_conv(values), train=train))
+            maps['stem'] = values
+        if self.stem == 'imagenet':
+            values = max_pool(values)
+        for stage in range(1, len(self.stage_sizes) + 1):
+            for block in getattr(self, f'stage{stage}'):
+                values = block(values, train=train)
+            maps[f'stage{stage}'] = values
+        return maps
+
+    def __call__(
+        self, images: Float[Array, 'batch height width channel'], *, train: bool
+    ) -> Float[Array, 'batch classes_or_features']:
+        """Returns the logits in float32, or the pooled features where `num_classes` is 0.
+
+        Args:
+          images: Normalised, floating point.
+          train: Use the batch's statistics and update the running ones (make the collection
+            'batch_stats' mutable), and drop with the random stream 'dropout'.
+        """
+        last = self.features(images, train=train)[f'stage{len(self.stage_sizes)}']
+        pooled = self.dropout(global_average_pool(last), deterministic=not train)
+        return self.classifier(pooled) if self.num_classes else pooled
