@@ -1,0 +1,1 @@
+"""Images for training and evaluation: TFDS sources, decoding and augmentation, batches."""

@@ -1,0 +1,299 @@
+"""From encoded bytes to an RGB image of the size that the network takes, in uint8 on the host.
+
+Training follows torchvision's RandomResizedCrop, evaluation timm's evaluation transform (Resize of
+the shorter side, then CenterCrop); both resize with Pillow's antialiased filters, as they do. EXIF
+orientation is not applied, because neither torchvision nor timm applies it, and published
+accuracies were measured without it.
+"""
+
+import io
+import math
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from gcnet_jax.errors import ConfigError, DataError, unknown_name
+
+# Only these decoders ever see the data. Others of Pillow start programs (EPS runs Ghostscript).
+FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM')
+MAX_PIXELS = 100_000_000
+
+INTERPOLATIONS = {
+    'nearest': Image.Resampling.NEAREST,
+    'bilinear': Image.Resampling.BILINEAR,
+    'bicubic': Image.Resampling.BICUBIC,
+}
+AUGMENTATIONS = ('none', 'pad_crop', 'resized_crop')
+CROP_PADDING = 4
+CROP_SCALE = (0.08, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+
+RGB = UInt8[np.ndarray, 'height width 3']
+Box = tuple[int, int, int, int]
+
+Image.init()  # Registers the decoders; Pillow would do it at the first call of Image.open.
+
+
+def interpolation_filter(name: str) -> Image.Resampling:
+    """Returns Pillow's filter of that name.
+
+    Raises:
+      ConfigError: If there is no such interpolation.
+    """
+    if name not in INTERPOLATIONS:
+        raise ConfigError(unknown_name('interpolation', name, INTERPOLATIONS))
+    return INTERPOLATIONS[name]
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads the header of an encoded image; the pixels are not decoded yet.
+
+    `Image.open` would do the same, but warns about large images by Pillow's own limit, and a
+    warning cannot be silenced in one thread alone.
+
+    Raises:
+      DataError: If the format is not one of `FORMATS`, the header is damaged, or the image has more
+        than `max_pixels`.
+    """
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        try:
+            if accept(data[:16]) is True:
+                image = factory(io.BytesIO(data), '')
+                break
+        except Exception as error:  # Damaged data makes Pillow raise errors of any kind.
+            raise DataError(f'damaged {name} image: {_reason(error)}') from error
+    else:
+        raise DataError(f'not an image of a known format ({", ".join(FORMATS)})')
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(f'image of {width}x{height} pixels, more than {max_pixels:,} are not read')
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decodes the pixels of an opened image as RGB. Alpha is dropped, as timm does.
+
+    Raises:
+      DataError: If the data is damaged or its pixels cannot be read as colours.
+    """
+    try:
+        # Only the first frame of an animation. A transparent colour is like alpha: dropped.
+        image.load()
+        image.info.pop('transparency', None)
+        if image.mode.startswith('I;16'):
+            # Pillow's own conversion cuts everything above 255 off.
+            values = np.asarray(image).astype(np.uint32)
+            return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert('RGB')
+        if image.mode in ('I', 'F'):
+            raise DataError(f'pixels of type {image.mode!r} (32 bits) have no known range')
+        return image if image.mode == 'RGB' else image.convert('RGB')
+    except DataError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(f'damaged {image.format} image: {_reason(error)}') from error
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> RGB:
+    """Decodes a greyscale, palette, CMYK, RGB, 16-bit or transparent image to RGB.
+
+    Raises:
+      DataError: If the data is no image, damaged, or has more than `max_pixels`.
+    """
+    return np.asarray(to_rgb(open_image(data, max_pixels)))
+
+
+def verify(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Makes sure that an image can be decoded, at the least cost that shows a truncated file.
+
+    Raises:
+      DataError: As `decode`.
+    """
+    image = open_image(data, max_pixels)
+    image.draft('RGB', (1, 1))  # A JPEG is read whole, but transformed at an eighth of its size.
+    to_rgb(image)
+
+
+def sample_crop(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = CROP_SCALE,
+    ratio: tuple[float, float] = CROP_RATIO,
+) -> Box:
+    """Draws a crop as torchvision's RandomResizedCrop.get_params does.
+
+    Args:
+      height: Of the image, in pixels.
+      width: Of the image, in pixels.
+      rng: Source of randomness.
+      scale: Range of the crop's share of the image's area.
+      ratio: Range of the crop's width over its height, sampled in the logarithm.
+
+    Returns:
+      Left, top, right and bottom of the crop.
+    """
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        crop_width = round(math.sqrt(area * aspect))
+        crop_height = round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(0, height - crop_height + 1))
+            left = int(rng.integers(0, width - crop_width + 1))
+            return left, top, left + crop_width, top + crop_height
+    # No crop of that shape fits: the largest one in the middle.
+    crop_width, crop_height = width, height
+    if width / height < ratio[0]:
+        crop_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        crop_width = round(height * ratio[1])
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def random_resized_crop(
+    image: RGB,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = CROP_SCALE,
+    ratio: tuple[float, float] = CROP_RATIO,
+    interpolation: str = 'bilinear',
+) -> RGB:
+    """Returns a random part of the image as `[size, size, 3]` (torchvision's RandomResizedCrop)."""
+    box = sample_crop(*image.shape[:2], rng, scale, ratio)
+    return _crop_and_resize(Image.fromarray(image), box, size, interpolation)
+
+
+def decode_resized_crop(
+    data: bytes,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = CROP_SCALE,
+    ratio: tuple[float, float] = CROP_RATIO,
+    interpolation: str = 'bilinear',
+    *,
+    draft: bool = True,
+    max_pixels: int = MAX_PIXELS,
+) -> RGB:
+    """Decodes and takes a random resized crop in one.
+
+    With `draft`, a JPEG whose crop is at least twice the size wanted is decoded at a half, a
+    quarter or an eighth of its resolution, which is much faster. The crop is the same, its pixels
+    differ slightly. Without it, the result is that of `random_resized_crop(decode(data), ...)`, bit
+    for bit.
+
+    Raises:
+      DataError: As `decode`.
+    """
+    image = open_image(data, max_pixels)
+    width, height = image.size
+    left, top, right, bottom = sample_crop(height, width, rng, scale, ratio)
+    if draft:
+        shrink = min(right - left, bottom - top) / size
+        image.draft('RGB', (math.ceil(width / max(shrink, 1)), math.ceil(height / max(shrink, 1))))
+    image = to_rgb(image)
+    if image.size == (width, height):
+        return _crop_and_resize(image, (left, top, right, bottom), size, interpolation)
+    # On the smaller image the corners lie between pixels.
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, right * x, bottom * y)
+    return np.asarray(image.resize((size, size), interpolation_filter(interpolation), box))
+
+
+def _crop_and_resize(image: Image.Image, box: Box, size: int, interpolation: str) -> RGB:
+    cropped = image.crop(box)
+    if cropped.size != (size, size):
+        cropped = cropped.resize((size, size), interpolation_filter(interpolation))
+    return np.asarray(cropped)
+
+
+def resize_and_crop(
+    image: RGB, size: int, crop_fraction: float = 0.875, interpolation: str = 'bicubic'
+) -> RGB:
+    """Returns the middle of the image as `[size, size, 3]`, by timm's evaluation transform.
+
+    Args:
+      image: Of any size.
+      size: Height and width wanted, in pixels.
+      crop_fraction: Share of the resized shorter side that is kept, in (0, 1].
+      interpolation: `nearest`, `bilinear` or `bicubic`.
+    """
+    height, width = image.shape[:2]
+    shorter = math.floor(size / crop_fraction)
+    # torchvision.transforms.Resize: the longer side is rounded down.
+    if width <= height:
+        new_width, new_height = shorter, int(shorter * height / width)
+    else:
+        new_width, new_height = int(shorter * width / height), shorter
+    # torchvision.transforms.CenterCrop rounds the margin half to even, as `round` does.
+    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    if (new_width, new_height) == (width, height):
+        return image[top : top + size, left : left + size]
+    resized = Image.fromarray(image).resize(
+        (new_width, new_height), interpolation_filter(interpolation)
+    )
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def random_pad_crop(image: RGB, padding: int, rng: np.random.Generator) -> RGB:
+    """Pads with black on every side and crops back at random, as is customary for CIFAR.
+
+    Args:
+      image: `[height, width, 3]`; the result has its size.
+      padding: Pixels on every side.
+      rng: Source of randomness.
+    """
+    height, width = image.shape[:2]
+    # np.pad would take as long as decoding does.
+    padded = np.zeros((height + 2 * padding, width + 2 * padding, 3), np.uint8)
+    padded[padding : padding + height, padding : padding + width] = image
+    top, left = rng.integers(0, 2 * padding + 1, size=2)
+    return padded[top : top + height, left : left + width]
+
+
+def random_flip(image: RGB, rng: np.random.Generator) -> RGB:
+    """Mirrors left and right every other time."""
+    return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def augment(
+    data: bytes,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    augmentation: str = 'resized_crop',
+    flip: bool = True,
+    interpolation: str = 'bilinear',
+    crop_scale: tuple[float, float] = CROP_SCALE,
+) -> RGB:
+    """Makes a training image `[size, size, 3]` of an encoded one.
+
+    Args:
+      data: Encoded image.
+      rng: Source of randomness; the result is a function of its state.
+      size: Height and width wanted, in pixels.
+      augmentation: `none` (the middle of the resized image), `pad_crop` (the same, then shifted by
+        up to `CROP_PADDING` pixels) or `resized_crop`.
+      flip: Mirror at random. Never for digits or letters.
+      interpolation: `nearest`, `bilinear` or `bicubic`.
+      crop_scale: Range of the share of the area that `resized_crop` keeps.
+
+    Raises:
+      DataError: If the image is damaged.
+    """
+    if augmentation == 'resized_crop':
+        image = decode_resized_crop(data, size, rng, crop_scale, interpolation=interpolation)
+    else:
+        image = resize_and_crop(decode(data), size, 1.0, interpolation)
+        if augmentation == 'pad_crop':
+            image = random_pad_crop(image, CROP_PADDING, rng)
+    return random_flip(image, rng) if flip else image
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,139 @@
+"""Writing image sets in TFDS's own form, as ArrayRecord files and without TensorFlow."""
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from gcnet_jax.errors import DataError
+
+VERSION = '1.0.0'
+
+Example = tuple[str, dict[str, object]]
+
+
+def default_data_dir() -> str:
+    """Returns TFDS's directory for data sets: $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    return os.path.expanduser(tfds.core.constants.DATA_DIR)
+
+
+class ImageSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A TFDS builder for images that are already encoded, which is what keeps TensorFlow out.
+
+    Args:
+      name: Name of the data set.
+      label_names: Name of each class, in the order of the labels.
+      splits: For each split a function that makes its examples: pairs of a unique key and
+        `{'image': encoded bytes, 'label': class name, 'file_name': str}`. No split may be empty.
+      data_dir: Directory that holds `<name>/<version>/` when prepared.
+      description: One line for `dataset_info.json`.
+    """
+
+    RELEASE_NOTES = None
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        label_names: tuple[str, ...],
+        splits: Mapping[str, Callable[[], Iterable[Example]]],
+        data_dir: str,
+        description: str,
+    ) -> None:
+        self.name = name
+        self.VERSION = tfds.core.Version(VERSION)
+        self._label_names = label_names
+        self._splits = splits
+        self._description = description
+        super().__init__(data_dir=data_dir, version=VERSION, file_format='array_record')
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            'image': tfds.features.Image(),
+            'label': tfds.features.ClassLabel(names=self._label_names),
+            'file_name': tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self._description,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=('image', 'label'),
+        )
+
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterable[Example]]:
+        return {split: examples() for split, examples in self._splits.items()}
+
+    def _generate_examples(self) -> None:
+        raise NotImplementedError  # TFDS wants it defined; the splits bring their own examples.
+
+
+def write_image_set(
+    make_builder: Callable[[str], ImageSet],
+    data_dir: str | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> tuple[Path, bool]:
+    """Prepares a set in a directory aside and renames it, so that no reader ever sees half of one.
+
+    Args:
+      make_builder: Makes the builder for a data directory.
+      data_dir: Where the set goes; TFDS's directory if None. It is created if it is absent.
+      overwrite: Replace a set that is there.
+      progress: Show TFDS's progress bars on stderr.
+
+    Returns:
+      The directory of the prepared set, and whether this call wrote it: False if another process
+      was first.
+
+    Raises:
+      DataError: If the directory cannot be written.
+    """
+    root = Path(data_dir or default_data_dir()).expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.preparing-', dir=root) as aside:
+            builder = make_builder(aside)
+            with _quiet(progress):
+                builder.download_and_prepare(
+                    # Otherwise TFDS looks in Google's storage for a set of this name.
+                    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+                )
+            target = root / builder.name / VERSION
+            if overwrite and target.exists():
+                target.rename(Path(aside) / 'replaced')
+            target.parent.mkdir(exist_ok=True)
+            return target, _rename(Path(aside) / builder.name / VERSION, target)
+    except (OSError, RuntimeError) as error:  # A full disk is a RuntimeError of ArrayRecord's.
+        full = 'No space left' in str(error)
+        reason = 'no space left' if full else getattr(error, 'strerror', None) or error
+        raise DataError(
+            f'cannot write a data set into {str(root)!r} ({reason}); '
+            f'give a directory that {"has room" if full else "can be written"} as data_dir'
+        ) from error
+
+
+def _rename(source: Path, target: Path) -> bool:
+    try:
+        source.rename(target)
+    except OSError:
+        if (target / 'features.json').exists():
+            return False
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    if not progress:
+        tfds.display_progress_bar(False)
+    try:
+        # TFDS prints a size that it does not know and a path that is about to be renamed.
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(True)

@@ -1,0 +1,255 @@
+"""Image classification sets by their TFDS name, read from ArrayRecord files without TensorFlow."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import read_only_builder
+from tensorflow_datasets.proto import tf_example_pb2
+
+from gcnet_jax.data import digits
+from gcnet_jax.data.records import default_data_dir
+from gcnet_jax.errors import DataError, unknown_name
+
+# What data sets call the feature that tells where an image came from.
+RECORD_NAMES = ('file_name', 'filename', 'image/filename', 'id', 'image_id')
+
+
+class Source:
+    """The images of one split, in random access; it can be pickled and shared between threads.
+
+    Attributes:
+      name: Name of the data set.
+      split: The split, such as `train[:90%]`.
+      label_names: Name of each class, in the order of the labels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        label_names: tuple[str, ...],
+        records: Sequence[bytes],
+        *,
+        image_key: str = 'image',
+        label_key: str = 'label',
+        record_key: str | None = None,
+    ) -> None:
+        self.name = name
+        self.split = split
+        self.label_names = label_names
+        self._records = records
+        self._image_key = image_key
+        self._label_key = label_key
+        self._record_key = record_key
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.label_names)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns `{'image': encoded bytes, 'label': int}`.
+
+        Raises:
+          DataError: If the record cannot be read or has no label.
+        """
+        features = self._read(index)
+        label = features[self._label_key].int64_list.value[0]
+        if not 0 <= label < self.num_classes:
+            raise DataError(
+                f'{self.describe(index)} has the label {label}, which stands for no label '
+                f'(labels are 0 to {self.num_classes - 1}); choose a labelled split'
+            )
+        return {'image': features[self._image_key].bytes_list.value[0], 'label': label}
+
+    def describe(self, index: int) -> str:
+        """Returns the name of a record for messages, with its file name where that is stored."""
+        where = f"record {index} of {self.name!r} split '{self.split}'"
+        if self._record_key is None:
+            return where
+        values = self._read(index)[self._record_key].bytes_list.value
+        return f'{where} ({values[0].decode(errors="replace")})' if values else where
+
+    def _read(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name!r} split '{self.split}' has no record {index}")
+        try:
+            # TFDS's own decoding gives the same values and takes six times as long.
+            features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+            # Reading a key that is absent from a protobuf map would create it.
+            missing = {self._image_key, self._label_key} - set(features)
+        except Exception as error:  # The reader raises whatever its C++ status becomes.
+            missing, cause = {'readable data'}, error
+        else:
+            cause = None
+        if missing:
+            raise DataError(
+                f"record {index} of {self.name!r} split '{self.split}' has no "
+                f'{" and no ".join(sorted(missing))}: its files are damaged; '
+                'delete them and prepare the data set again'
+            ) from cause
+        return features
+
+
+def load_source(name: str, split: str, data_dir: str | None = None) -> Source:
+    """Opens one split of a prepared image classification set.
+
+    Args:
+      name: A TFDS name such as `cifar10`, `imagenet_resized/32x32` or `cifar10:3.0.2`, the name of
+        a prepared folder (`prepare_folder`), or `digits`, which is written on first use.
+      split: A split or a part of it in TFDS's notation: `train`, `train[:90%]`, `train[100:200]`,
+        `train+test`.
+      data_dir: Directory of the prepared sets; TFDS's (`~/tensorflow_datasets`) if None.
+
+    Raises:
+      DataError: If there is no such set or split, if it is empty, not prepared, prepared in another
+        file format, damaged, or no labelled image set.
+    """
+    place = os.path.expanduser(data_dir or default_data_dir())
+    if name == digits.NAME:
+        builder = read_only_builder.builder_from_directory(digits.prepare_digits(place))
+    else:
+        builder = _find_builder(name, place, given=data_dir is not None)
+    _check_format(builder, name)
+    image_key, label_key = _find_keys(builder.info, name)
+    label_names = tuple(builder.info.features[label_key].names)
+    length = _check_split(builder.info, name, split)
+    _check_files(builder.info, name, split)
+    try:
+        records = builder.as_data_source(
+            split,
+            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+            file_format='array_record',
+        )
+        complete = len(records) == length
+    except Exception as error:  # A truncated file: whatever its C++ status becomes.
+        raise _damaged(name, split, builder.data_dir) from error
+    if not complete:
+        raise _damaged(name, split, builder.data_dir)
+    record_key = next((key for key in RECORD_NAMES if key in builder.info.features), None)
+    source = Source(
+        name,
+        split,
+        label_names,
+        records,
+        image_key=image_key,
+        label_key=label_key,
+        record_key=record_key,
+    )
+    source[0]  # An unlabelled split or an unreadable file shows here, before anything is built.
+    return source
+
+
+def _find_builder(name: str, place: str, given: bool) -> tfds.core.DatasetBuilder:
+    """Finds the files of a prepared set, whoever wrote them; its code is not needed."""
+    if '://' not in place:
+        if given and not os.path.isdir(place):
+            raise DataError(
+                f'data_dir {place!r} is not a directory; give the one that holds {name!r}'
+            )
+        if os.path.isdir(place) and not os.access(place, os.R_OK | os.X_OK):
+            raise DataError(f'data_dir {place!r} cannot be read; check its permissions')
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=place)
+    except tfds.core.DatasetNotFoundError:
+        raise DataError(_not_found(name, place)) from None
+    except Exception as error:  # A malformed name, unreadable or damaged descriptions.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f'data set {name!r} cannot be opened in {place!r}: {reason}') from error
+
+
+def _not_found(name: str, place: str) -> str:
+    base = name.split('/')[0].split(':')[0]
+    known = set(tfds.list_builders(with_community_datasets=False))
+    if base in known:
+        command = (
+            'import tensorflow_datasets as tfds; '
+            f"tfds.builder('{name}', file_format='array_record', data_dir='{place}')"
+            '.download_and_prepare()'
+        )
+        return (
+            f'data set {name!r} is not prepared in {place!r}; prepare it once (TFDS needs '
+            f'TensorFlow for that): pip install tensorflow-cpu && python -c "{command}"'
+        )
+    known.add(digits.NAME)
+    if os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK):
+        known.update(entry for entry in os.listdir(place) if not entry.startswith('.'))
+    advice = (
+        f'looked in {place!r}; a folder of images becomes a data set by '
+        '`python -m gcnet_jax prepare FOLDER --name NAME`'
+    )
+    if difflib.get_close_matches(base, known, n=1, cutoff=0.5):
+        return f'{unknown_name("data set", name, known)} ({advice})'
+    return f'unknown data set {name!r}: neither TFDS nor the directory has it; {advice}'
+
+
+def _check_format(builder: tfds.core.DatasetBuilder, name: str) -> None:
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if 'array_record' not in formats:
+        raise DataError(
+            f'data set {name!r} is stored as {" and ".join(sorted(formats))} in '
+            f'{str(builder.data_dir)!r}, and array_record is needed; {convert_advice(builder)}'
+        )
+
+
+def convert_advice(builder: tfds.core.DatasetBuilder) -> str:
+    """Returns the command that writes ArrayRecord files beside a set's files."""
+    return (
+        'convert it once: pip install tensorflow-cpu apache-beam mlcroissant && tfds '
+        f'convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record'
+    )
+
+
+def _find_keys(info: tfds.core.DatasetInfo, name: str) -> tuple[str, str]:
+    """Returns the names of the image and the label feature."""
+    features = info.features if isinstance(info.features, dict | tfds.features.FeaturesDict) else {}
+    images = [key for key, value in features.items() if type(value) is tfds.features.Image]
+    labels = [key for key, value in features.items() if type(value) is tfds.features.ClassLabel]
+    supervised = info.supervised_keys or ()
+    if len(supervised) == 2 and supervised[0] in images and supervised[1] in labels:
+        images, labels = supervised[:1], supervised[1:]
+    # TFDS stores an image of floats as a PNG of their bytes, which is no picture.
+    if len(images) != 1 or len(labels) != 1 or features[images[0]].np_dtype.kind != 'u':
+        found = ', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())
+        raise DataError(
+            f'data set {name!r} is no image classification set: it needs one Image of integers '
+            f'and one ClassLabel, and has {found or "no features"}'
+        )
+    return images[0], labels[0]
+
+
+def _check_split(info: tfds.core.DatasetInfo, name: str, split: str) -> int:
+    sizes = ', '.join(f'{key} ({value.num_examples:,})' for key, value in info.splits.items())
+    try:
+        length = info.splits[split].num_examples
+    except Exception as error:  # TFDS raises several kinds; all mean that the text is wrong.
+        raise DataError(
+            f'data set {name!r} has no split {split!r}; it has {sizes}, and parts are written '
+            "like 'train[:90%]', 'train[100:200]' and 'train+test'"
+        ) from error
+    if length <= 0:
+        raise DataError(f'split {split!r} of data set {name!r} is empty; it has {sizes}')
+    return length
+
+
+def _check_files(info: tfds.core.DatasetInfo, name: str, split: str) -> None:
+    info.set_file_format('array_record', override=True, override_if_initialized=True)
+    for path in info.splits[split].filepaths:
+        if not path.exists():
+            raise DataError(
+                f'data set {name!r} lacks the file {str(path)!r}; '
+                'copy it there, or delete the data set and prepare it again'
+            )
+
+
+def _damaged(name: str, split: str, place: object) -> DataError:
+    return DataError(
+        f'the files of data set {name!r} split {split!r} in {str(place)!r} are damaged; '
+        'delete them and prepare the data set again'
+    )

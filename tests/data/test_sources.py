@@ -1,0 +1,293 @@
+"""Sources by name: what they read, what they refuse, and that TensorFlow stays out."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from gcnet_jax.data import records, sources
+from gcnet_jax.data.preprocess import decode
+from gcnet_jax.data.sources import load_source
+from gcnet_jax.errors import DataError
+
+
+class AnySet(records.ImageSet, skip_registration=True):
+    """An image set with other features than ours."""
+
+    def __init__(self, features, examples, data_dir, supervised_keys=None):
+        self._features, self._supervised = features, supervised_keys
+        super().__init__(
+            'any_set',
+            label_names=(),
+            splits={'train': lambda: list(enumerate(examples))},
+            data_dir=str(data_dir),
+            description='',
+        )
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(self._features),
+            supervised_keys=self._supervised,
+        )
+
+
+def prepare(builder):
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+    return str(builder.data_dir)
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+    """Holds a set `greys` of 10 train and 4 test images, image i all of grey i."""
+    place = tmp_path_factory.mktemp('tfds')
+
+    def examples(numbers):
+        import io
+
+        from PIL import Image
+
+        for number in numbers:
+            data = io.BytesIO()
+            Image.new('L', (4, 4), number).save(data, 'PNG')
+            label = ('low', 'high')[number % 2]
+            yield str(number), {'image': data.getvalue(), 'label': label, 'file_name': f'{number}'}
+
+    prepare(
+        records.ImageSet(
+            'greys',
+            label_names=('low', 'high'),
+            splits={'train': lambda: examples(range(10)), 'test': lambda: examples(range(10, 14))},
+            data_dir=str(place),
+            description='',
+        )
+    )
+    return str(place)
+
+
+def greys(source):
+    return [int(decode(source[index]['image'])[0, 0, 0]) for index in range(len(source))]
+
+
+def test_a_split_holds_each_of_its_examples_once(data_dir):
+    train, test = (load_source('greys', split, data_dir) for split in ('train', 'test'))
+    assert sorted(greys(train)) == list(range(10))
+    assert sorted(greys(test)) == [10, 11, 12, 13]
+    for source in (train, test):
+        labels = [source[index]['label'] for index in range(len(source))]
+        assert labels == [grey % 2 for grey in greys(source)]
+        assert isinstance(source[0]['image'], bytes)
+        assert isinstance(source[0]['label'], int)
+    assert train.label_names == ('low', 'high')
+    assert train.num_classes == 2
+    assert (train.name, train.split) == ('greys', 'train')
+
+
+def test_sub_splits(data_dir):
+    whole = greys(load_source('greys', 'train', data_dir))
+    assert greys(load_source('greys', 'train[:90%]', data_dir)) == whole[:9]
+    assert greys(load_source('greys', 'train[90%:]', data_dir)) == whole[9:]
+    assert greys(load_source('greys', 'train[2:5]', data_dir)) == whole[2:5]
+    test = greys(load_source('greys', 'test', data_dir))
+    assert greys(load_source('greys', 'train+test', data_dir)) == whole + test
+    assert greys(load_source('greys', 'test[1:3]+train[:2]', data_dir)) == test[1:3] + whole[:2]
+
+
+def test_a_source_survives_pickling(data_dir):
+    source = load_source('greys', 'train[3:]', data_dir)
+    copy = pickle.loads(pickle.dumps(source))
+    assert greys(copy) == greys(source)
+    assert copy.describe(2) == source.describe(2)
+
+
+def test_a_record_is_described_with_its_file(data_dir):
+    source = load_source('greys', 'test', data_dir)
+    assert source.describe(1) == f"record 1 of 'greys' split 'test' ({greys(source)[1]})"
+
+
+def test_indices_beyond_the_end_are_refused(data_dir):
+    source = load_source('greys', 'test', data_dir)
+    for index in (-1, 4):
+        with pytest.raises(IndexError, match=f'no record {index}'):
+            source[index]
+
+
+@pytest.mark.parametrize(
+    'split', ['tain', 'train[:200%]', 'train[a:]', '', 'train[5]', 'train[:99]']
+)
+def test_a_wrong_split_lists_the_splits(data_dir, split):
+    with pytest.raises(
+        DataError, match=r"'greys' has no split .*train \(10\), test \(4\)"
+    ) as caught:
+        load_source('greys', split, data_dir)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('split', ['train[:0]', 'train[5:5]', 'test[3:1]'])
+def test_an_empty_split_is_refused(data_dir, split):
+    with pytest.raises(DataError, match='is empty'):
+        load_source('greys', split, data_dir)
+
+
+def test_unknown_names_get_the_nearest(data_dir):
+    with pytest.raises(DataError, match=r"unknown data set 'cifa10'; did you mean 'cifar10'"):
+        load_source('cifa10', 'train', data_dir)
+    with pytest.raises(DataError, match=r"did you mean .*'greys'"):
+        load_source('grays', 'train', data_dir)
+    with pytest.raises(DataError, match=r"unknown data set 'qqqq'.*gcnet_jax prepare") as caught:
+        load_source('qqqq', 'train', data_dir)
+    assert len(str(caught.value)) < 300  # Not a list of everything.
+    for name in ('a b', '../greys', ''):
+        with pytest.raises(DataError, match='cannot be opened'):
+            load_source(name, 'train', data_dir)
+
+
+def test_a_set_that_is_not_prepared_says_how(data_dir):
+    with pytest.raises(DataError, match='not prepared') as caught:
+        load_source('cifar10', 'train', data_dir)
+    message = str(caught.value)
+    assert 'pip install tensorflow-cpu' in message
+    code = message.split('python -c "')[1].rstrip('"')
+    assert f"builder('cifar10', file_format='array_record', data_dir='{data_dir}')" in code
+    compile(code, 'command', 'exec')
+
+
+def test_a_data_dir_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match='is not a directory'):
+        load_source('greys', 'train', str(tmp_path / 'nowhere'))
+
+
+def test_the_default_place_is_tfds_own(data_dir, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, 'DATA_DIR', data_dir)
+    assert len(load_source('greys', 'train')) == 10
+
+
+def test_another_file_format_says_how_to_convert(data_dir, tmp_path):
+    import shutil
+
+    place = tmp_path / 'greys'
+    shutil.copytree(f'{data_dir}/greys', place)
+    info = place / '1.0.0' / 'dataset_info.json'
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(DataError, match='tfrecord') as caught:
+        load_source('greys', 'train', str(tmp_path))
+    assert (
+        f'tfds convert_format --dataset_version_dir={place}/1.0.0 --out_file_format=array_record'
+        in str(caught.value)
+    )
+
+
+def test_missing_and_damaged_files_are_named(data_dir, tmp_path):
+    import shutil
+
+    place = tmp_path / 'greys'
+    shutil.copytree(f'{data_dir}/greys', place)
+    (train,) = (place / '1.0.0').glob('greys-train*')
+    whole = train.read_bytes()
+    train.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match='damaged'):
+        load_source('greys', 'train', str(tmp_path))
+    train.unlink()
+    with pytest.raises(DataError, match=train.name):
+        load_source('greys', 'train', str(tmp_path))
+    assert len(load_source('greys', 'test', str(tmp_path))) == 4
+    (place / '1.0.0' / 'dataset_info.json').write_text('{')
+    with pytest.raises(DataError, match='cannot be opened'):
+        load_source('greys', 'test', str(tmp_path))
+
+
+def test_damaged_records_are_errors(make):
+    good = make.serialize(b'image', 0)
+    source = sources.Source('some', 'train', ('a',), [good, good[:-3], b'', b'\xff' * 9])
+    assert source[0] == {'image': b'image', 'label': 0}
+    for index in (1, 2, 3):
+        with pytest.raises(DataError, match=f'record {index} of .*damaged'):
+            source[index]
+
+
+@pytest.mark.parametrize('label', [-1, 1])
+def test_an_absent_label_is_an_error(make, label):
+    source = sources.Source('some', 'test', ('a',), [make.serialize(b'image', label)])
+    with pytest.raises(DataError, match=f'record 0 .* label {label}'):
+        source[0]
+
+
+def test_an_unlabelled_split_is_refused_when_it_is_loaded(make, tmp_path):
+    features = {'image': tfds.features.Image(), 'label': tfds.features.ClassLabel(num_classes=2)}
+    image = make.encode(np.zeros((2, 2), np.uint8))
+    prepare(AnySet(features, [{'image': image, 'label': -1}], tmp_path))
+    with pytest.raises(DataError, match='stands for no label'):
+        load_source('any_set', 'train', str(tmp_path))
+
+
+def test_the_features_may_have_any_name(make, tmp_path):
+    features = {
+        'picture': tfds.features.Image(),
+        'kind': tfds.features.ClassLabel(names=['x', 'y']),
+        'note': tfds.features.Text(),
+    }
+    image = make.encode(np.zeros((2, 2), np.uint8))
+    prepare(AnySet(features, [{'picture': image, 'kind': 'y', 'note': 'n'}], tmp_path))
+    source = load_source('any_set', 'train', str(tmp_path))
+    assert source[0] == {'image': image, 'label': 1}
+    assert source.describe(0) == "record 0 of 'any_set' split 'train'"
+
+
+def test_two_label_features_are_told_apart_by_the_supervised_keys(make, tmp_path):
+    features = {
+        'image': tfds.features.Image(),
+        'coarse': tfds.features.ClassLabel(num_classes=2),
+        'fine': tfds.features.ClassLabel(num_classes=5),
+    }
+    example = {'image': make.encode(np.zeros((2, 2), np.uint8)), 'coarse': 1, 'fine': 4}
+    prepare(AnySet(features, [example], tmp_path / 'keys', ('image', 'fine')))
+    source = load_source('any_set', 'train', str(tmp_path / 'keys'))
+    assert source[0]['label'] == 4
+    assert source.label_names == ('0', '1', '2', '3', '4')
+    prepare(AnySet(features, [example], tmp_path / 'none'))
+    with pytest.raises(DataError, match=r'needs one Image .*coarse \(ClassLabel\)'):
+        load_source('any_set', 'train', str(tmp_path / 'none'))
+
+
+def test_a_set_without_labels_is_refused(make, tmp_path):
+    features = {'image': tfds.features.Image(), 'caption': tfds.features.Text()}
+    image = make.encode(np.zeros((2, 2), np.uint8))
+    prepare(AnySet(features, [{'image': image, 'caption': ''}], tmp_path))
+    with pytest.raises(DataError, match=r'no image classification set.*caption \(Text\)'):
+        load_source('any_set', 'train', str(tmp_path))
+
+
+def test_tensorflow_is_never_imported_where_it_is_installed(tmp_path):
+    (tmp_path / 'tensorflow').mkdir()
+    (tmp_path / 'tensorflow' / '__init__.py').write_text('raise AssertionError("imported")')
+    script = f"""
+import importlib.util, sys
+sys.path.insert(0, {str(tmp_path)!r})
+assert importlib.util.find_spec('tensorflow').origin.startswith({str(tmp_path)!r})
+from PIL import Image
+from gcnet_jax.data.folder import prepare_folder
+from gcnet_jax.data.loader import evaluation_batches, train_batches
+from gcnet_jax.data.sources import load_source
+for label in 'ab':
+    for index in range(5):
+        path = __import__('pathlib').Path({str(tmp_path)!r}, 'images', label, f'{{index}}.png')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('L', (8, 8), index).save(path)
+prepare_folder({str(tmp_path / 'images')!r}, 'mine', {str(tmp_path)!r})
+for name in ('digits', 'mine'):
+    source = load_source(name, 'train', {str(tmp_path)!r})
+    batch = next(train_batches(source, global_batch_size=4, image_size=8, seed=0))
+    assert batch['image'].shape == (4, 8, 8, 3)
+    assert next(evaluation_batches(source, global_batch_size=4, image_size=8))['mask'].all()
+assert 'tensorflow' not in sys.modules
+print('done')
+"""
+    result = subprocess.run(
+        [sys.executable, '-W', 'error', '-c', script], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == 'done\n', result.stderr
