@@ -1,0 +1,38 @@
+"""Scikit-learn's handwritten digits, with the network that has GC and SE in every block.
+
+    python train.py
+
+Real images, 8x8 pixels, nothing to download.
+"""
+
+from ml_collections import ConfigDict
+
+from gcnet_jax.training.config import default_config
+
+
+def get_config() -> ConfigDict:
+    """Returns the settings that `python train.py` runs."""
+    config = default_config()
+    config.model.name = 'gccnn'
+    # Global context, then squeeze-excitation, in each of the three residual blocks.
+    place = {'stages': (1, 2, 3), 'position': 'after_conv2', 'ratio': 1 / 16}
+    config.model.context = (
+        {'block': 'global_context', **place},
+        {'block': 'squeeze_excite', **place},
+    )
+    config.data.name = 'digits'
+    config.data.image_size = 8
+    config.data.augmentation = 'none'
+    config.data.flip = False
+    config.data.mixup_alpha = 0.2
+    config.schedule.peak_learning_rate = 0.1
+    config.schedule.warmup_epochs = 1.0
+    config.optimizer.weight_decay = 5e-4
+    config.training.total_epochs = 6.0
+    config.training.batch_size = 64
+    config.training.label_smoothing = 0.1
+    config.training.label_smoothing = 0.1
+    config.training.evaluation_epochs = 2.0
+    config.training.checkpoint_epochs = 2.0
+    config.training.log_steps = 20
+    return config

@@ -1,0 +1,138 @@
+"""The command line of train.py: flags, one line for each error, and an exit code.
+
+Exit codes: 0 finished; 1 an error that one line explains; 130 interrupted (Ctrl-C).
+"""
+
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from gcnet_jax.errors import ConfigError, UserError, unknown_name
+from gcnet_jax.training.config import leaves
+
+INTERRUPTED = 130
+USAGE = """python train.py [--config FILE[:VARIANT]] [--workdir DIR] [--config.GROUP.KEY=VALUE ...]
+The default is configs/digits.py into runs/digits. The same command again continues a run.
+Every setting with its default: gcnet_jax/training/config.py."""
+
+
+def run(arguments: Sequence[str], default_config_file: Path) -> int:
+    """Runs `train.py` with its command-line arguments.
+
+    Args:
+      arguments: Of the process, the program's name first.
+      default_config_file: The config where `--config` is not given.
+
+    Returns:
+      The exit code.
+    """
+    try:
+        config, name, workdir = read_flags(arguments, default_config_file)
+    except UserError as error:
+        return _fail(error)
+    workdir = workdir or Path('runs') / name
+    # After the flags are read: a wrong flag should not wait for the imports.
+    from gcnet_jax.training.loop import train
+
+    try:
+        train(config, workdir)
+    except UserError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        from gcnet_jax.stored_model import step_directories
+
+        steps = step_directories(workdir)
+        where = (
+            f'continues from step {max(steps)}' if steps else 'starts again, nothing was saved yet'
+        )
+        print(f'interrupted; the same command {where}', file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _fail(error: UserError) -> int:
+    print(f'train.py: {" ".join(str(error).split())}', file=sys.stderr)
+    return 1
+
+
+def read_flags(
+    arguments: Sequence[str], default_config_file: Path
+) -> tuple[ConfigDict, str, Path | None]:
+    """Reads `--config FILE[:VARIANT]`, `--config.GROUP.KEY=VALUE` and `--workdir DIR`.
+
+    Returns:
+      The config, a name for the run made of the config's file and variant, and the workdir if
+      given.
+
+    Raises:
+      ConfigError: A flag, a config file or a setting that does not exist, or a value that cannot be
+        read.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string('config', str(default_config_file), 'FILE[:VARIANT]', values)
+    flags.DEFINE_string('workdir', None, 'Directory of the run.', values)
+    flags.DEFINE_boolean('help', False, 'Shows how to use the command.', values)
+    overrides = [text for text in arguments if re.match(r'--?(no)?config\.', text)]
+    try:
+        rest = values([text for text in arguments if text not in overrides])[1:]
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    if rest:
+        raise ConfigError(f'unknown argument {rest[0]!r}; settings are given as --config.KEY=VALUE')
+    if values.help:
+        print(USAGE)
+        raise SystemExit(0)
+    file, _, variant = values.config.partition(':')
+    config = _override(load_config(file, variant), overrides)
+    name = Path(file).stem + (f'_{variant}' if variant else '')
+    return config, name, Path(values.workdir) if values.workdir else None
+
+
+def load_config(file: str, variant: str = '') -> ConfigDict:
+    """Calls `get_config` of a config file, with the variant if there is one.
+
+    Raises:
+      ConfigError: There is no such file, or it cannot be used.
+    """
+    path = Path(file)
+    if not path.is_file():
+        near = sorted(map(str, path.parent.glob('*.py'))) if path.parent.is_dir() else []
+        raise ConfigError(unknown_name('config file (--config)', file, near))
+    try:
+        get_config = runpy.run_path(str(path))['get_config']
+        return get_config(variant) if variant else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # Whatever is wrong in the user's file.
+        raise ConfigError(
+            f'--config {file}: get_config({variant!r}) failed: {type(error).__name__}: {error}'
+        ) from error
+
+
+def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
+    """Applies `--config.GROUP.KEY=VALUE` flags."""
+    known = [path for path, _ in leaves(config.to_dict())]
+    for text in overrides:
+        path = text.lstrip('-').removeprefix('no').removeprefix('config.').partition('=')[0]
+        # A part of a tuple is written with its index, so only names are compared here.
+        if not any(name == path or name.startswith((path + '.', path + '[')) for name in known):
+            names = [f'config.{name}' for name in known]
+            raise ConfigError(unknown_name('setting', f'config.{path}', names))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict(
+        'config', config, flag_values=values, sys_argv=['train.py', *overrides]
+    )
+    try:
+        rest = values(['train.py', *overrides])[1:]
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f'{" ".join(overrides)}: {error}') from error
+    if rest:
+        raise ConfigError(f'unknown argument {rest[0]!r}')
+    return values.config

@@ -1,0 +1,391 @@
+"""Every setting of a training run with its default, and the checks before anything is compiled.
+
+A setting is read in one place. None means that something else decides, as the comment says.
+Durations end in `_epochs` or `_steps`; `steps` converts, and where a setting has both forms,
+`_steps` wins if it is set.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from gcnet_jax.data.preprocess import AUGMENTATIONS, INTERPOLATIONS
+from gcnet_jax.errors import ConfigError, unknown_name
+from gcnet_jax.training.optimizers import optimizer_options
+
+# What may differ when a run is continued: how it runs and reports, not what it computes.
+RESUMABLE = (
+    'data.data_dir',
+    'data.num_threads',
+    'data.num_workers',
+    'mesh.',
+    'runtime.',
+    'training.keep_checkpoints',
+)
+
+
+def default_config() -> ConfigDict:
+    """Returns every setting with its default.
+
+    The group `model` is open: it also takes every option of the network that it names.
+    """
+    config = ConfigDict(
+        {
+            'model': _model(),
+            'data': _data(),
+            'optimizer': _optimizer(),
+            'schedule': _schedule(),
+            'training': _training(),
+            'mesh': _mesh(),
+            'runtime': _runtime(),
+        }
+    )
+    config.lock()
+    config.model.unlock()
+    return config
+
+
+def _model() -> dict:
+    return {
+        # A name of `list_models()`. Further keys of this group are options of that network, such as
+        # `context`: where the context blocks go (see gcnet_jax.models.placement.parse_context).
+        'name': 'gccnn',
+        # Size of the classifier; None: as many as the data set has labels.
+        'num_classes': placeholder(int),
+        # Type of the computation, 'float32' or 'bfloat16'. Parameters and statistics are float32.
+        'dtype': 'float32',
+    }
+
+
+def _data() -> dict:
+    return {
+        # 'digits', any TFDS image classification set, or a folder data set that was prepared.
+        'name': 'digits',
+        # Where prepared data sets are; None: TFDS's own directory.
+        'data_dir': placeholder(str),
+        # Splits, with TFDS's slices: 'train[:90%]'.
+        'train_split': 'train',
+        'evaluation_split': 'test',
+        # Height and width of the images in pixels; at evaluation None: as in training.
+        'image_size': 224,
+        'evaluation_image_size': placeholder(int),
+        # Evaluation's central crop, as a part of the resized shorter side, and its resize
+        # ('bilinear', 'bicubic'). None: what the network's entry says.
+        'crop_fraction': placeholder(float),
+        'interpolation': placeholder(str),
+        # 'none' (resize), 'pad_crop' (4 pixels, CIFAR) or 'resized_crop' (ImageNet).
+        'augmentation': 'resized_crop',
+        # Smallest and largest area of 'resized_crop', as parts of the image; None: (0.08,
+        # 1.0).
+        'crop_scale': placeholder(tuple),
+        # Mirror left and right half of the time. Not for digits.
+        'flip': True,
+        # Beta parameters of mixup and cutmix (0: off; both: one or the other, at random), share of
+        # images with an erased box.
+        'mixup_alpha': 0.0,
+        'cutmix_alpha': 0.0,
+        'erasing_probability': 0.0,
+        # Leave damaged records out, counted in the log, instead of stopping at the first.
+        'skip_damaged': False,
+        # Reading and decoding: threads (None: one a processor, at most 16), and worker processes
+        # (0: none, the threads do it).
+        'num_threads': placeholder(int),
+        'num_workers': 0,
+    }
+
+
+def _optimizer() -> dict:
+    return {
+        # 'sgd', 'adamw', 'lamb' or 'lars'.
+        'name': 'sgd',
+        # Kernels only; norms and biases are spared.
+        'weight_decay': 1e-4,
+        # Largest norm of the gradient; None: not clipped.
+        'clip_norm': placeholder(float),
+        # Options that not every optimizer has; None: the default in
+        # gcnet_jax.training.optimizers.OPTIMIZERS.
+        'momentum': placeholder(float),
+        'nesterov': placeholder(bool),
+        'beta1': placeholder(float),
+        'beta2': placeholder(float),
+        'epsilon': placeholder(float),
+        'trust_coefficient': placeholder(float),
+    }
+
+
+def _schedule() -> dict:
+    return {
+        # Highest learning rate, for the whole batch: not scaled by its size.
+        'peak_learning_rate': 0.1,
+        # Linear warm-up, then half a cosine down to `end_factor` times the peak.
+        'warmup_epochs': 0.0,
+        'warmup_steps': placeholder(int),
+        'end_factor': 0.0,
+    }
+
+
+def _training() -> dict:
+    return {
+        'total_epochs': 10.0,
+        'total_steps': placeholder(int),
+        # Images of one optimizer step over all devices and hosts; evaluation reads as many at a
+        # time.
+        'batch_size': 128,
+        # Micro-batches that a batch is computed in: less memory, the same gradient.
+        'accumulation_steps': 1,
+        'label_smoothing': 0.0,
+        # Decay of the moving average of the weights, which evaluation then uses; 0: none.
+        'ema_decay': 0.0,
+        # Everything random follows from it: weights, order of the data, augmentation, dropout.
+        'seed': 0,
+        # How often to evaluate (and save, so that the best can be kept), and to save besides. The
+        # end always does both.
+        'evaluation_epochs': 1.0,
+        'evaluation_steps': placeholder(int),
+        'checkpoint_epochs': 1.0,
+        'checkpoint_steps': placeholder(int),
+        # How many of the newest checkpoints to keep, beside the best by eval/accuracy.
+        'keep_checkpoints': 2,
+        # How often to write train/* metrics, averaged over these steps.
+        'log_steps': 50,
+        # Stop at so many steps in a row whose loss or gradient is not finite; such a step changes
+        # no weight.
+        'max_bad_steps': 1,
+        # A checkpoint (a workdir, a checkpoint or a ported directory) to start the weights from;
+        # None: at random.
+        'init_from': placeholder(str),
+        # With init_from: start a classifier of another size at random, instead of refusing it.
+        'new_classifier': False,
+    }
+
+
+def _mesh() -> dict:
+    # Devices along each axis; -1 takes the rest. See gcnet_jax.training.mesh.
+    return {'data': -1, 'fsdp': 1, 'spatial': 1}
+
+
+def _runtime() -> dict:
+    return {
+        # 'auto' (a bar on a terminal, lines elsewhere), 'bar', 'lines' or 'none'.
+        'progress': 'auto',
+        # Write TensorBoard events beside metrics.jsonl.
+        'tensorboard': True,
+        # Batches that are sent to the devices ahead of their step.
+        'prefetch_batches': 2,
+    }
+
+
+def plain(config: ConfigDict) -> dict:
+    """Returns a config as JSON reads it back: plain dicts and lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+    """Yields the path, such as 'model.context[0].ratio', and the value of every setting."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from leaves(value, f'{path}.{key}' if path else str(key))
+    elif isinstance(tree, (list, tuple)) and any(isinstance(item, Mapping) for item in tree):
+        for index, item in enumerate(tree):
+            yield from leaves(item, f'{path}[{index}]')
+    else:
+        yield path, tree
+
+
+def steps(group: Mapping[str, Any], name: str, steps_per_epoch: float) -> float:
+    """Converts a duration of a group, `<name>_steps` or else `<name>_epochs`, to steps.
+
+    An epoch need not be a whole number of them, so the caller rounds what it counts from it.
+    """
+    if group[f'{name}_steps'] is not None:
+        return group[f'{name}_steps']
+    return group[f'{name}_epochs'] * steps_per_epoch
+
+
+def is_due(step: int, interval: float) -> bool:
+    """Whether `step` is the one nearest to a multiple of `interval`, which is in steps, above 0."""
+    return round(max(1, round(step / interval)) * interval) == step or interval <= 1
+
+
+def changed_keys(config: Mapping, other: Mapping) -> list[str]:
+    """Returns where two plain configs differ, but for what may change when a run is continued."""
+    first, second = dict(leaves(config)), dict(leaves(other))
+    missing = object()
+    return [
+        key
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key, missing) != second.get(key, missing) and not key.startswith(RESUMABLE)
+    ]
+
+
+def _number(low: float, high: float = math.inf, *, open_low=False, open_high=False) -> tuple:
+    def allows(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return (value > low if open_low else value >= low) and (
+            value < high if open_high else value <= high
+        )
+
+    left, right = '(' if open_low else '[', ')' if open_high or high == math.inf else ']'
+    return allows, f'a number in {left}{low:g}, {high:g}{right}'
+
+
+def _whole(low: int) -> tuple:
+    def allows(value):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+    return allows, f'a whole number from {low}'
+
+
+def _choice(*values: str) -> tuple:
+    return (lambda value: value in values), 'one of ' + ', '.join(map(repr, values))
+
+
+def _kind(kind: type, text: str) -> tuple:
+    return (lambda value: isinstance(value, kind)), text
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and 0 < value[0] <= value[1] <= 1
+
+
+_FLAG = _kind(bool, 'True or False')
+_NAME = _kind(str, 'a string')
+_COUNT = _whole(1)
+_RATE = _number(0, 1, open_high=True)
+_FROM_0 = _number(0)
+_ABOVE_0 = _number(0, open_low=True)
+_SEED = (lambda value: _whole(0)[0](value) and value < 2**32), 'a whole number from 0 to 2**32 - 1'
+_AXIS = (lambda value: _COUNT[0](value) or value == -1), 'a whole number from 1, or -1 for the rest'
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'model.name': _NAME,
+    'model.num_classes': _COUNT,
+    'model.dtype': _choice('float32', 'bfloat16'),
+    'data.name': _NAME,
+    'data.data_dir': _NAME,
+    'data.train_split': _NAME,
+    'data.evaluation_split': _NAME,
+    'data.image_size': _COUNT,
+    'data.evaluation_image_size': _COUNT,
+    'data.crop_fraction': _number(0, 1, open_low=True),
+    'data.interpolation': _choice(*INTERPOLATIONS),
+    'data.augmentation': _choice(*AUGMENTATIONS),
+    'data.crop_scale': (_is_scale, 'two numbers with 0 < smallest <= largest <= 1'),
+    'data.flip': _FLAG,
+    'data.mixup_alpha': _FROM_0,
+    'data.cutmix_alpha': _FROM_0,
+    'data.erasing_probability': _number(0, 1),
+    'data.skip_damaged': _FLAG,
+    'data.num_threads': _whole(0),
+    'data.num_workers': _whole(0),
+    'optimizer.weight_decay': _FROM_0,
+    'optimizer.clip_norm': _ABOVE_0,
+    'optimizer.momentum': _RATE,
+    'optimizer.nesterov': _FLAG,
+    'optimizer.beta1': _RATE,
+    'optimizer.beta2': _RATE,
+    'optimizer.epsilon': _ABOVE_0,
+    'optimizer.trust_coefficient': _ABOVE_0,
+    'schedule.peak_learning_rate': _ABOVE_0,
+    'schedule.warmup_epochs': _FROM_0,
+    'schedule.warmup_steps': _whole(0),
+    'schedule.end_factor': _number(0, 1),
+    'training.total_epochs': _ABOVE_0,
+    'training.total_steps': _COUNT,
+    'training.batch_size': _COUNT,
+    'training.accumulation_steps': _COUNT,
+    'training.label_smoothing': _RATE,
+    'training.ema_decay': _RATE,
+    'training.seed': _SEED,
+    'training.evaluation_epochs': _ABOVE_0,
+    'training.evaluation_steps': _COUNT,
+    'training.checkpoint_epochs': _ABOVE_0,
+    'training.checkpoint_steps': _COUNT,
+    'training.keep_checkpoints': _COUNT,
+    'training.log_steps': _COUNT,
+    'training.max_bad_steps': _COUNT,
+    'training.init_from': _NAME,
+    'training.new_classifier': _FLAG,
+    'mesh.data': _AXIS,
+    'mesh.fsdp': _AXIS,
+    'mesh.spatial': _AXIS,
+    'runtime.progress': _choice('auto', 'bar', 'lines', 'none'),
+    'runtime.tensorboard': _FLAG,
+    'runtime.prefetch_batches': _COUNT,
+}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses unknown keys, values out of range, and settings that contradict each other.
+
+    What depends on the network, the data set or the devices is checked where those are built, also
+    before anything is
+    compiled: see `gcnet_jax.training.experiment.assemble`.
+
+    Raises:
+      ConfigError: Names the setting, its value, what is allowed and what to do.
+    """
+    known = default_config().to_dict()
+    given = config.to_dict()
+    _check_keys(given, known)
+    defaults = dict(leaves(known))
+    for key, value in leaves(given):
+        if value is None and key in defaults and defaults[key] is None:
+            continue
+        if key in _RULES and not _RULES[key][0](value):
+            raise ConfigError(f'config.{key} is {value!r}; it must be {_RULES[key][1]}')
+    options = {
+        key: value
+        for key, value in given['optimizer'].items()
+        if key not in ('name', 'weight_decay', 'clip_norm')
+    }
+    optimizer_options(given['optimizer']['name'], options)
+    _check_together(given)
+
+
+def _check_keys(given: Mapping, known: Mapping) -> None:
+    for group in given:
+        if group not in known:
+            raise ConfigError(unknown_name('setting', f'config.{group}', _paths(known)))
+    for group, settings in known.items():
+        values = given.get(group)
+        if not isinstance(values, Mapping):
+            raise ConfigError(f'config.{group} must be a group with {", ".join(settings)}')
+        extra = [] if group == 'model' else sorted(values.keys() - settings.keys())
+        if extra:
+            raise ConfigError(unknown_name('setting', f'config.{group}.{extra[0]}', _paths(known)))
+        missing = sorted(settings.keys() - values.keys())
+        if missing:
+            raise ConfigError(
+                f'config.{group}.{missing[0]} is missing; start the config from '
+                'gcnet_jax.training.config.default_config()'
+            )
+
+
+def _paths(tree: Mapping) -> list[str]:
+    return [f'config.{path}' for path, _ in leaves(tree)]
+
+
+def _check_together(given: Mapping) -> None:
+    """Refuses settings that would have no effect beside the others."""
+    data, training = given['data'], given['training']
+    if data['crop_scale'] is not None and data['augmentation'] != 'resized_crop':
+        raise ConfigError(
+            f'config.data.crop_scale is {data["crop_scale"]} but config.data.augmentation is '
+            f'{data["augmentation"]!r}; leave it unset, or choose resized_crop'
+        )
+    if training['new_classifier'] and training['init_from'] is None:
+        raise ConfigError(
+            'config.training.new_classifier is True but config.training.init_from is not set; '
+            'name the checkpoint to start from, or leave new_classifier False'
+        )
+    if training['batch_size'] % training['accumulation_steps']:
+        raise ConfigError(
+            f'config.training.batch_size is {training["batch_size"]}, which '
+            f'config.training.accumulation_steps={training["accumulation_steps"]} does not divide; '
+            'change one of them'
+        )

@@ -1,0 +1,287 @@
+"""From a config to everything that a run needs, with every check that needs no compilation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from gcnet_jax.data.loader import evaluation_batches, train_batches
+from gcnet_jax.data.sources import Source, load_source
+from gcnet_jax.errors import ConfigError
+from gcnet_jax.models.registry import model_entry
+from gcnet_jax.stored_model import ModelDescription
+from gcnet_jax.training.config import check_config, plain, steps
+from gcnet_jax.training.mesh import batch_parts, make_mesh
+from gcnet_jax.training.optimizers import make_optimizer, warmup_cosine
+from gcnet_jax.training.state import state_initializer
+from gcnet_jax.training.steps import StepOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What the loop itself is told. Durations are in steps.
+
+    Attributes:
+      total_steps: Where the run ends.
+      evaluation_steps, checkpoint_steps, log_steps: How often each happens; see `config.is_due`.
+      keep_checkpoints: Newest checkpoints that are kept, beside the best.
+      max_bad_steps: Steps in a row that are not finite, at which the run stops.
+      seed: Of everything random.
+      init_from: Checkpoint that the weights start from, or None.
+      new_classifier: Whether a classifier of another size starts at random.
+      progress, tensorboard, prefetch_batches: See the config.
+    """
+
+    total_steps: int
+    evaluation_steps: float
+    checkpoint_steps: float
+    log_steps: int
+    keep_checkpoints: int
+    max_bad_steps: int
+    seed: int
+    init_from: str | None
+    new_classifier: bool
+    progress: str
+    tensorboard: bool
+    prefetch_batches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a run is built of; nothing here is compiled or random.
+
+    Attributes:
+      config: The plain config.
+      description: Of the network, as it is stored beside the checkpoints.
+      model: The network.
+      train_source, evaluation_source: The images.
+      train_options, evaluation_options: Arguments of the loaders.
+      steps_per_epoch: Batches an epoch; not a whole number where the batches do not come out even.
+      schedule: The learning rate, a function of the step.
+      optimizer: With the schedule inside.
+      step_options: Arguments of the steps.
+      mesh: The devices.
+      run: Arguments of the loop.
+    """
+
+    config: dict
+    description: ModelDescription
+    model: nn.Module
+    train_source: Source
+    evaluation_source: Source
+    train_options: dict[str, Any]
+    evaluation_options: dict[str, Any]
+    steps_per_epoch: float
+    schedule: Callable[[Any], Any]
+    optimizer: optax.GradientTransformation
+    step_options: StepOptions
+    mesh: Mesh
+    run: RunOptions
+
+    def initializer(self) -> Callable:
+        """Returns the pure function from a random key to the state at step 0."""
+        size = self.train_options['image_size']
+        return state_initializer(
+            self.model,
+            self.optimizer,
+            (size, size, 3),
+            use_ema=self.step_options.ema_decay > 0,
+        )
+
+    def train_batches(self, start_step: int):
+        """Returns this process's part of the batches from a step on."""
+        return train_batches(self.train_source, start_step=start_step, **self.train_options)
+
+    def evaluation_batches(self):
+        """Returns this process's part of the evaluation batches."""
+        return evaluation_batches(self.evaluation_source, **self.evaluation_options)
+
+
+def assemble(config: ConfigDict) -> Experiment:
+    """Builds everything that a config describes, and refuses what cannot work.
+
+    Raises:
+      ConfigError: A setting that is unknown, out of range, or does not fit the network, the data or
+        the devices.
+      DataError: The data set cannot be read.
+    """
+    check_config(config)
+    mesh = make_mesh(**config.mesh)
+    _check_divisible(config, mesh)
+    model_entry(config.model.name)  # A wrong name is told before the data set is opened.
+    sources = [
+        load_source(config.data.name, split, config.data.data_dir)
+        for split in (config.data.train_split, config.data.evaluation_split)
+    ]
+    description = _describe(config, sources)
+    model = description.build()
+    run = _run_options(config, len(sources[0]))
+    schedule = _schedule(config, len(sources[0]), run.total_steps)
+    train_options, evaluation_options = _loader_options(config, description)
+    preprocessing = description.preprocessing
+    experiment = Experiment(
+        config=plain(config),
+        description=description,
+        model=model,
+        train_source=sources[0],
+        evaluation_source=sources[1],
+        train_options=train_options,
+        evaluation_options=evaluation_options,
+        steps_per_epoch=len(sources[0]) / config.training.batch_size,
+        schedule=schedule,
+        optimizer=make_optimizer(schedule=schedule, **config.optimizer),
+        step_options=StepOptions(
+            num_classes=description.options['num_classes'],
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            label_smoothing=config.training.label_smoothing,
+            accumulation_steps=config.training.accumulation_steps,
+            mixup_alpha=config.data.mixup_alpha,
+            cutmix_alpha=config.data.cutmix_alpha,
+            erasing_probability=config.data.erasing_probability,
+            ema_decay=config.training.ema_decay,
+        ),
+        mesh=mesh,
+        run=run,
+    )
+    check_shapes(experiment)
+    return experiment
+
+
+def check_shapes(experiment: Experiment) -> None:
+    """Traces the network without computing: an image too small for it is told here."""
+    jax.eval_shape(experiment.initializer(), jax.random.key(0))
+
+
+def _check_divisible(config: ConfigDict, mesh: Mesh) -> None:
+    batch, micro = config.training.batch_size, config.training.accumulation_steps
+    parts = batch_parts(mesh)
+    if batch % (parts * micro):
+        raise ConfigError(
+            f'config.training.batch_size is {batch}; it must divide by {parts * micro}: the mesh '
+            f'splits it into {parts} (data {mesh.shape["data"]}, fsdp {mesh.shape["fsdp"]}) and '
+            f'config.training.accumulation_steps into {micro}'
+        )
+    if parts % jax.process_count():
+        raise ConfigError(
+            f'the mesh splits the batch into {parts}, not a multiple of the {jax.process_count()} '
+            'processes; give config.mesh.data or config.mesh.fsdp more devices'
+        )
+    sizes = {'image_size': config.data.image_size}
+    if config.data.evaluation_image_size is not None:
+        sizes['evaluation_image_size'] = config.data.evaluation_image_size
+    for name, size in sizes.items():
+        if size % mesh.shape['spatial']:
+            raise ConfigError(
+                f'config.data.{name} is {size}; it must divide by config.mesh.spatial, which is '
+                f'{mesh.shape["spatial"]}'
+            )
+
+
+def _describe(config: ConfigDict, sources: list[Source]) -> ModelDescription:
+    train, evaluation = sources
+    if train.label_names != evaluation.label_names:
+        raise ConfigError(
+            f'config.data: the splits {train.split!r} and {evaluation.split!r} of {train.name} '
+            'have different labels; choose splits of one data set'
+        )
+    options = {key: value for key, value in plain(config)['model'].items() if key != 'name'}
+    if options['num_classes'] is None:
+        options['num_classes'] = train.num_classes
+    if options['num_classes'] != train.num_classes:
+        raise ConfigError(
+            f'config.model.num_classes is {options["num_classes"]}, but data set {train.name} has '
+            f'{train.num_classes} labels; leave num_classes unset to take as many'
+        )
+    data = config.data
+    size = data.evaluation_image_size or data.image_size
+    changes = {'crop_fraction': data.crop_fraction, 'interpolation': data.interpolation}
+    preprocessing = dataclasses.replace(
+        model_entry(config.model.name).preprocessing,
+        train_size=data.image_size,
+        test_size=size,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+    return ModelDescription(
+        name=config.model.name,
+        options=options,
+        label_names=train.label_names,
+        preprocessing=preprocessing,
+        source=f'trained on {train.name}, split {train.split}',
+    )
+
+
+def _loader_options(config: ConfigDict, description: ModelDescription) -> tuple[dict, dict]:
+    data, preprocessing = config.data, description.preprocessing
+    common = {
+        'global_batch_size': config.training.batch_size,
+        'interpolation': preprocessing.interpolation,
+        'num_threads': data.num_threads,
+        'num_workers': data.num_workers,
+        'skip_damaged': data.skip_damaged,
+        'process_index': jax.process_index(),
+        'process_count': jax.process_count(),
+    }
+    train = {
+        'image_size': preprocessing.train_size,
+        'seed': config.training.seed,
+        'augmentation': data.augmentation,
+        'flip': data.flip,
+    }
+    if data.crop_scale is not None:
+        train['crop_scale'] = tuple(data.crop_scale)
+    evaluation = {
+        'image_size': preprocessing.test_size,
+        'crop_fraction': preprocessing.crop_fraction,
+    }
+    return common | train, common | evaluation
+
+
+def _run_options(config: ConfigDict, examples: int) -> RunOptions:
+    training = config.training
+    per_epoch = examples / training.batch_size
+    total = round(steps(training, 'total', per_epoch))
+    if total < 1:
+        raise ConfigError(
+            f'config.training.total_epochs is {training.total_epochs}: less than one step of '
+            f'{training.batch_size} images, as there are {examples}; raise it, or lower batch_size'
+        )
+    return RunOptions(
+        total_steps=total,
+        evaluation_steps=steps(training, 'evaluation', per_epoch),
+        checkpoint_steps=steps(training, 'checkpoint', per_epoch),
+        log_steps=training.log_steps,
+        keep_checkpoints=training.keep_checkpoints,
+        max_bad_steps=training.max_bad_steps,
+        seed=training.seed,
+        init_from=training.init_from,
+        new_classifier=training.new_classifier,
+        **config.runtime,
+    )
+
+
+def _schedule(config: ConfigDict, examples: int, total_steps: int) -> Callable[[Any], Any]:
+    warmup = round(steps(config.schedule, 'warmup', examples / config.training.batch_size))
+    if warmup >= total_steps:
+        raise ConfigError(
+            f'config.schedule: the warm-up takes {warmup} steps and the run has {total_steps}; '
+            'shorten warmup_epochs or lengthen training.total_epochs'
+        )
+    return warmup_cosine(
+        config.schedule.peak_learning_rate,
+        warmup_steps=warmup,
+        total_steps=total_steps,
+        end_factor=config.schedule.end_factor,
+    )
+
+
+def state_bytes(experiment: Experiment) -> int:
+    """Returns the size of a state, which is about that of a checkpoint."""
+    state = jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))

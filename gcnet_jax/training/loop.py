@@ -1,0 +1,362 @@
+"""The loop: save, take a batch, dispatch the step, look at the step before.
+
+The order makes a run resumable exactly: a checkpoint at step N holds everything that step N + 1
+needs, and the position in the data is the step itself. A step's metrics are fetched after the next
+step was dispatched, so the devices never wait for the host; a state is saved only after the metrics
+of the step that made it were seen to be finite.
+"""
+
+import collections
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gcnet_jax.errors import CheckpointError, UserError
+from gcnet_jax.stored_model import load_variables
+from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial, prepare_workdir
+from gcnet_jax.training.config import is_due
+from gcnet_jax.training.experiment import Experiment, assemble, state_bytes
+from gcnet_jax.training.mesh import batch_shardings, state_shardings, to_global
+from gcnet_jax.training.metrics import (
+    Clock,
+    MetricsWriter,
+    Progress,
+    SilentProgress,
+    read_metrics,
+)
+from gcnet_jax.training.state import TrainState, create_state
+from gcnet_jax.training.steps import (
+    jit_evaluation_step,
+    jit_train_step,
+    make_evaluation_step,
+    make_train_step,
+)
+
+__all__ = ['TrainingError', 'assemble', 'train']
+
+
+class TrainingError(UserError):
+    """A run that cannot go on."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Trains a network, or continues where an earlier call with this config and workdir stopped.
+
+    Args:
+      config: Every setting, see `gcnet_jax.training.config`.
+      workdir: Directory of the run: config.json, metrics.jsonl, TensorBoard events and checkpoints.
+
+    Returns:
+      The last values of everything in metrics.jsonl, and 'seconds', the time this call took.
+
+    Raises:
+      UserError: A setting, a data set, a checkpoint or a directory that cannot be used, or a loss
+        that is not finite; one line that says what to do. Earlier checkpoints stay whole.
+    """
+    began = time.perf_counter()
+    experiment = assemble(config)
+    workdir = Path(workdir).absolute()
+    initial = _read_initial(experiment)
+    prepare_workdir(workdir, experiment.config, experiment.description, state_bytes(experiment))
+    with contextlib.closing(_Run(experiment, workdir, initial)) as run:
+        finished = run.to_the_end()
+    final = {'step': run.step}
+    for line in read_metrics(workdir):
+        final.update(line)
+    final['seconds'] = time.perf_counter() - began
+    accuracy = f'eval/accuracy {final["eval/accuracy"]:.2%}, eval/loss {final["eval/loss"]:.4f}'
+    how = f'trained in {final["seconds"]:.0f} s' if finished else 'was complete already'
+    run.progress.say(f'{accuracy} after step {run.step}; {how}; see {workdir}')
+    return final
+
+
+def _read_initial(experiment: Experiment) -> dict | None:
+    """Reads the checkpoint to start from, and refuses one that does not fit."""
+    place = experiment.run.init_from
+    if place is None:
+        return None
+    _, variables = load_variables(place, choose='best')
+    fresh = jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    merge_initial(
+        {'params': fresh.params, 'batch_stats': fresh.batch_stats},
+        variables,
+        new_classifier=experiment.run.new_classifier,
+        place=place,
+    )
+    return variables
+
+
+class _Window:
+    """Sums over the steps since the last line of metrics; saved, so that they survive a kill."""
+
+    def __init__(self, sums: dict[str, float] | None = None) -> None:
+        self.sums = collections.defaultdict(float, sums or {})
+
+    def add(self, metrics: dict[str, Any], skipped: int) -> None:
+        if metrics['finite']:
+            for name in ('loss', 'correct', 'count', 'gradient_norm'):
+                self.sums[name] += float(metrics[name])
+            self.sums['steps'] += 1
+        else:
+            self.sums['bad_steps'] += 1
+        self.sums['skipped'] += skipped
+
+    def means(self) -> dict[str, float]:
+        sums, values = self.sums, {}
+        if sums['count']:
+            values['train/loss'] = sums['loss'] / sums['count']
+            values['train/accuracy'] = sums['correct'] / sums['count']
+            values['train/gradient_norm'] = sums['gradient_norm'] / sums['steps']
+        if sums['bad_steps']:
+            values['train/bad_steps'] = sums['bad_steps']
+        if sums['skipped']:
+            values['train/skipped_images'] = sums['skipped']
+        return values
+
+
+class _Run:
+    """One call of `train`: the state, where it stands, and who is told about it."""
+
+    def __init__(self, experiment: Experiment, workdir: Path, initial: dict | None) -> None:
+        self.experiment = experiment
+        self.options = experiment.run
+        self.mesh = experiment.mesh
+        self.progress = Progress('none', 0, 0)
+        self.writer = self.batches = None
+        self.store = CheckpointStore(
+            workdir, experiment.description, experiment.run.keep_checkpoints
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            self.step = 0
+            self.window, self.bad_in_a_row = _Window(), 0
+            self.pending = None
+            first = jax.process_index() == 0
+            say = print if first and self.options.progress != 'none' else _silent
+            self.state, shardings = self._start(initial, say)
+            if first:
+                self.writer = MetricsWriter(workdir, self.step, self.options.tensorboard)
+                self.progress = Progress(self.options.progress, self.step, self.options.total_steps)
+            else:
+                self.progress = SilentProgress()
+            self._compile(shardings)
+            stack.pop_all()
+        self.clock = Clock()
+
+    def close(self) -> None:
+        """Finishes the save that is under way and closes all files."""
+        if self.batches is not None:
+            self.batches.close()
+        self.progress.close()
+        if self.writer is not None:
+            self.writer.close()
+        self.store.close()
+
+    def _compile(self, shardings: TrainState) -> None:
+        experiment = self.experiment
+        train_step = make_train_step(
+            experiment.model, experiment.optimizer, experiment.step_options, self.mesh
+        )
+        self.train_step = jit_train_step(train_step, self.mesh, shardings)
+        evaluation_step = make_evaluation_step(experiment.model, experiment.step_options)
+        self.evaluation_step = jit_evaluation_step(evaluation_step, self.mesh, shardings)
+
+    def _start(self, initial: dict | None, say: Any) -> tuple[TrainState, TrainState]:
+        """Restores the newest whole checkpoint, or makes the state of step 0."""
+        initialize = self.experiment.initializer()
+        shapes = jax.eval_shape(initialize, jax.random.key(0))
+        shardings = state_shardings(shapes, self.mesh)
+        target = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
+        _introduce(self.experiment, shapes, say)
+        restored = self.store.restore(target, say)
+        if restored is None:
+            state, shardings = create_state(initialize, self.options.seed, self.mesh)
+            if initial is not None:
+                state = self._fill(state, shardings, initial, say)
+            return state, shardings
+        state, position = restored
+        examples = len(self.experiment.train_source)
+        if position['examples'] != examples:
+            raise CheckpointError(
+                f'the data set has {examples} training images, and had {position["examples"]} when '
+                'this run began; restore it, or choose another --workdir'
+            )
+        self.step = position['step']
+        self.window = _Window(position['window'])
+        self.bad_in_a_row = position['bad_in_a_row']
+        say(f'continuing from step {self.step}')
+        return state, shardings
+
+    def _fill(
+        self, state: TrainState, shardings: TrainState, initial: dict, say: Any
+    ) -> TrainState:
+        """Puts a checkpoint's variables in the place of the random ones."""
+        place = self.options.init_from
+        merged, context, classifier = merge_initial(
+            {'params': state.params, 'batch_stats': state.batch_stats},
+            initial,
+            new_classifier=self.options.new_classifier,
+            place=place,
+        )
+        say(f'weights from {place}')
+        if context:
+            say(
+                f'{len(context)} context parameters are new, first {context[0]}, last {context[-1]}'
+            )
+        if classifier:
+            say(f'the classifier is new: {", ".join(classifier)}')
+        params, batch_stats = (
+            jax.tree.map(jax.device_put, merged[name], getattr(shardings, name))
+            for name in ('params', 'batch_stats')
+        )
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(
+                lambda leaf: leaf.copy(), {'params': params, 'batch_stats': batch_stats}
+            )
+        return state.replace(params=params, batch_stats=batch_stats, ema=ema)
+
+    def to_the_end(self) -> bool:
+        """Runs every step that is left; says whether there was one."""
+        if self.step >= self.options.total_steps:
+            return False
+        with self.store.explain_errors():
+            self.batches = self.experiment.train_batches(self.step)
+            for batch, skipped in self._prefetched(self.batches):
+                self.state, metrics = self.train_step(self.state, batch)
+                self.step += 1
+                previous, self.pending = self.pending, (self.step, metrics, skipped)
+                self._look_at(previous)
+                self._evaluate_and_save()
+                if self.step >= self.options.total_steps:
+                    break
+            self.store.wait()
+        return True
+
+    def _prefetched(self, batches: Any) -> Iterator[tuple[dict, int]]:
+        """Yields batches, sent to the devices ahead of time, and the images skipped for each."""
+        shardings = batch_shardings(self.mesh)
+        queue, counted = collections.deque(), 0
+        while True:
+            while len(queue) < self.options.prefetch_batches:
+                batch = to_global(next(batches), shardings)
+                queue.append((batch, batches.skipped - counted))
+                counted = batches.skipped
+            yield queue.popleft()
+
+    def _look_at(self, done: tuple[int, dict, int] | None) -> None:
+        """Fetches the metrics of a step that is done, checks them, and logs when it is time."""
+        if done is None:
+            return
+        step, metrics, skipped = done
+        metrics = jax.device_get(metrics)
+        self.window.add(metrics, skipped)
+        self.bad_in_a_row = 0 if metrics['finite'] else self.bad_in_a_row + 1
+        if self.bad_in_a_row >= self.options.max_bad_steps:
+            self._stop_at(
+                step, f'loss {metrics["loss"]:g}, gradient norm {metrics["gradient_norm"]:g}'
+            )
+        self.clock.step_done()
+        self.clock.start()  # The first step was compiled until now.
+        self.progress.advance()
+        if step % self.options.log_steps == 0 or step == self.options.total_steps:
+            rate = self.clock.rate()
+            values = self.window.means()
+            values['train/learning_rate'] = float(self.experiment.schedule(step - 1))
+            values['train/images_per_second'] = (
+                rate * self.experiment.train_options['global_batch_size']
+            )
+            self._write(step, values, rate)
+            self.window = _Window()
+
+    def _stop_at(self, step: int, what: str) -> None:
+        self.store.wait()
+        raise TrainingError(
+            f'step {step} is not finite ({what}); {self.store.last_good()}. Lower '
+            'config.schedule.peak_learning_rate or set config.optimizer.clip_norm, with another '
+            '--workdir'
+        )
+
+    def _write(self, step: int, values: dict[str, float], rate: float = 0.0) -> None:
+        epoch = step / self.experiment.steps_per_epoch
+        if self.writer is not None:
+            self.writer.write(step, epoch, values)
+        self.progress.report(step, epoch, values, rate)
+
+    def _evaluate_and_save(self) -> None:
+        """Does what is due at this step, after its metrics were looked at."""
+        at_end = self.step == self.options.total_steps
+        evaluate = at_end or is_due(self.step, self.options.evaluation_steps)
+        if not evaluate and not is_due(self.step, self.options.checkpoint_steps):
+            return
+        pending, self.pending = self.pending, None
+        self._look_at(pending)
+        self.clock.stop()
+        values = {}
+        if evaluate:
+            values = self._evaluate()
+            self._write(self.step, values)
+        position = {
+            'step': self.step,
+            'seed': self.options.seed,
+            'global_batch_size': self.experiment.train_options['global_batch_size'],
+            'examples': len(self.experiment.train_source),
+            'window': dict(self.window.sums),
+            'bad_in_a_row': self.bad_in_a_row,
+        }
+        self.store.save(self.state, position, values)
+        self.clock.start()
+
+    def _evaluate(self) -> dict[str, float]:
+        """Returns the averages over the evaluation split, every example once."""
+        began = time.perf_counter()
+        shardings = batch_shardings(self.mesh, ('image', 'label', 'mask'))
+        variables = self.state.evaluation_variables()
+        sums, pending = collections.defaultdict(float), None
+        with contextlib.closing(self.experiment.evaluation_batches()) as batches:
+            for batch in batches:
+                previous = pending
+                pending = self.evaluation_step(variables, to_global(batch, shardings))
+                _add(sums, previous)
+        _add(sums, pending)
+        if not np.isfinite(sums['loss']) or not sums['count']:
+            self._stop_at(self.step, f'eval/loss {sums["loss"]:g} over {sums["count"]:g} images')
+        return {
+            'eval/loss': sums['loss'] / sums['count'],
+            'eval/accuracy': sums['top1'] / sums['count'],
+            'eval/top5': sums['top5'] / sums['count'],
+            'eval/examples': int(sums['count']),
+            'eval/seconds': time.perf_counter() - began,
+        }
+
+
+def _add(sums: dict[str, float], metrics: dict | None) -> None:
+    if metrics is not None:
+        for name, value in jax.device_get(metrics).items():
+            sums[name] += float(value)
+
+
+def _introduce(experiment: Experiment, shapes: TrainState, say: Any) -> None:
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+    axes = ' x '.join(f'{name} {size}' for name, size in experiment.mesh.shape.items())
+    device = experiment.mesh.devices.flat[0]
+    train, evaluation = experiment.train_source, experiment.evaluation_source
+    say(
+        f'{experiment.description.name}: {parameters:,} parameters; {train.name}: '
+        f'{len(train):,} training and {len(evaluation):,} evaluation images; '
+        f'{experiment.run.total_steps:,} steps; mesh {axes} of {device.platform} devices'
+    )
+
+
+def _silent(text: str) -> None:
+    """Takes the place of print in every process but the first."""

@@ -1,0 +1,189 @@
+"""What a run reports: metrics.jsonl, TensorBoard events, and progress on the terminal.
+
+Only the first process writes. `metrics.jsonl` has one JSON object a line: `step`, `epoch`, and
+`train/*` or `eval/*`. All values but those of `TIMING` follow from config and data alone: a run
+that was killed and continued has the same lines.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from gcnet_jax.errors import CheckpointError
+
+METRICS_FILE = 'metrics.jsonl'
+# Depends on the machine, so it differs from run to run.
+TIMING = ('train/images_per_second', 'eval/seconds')
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics.jsonl; a last line that was cut off is left out."""
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            if number != len(path.read_text().splitlines()):
+                raise CheckpointError(
+                    f'{path}, line {number} is not JSON; repair or remove that line'
+                ) from None
+    return lines
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl and to TensorBoard's events.
+
+    Args:
+      workdir: The run's directory.
+      step: The step that the run continues from; lines after it are dropped.
+      tensorboard: Whether to write events.
+    """
+
+    def __init__(self, workdir: Path, step: int, tensorboard: bool) -> None:
+        path = workdir / METRICS_FILE
+        kept = [line for line in read_metrics(workdir) if line['step'] <= step]
+        temporary = path.with_suffix('.tmp')
+        temporary.write_text(''.join(_to_line(line) for line in kept))
+        os.replace(temporary, path)
+        # Unbuffered: a line is one write, so a killed run leaves whole lines.
+        self._file = path.open('ab', buffering=0)
+        self._events = None
+        if tensorboard:
+            import tensorboardX
+
+            # What an earlier run wrote after this step is hidden from then on.
+            self._events = tensorboardX.SummaryWriter(
+                str(workdir), purge_step=step + 1 if step else None
+            )
+
+    def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Writes one line; every value must be a finite number."""
+        self._file.write(_to_line({'step': step, 'epoch': epoch, **values}).encode())
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes both."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _to_line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + '\n'
+
+
+class Progress:
+    """A bar with the time left and the images a second on a terminal, plain lines elsewhere.
+
+    Args:
+      mode: 'auto', 'bar', 'lines' or 'none'.
+      step, total_steps: Where the run stands and where it ends.
+    """
+
+    def __init__(self, mode: str, step: int, total_steps: int) -> None:
+        if mode == 'auto':
+            mode = 'bar' if sys.stderr.isatty() else 'lines'
+        self._mode = mode
+        self._total = total_steps
+        self._bar = None
+        if mode == 'bar':
+            self._bar = tqdm.tqdm(
+                initial=step, total=total_steps, unit='step', dynamic_ncols=True, smoothing=0.1
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._mode == 'bar':
+            self._bar.write(text)
+        elif self._mode == 'lines':
+            print(text, flush=True)
+
+    def advance(self) -> None:
+        """Counts one step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def report(self, step: int, epoch: float, values: Mapping[str, float], rate: float) -> None:
+        """Shows metrics; `rate` is in steps a second, 0 if unknown."""
+        shown = ', '.join(f'{name} {_short(name, value)}' for name, value in values.items())
+        if self._bar is not None and not any(name.startswith('eval/') for name in values):
+            self._bar.set_postfix_str(shown.replace('train/', ''))
+            return
+        left = (
+            f', {_duration((self._total - step) / rate)} left'
+            if rate and step < self._total
+            else ''
+        )
+        self.say(f'step {step}/{self._total} (epoch {epoch:.2f}): {shown}{left}')
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class SilentProgress(Progress):
+    """For every process but the first."""
+
+    def __init__(self) -> None:
+        super().__init__('none', 0, 0)
+
+
+def _short(name: str, value: float) -> str:
+    if name.endswith(('accuracy', 'top5')):
+        return f'{value:.2%}'
+    if name.endswith('images_per_second'):
+        return f'{value:,.0f}'
+    return f'{value:.4g}'
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+class Clock:
+    """Measures the time that steps take, without compiling, evaluating and saving."""
+
+    def __init__(self) -> None:
+        self._started = None
+        self._steps = 0
+        self._seconds = 0.0
+
+    def start(self) -> None:
+        """Begins to measure, or goes on."""
+        if self._started is None:
+            self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Stops measuring until the next start."""
+        if self._started is not None:
+            self._seconds += time.perf_counter() - self._started
+            self._started = None
+
+    def step_done(self) -> None:
+        """Counts a finished step, if the clock ran while it did."""
+        if self._started is not None:
+            self._steps += 1
+
+    def rate(self) -> float:
+        """Returns the steps a second since the last call, 0 if there were none."""
+        running = self._started is not None
+        self.stop()
+        rate = self._steps / self._seconds if self._steps and self._seconds else 0.0
+        self._steps, self._seconds = 0, 0.0
+        if running:
+            self.start()
+        return rate

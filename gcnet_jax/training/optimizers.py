@@ -1,0 +1,112 @@
+"""Learning-rate schedules and optimizers, each a row in a table."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from gcnet_jax.errors import ConfigError, unknown_name
+
+# The options that each optimizer takes, with their defaults. An option of another optimizer is
+# refused.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    'sgd': {'momentum': 0.9, 'nesterov': True},
+    'adamw': {'beta1': 0.9, 'beta2': 0.999, 'epsilon': 1e-8},
+    'lamb': {'beta1': 0.9, 'beta2': 0.999, 'epsilon': 1e-6},
+    'lars': {'momentum': 0.9, 'nesterov': False, 'trust_coefficient': 1e-3},
+}
+
+
+def warmup_cosine(
+    peak: float, *, warmup_steps: int, total_steps: int, end_factor: float = 0.0
+) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step: a line up, then half a cosine down.
+
+    Step 0 already learns: step s of the warm-up has `peak * (s + 1) / (warmup_steps + 1)`, and
+    `peak` is reached at step `warmup_steps`. The last value, at `total_steps`, is `peak *
+    end_factor`.
+    """
+
+    def schedule(step):
+        warm = peak * (step + 1) / (warmup_steps + 1)
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        progress = jax.numpy.clip(progress, 0.0, 1.0)
+        cosine = 0.5 * (1.0 + jax.numpy.cos(jax.numpy.pi * progress))
+        return jax.numpy.where(
+            step < warmup_steps, warm, peak * (end_factor + (1.0 - end_factor) * cosine)
+        )
+
+    return schedule
+
+
+def decay_mask(params: Any) -> Any:
+    """Says of each parameter whether weight decay applies: to kernels, not to norms and biases."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def optimizer_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an optimizer's options: its defaults, overridden by what in `given` is not None.
+
+    Raises:
+      ConfigError: There is no such optimizer, or it does not take an option that is given.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigError(unknown_name('optimizer (optimizer.name)', name, OPTIMIZERS))
+    options = dict(OPTIMIZERS[name])
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key not in options:
+            raise ConfigError(
+                f'optimizer.{key} is {value!r}, but {name} does not have it; it takes '
+                f'{", ".join(options)}: leave {key} unset or choose another optimizer.name'
+            )
+        options[key] = value
+    return options
+
+
+def make_optimizer(
+    name: str,
+    schedule: Callable[[Any], Any] | float,
+    *,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = None,
+    **given: Any,
+) -> optax.GradientTransformation:
+    """Builds an optimizer.
+
+    Args:
+      name: 'sgd', 'adamw', 'lamb' or 'lars'.
+      schedule: The learning rate, a function of the step.
+      weight_decay: For sgd and lars added to the gradient, for adamw and lamb decoupled from it;
+        kernels only.
+      clip_norm: The largest allowed norm of the whole gradient; None does not clip.
+      **given: Options of `OPTIMIZERS[name]`; None takes the default there.
+
+    Raises:
+      ConfigError: There is no such optimizer, or it does not take an option that is given.
+    """
+    options = optimizer_options(name, given)
+    if name == 'sgd':
+        core = optax.chain(
+            optax.add_decayed_weights(weight_decay, decay_mask), optax.sgd(schedule, **options)
+        )
+    elif name == 'lars':
+        core = optax.lars(
+            schedule,
+            weight_decay=weight_decay,
+            weight_decay_mask=decay_mask,
+            trust_ratio_mask=decay_mask,
+            **options,
+        )
+    else:
+        core = {'adamw': optax.adamw, 'lamb': optax.lamb}[name](
+            schedule,
+            b1=options['beta1'],
+            b2=options['beta2'],
+            eps=options['epsilon'],
+            weight_decay=weight_decay,
+            mask=decay_mask,
+        )
+    return core if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), core)

@@ -1,0 +1,161 @@
+"""Every setting of every config does something, or is refused."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gcnet_jax.errors import UserError
+from gcnet_jax.training import experiment
+from gcnet_jax.training.command import load_config
+from gcnet_jax.training.config import leaves, plain
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+NAMES = ['digits', 'cifar10', 'imagenet', 'imagenet:resnet50', 'finetune']
+CLASSES = {'digits': 10, 'cifar10': 10, 'imagenet2012': 1000}
+
+
+class FakeSource:
+    """Tells how it was opened; has as many examples and labels as the real one."""
+
+    def __init__(self, name, split, data_dir):
+        self.name, self.split, self.data_dir = name, split, data_dir
+        self.num_classes = CLASSES.get(name, 10)
+        self.label_names = tuple(map(str, range(self.num_classes)))
+
+    def __len__(self):
+        return 50000
+
+    def __repr__(self):
+        return f'{self.name} {self.split} {self.data_dir}'
+
+
+@pytest.fixture(autouse=True)
+def fake_data(monkeypatch):
+    monkeypatch.setattr(experiment, 'load_source', FakeSource)
+    # Shapes of large networks take seconds, and nothing here depends on them.
+    monkeypatch.setattr(experiment, 'check_shapes', lambda built: None)
+
+
+def fingerprint(built):
+    """What a config built, without the config itself."""
+    rng = np.random.default_rng(0)
+    params = {'kernel': rng.normal(size=(3, 2)), 'bias': rng.normal(size=2)}
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    gradient = jax.tree.map(lambda leaf: 3 * leaf + 1, params)
+    state, updates = built.optimizer.init(params), []
+    for _ in range(3):
+        update, state = built.optimizer.update(gradient, state, params)
+        updates.append(jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), update))
+    points = np.linspace(0, built.run.total_steps, 7).astype(int)
+    return repr(
+        {
+            'model': built.model,
+            'description': built.description,
+            'sources': (built.train_source, built.evaluation_source),
+            'loaders': (built.train_options, built.evaluation_options),
+            'schedule': [float(built.schedule(int(point))) for point in points],
+            'updates': updates,
+            'steps': built.step_options,
+            'mesh': dict(built.mesh.shape),
+            'run': built.run,
+        }
+    )
+
+
+def other(key, value):
+    """A different value for a setting, one that its neighbours allow where there is one."""
+    special = {
+        'model.name': 'resnet18',
+        'model.dtype': 'bfloat16' if value == 'float32' else 'float32',
+        'model.num_classes': 7,
+        'data.name': 'another',
+        'data.data_dir': '/elsewhere',
+        'data.crop_scale': (0.5, 1.0),
+        'data.crop_fraction': 0.5,
+        'data.interpolation': 'nearest',
+        'data.augmentation': 'none' if value != 'none' else 'pad_crop',
+        'optimizer.name': 'lars',
+        'optimizer.nesterov': False,
+        'training.init_from': '/elsewhere',
+        'training.batch_size': value * 2 if isinstance(value, int) else value,
+        'training.total_steps': 10**6,
+        'training.accumulation_steps': 2,
+        'mesh.data': 4,
+        'mesh.fsdp': 2,
+        'mesh.spatial': 2,
+        'runtime.progress': 'none',
+    }
+    if key in special:
+        return special[key]
+    if value is None:
+        return 3 if key.endswith(('_steps', 'size', 'threads')) else 0.7
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 + 0.0123
+    return value[:-1] if isinstance(value, (tuple, str)) else None
+
+
+def change(config, key, value):
+    """Sets one leaf, by its path on the command line, in a copy."""
+    tree = copy.deepcopy(config.to_dict())
+    *parents, last = key.replace('[', '.').replace(']', '').split('.')
+    place = tree
+    for name in parents:
+        place = place[int(name) if name.isdigit() else name]
+    assert place[last] != value
+    place[last] = value
+    return type(config)(tree)
+
+
+def load(name):
+    file, _, variant = name.partition(':')
+    return load_config(str(CONFIGS / f'{file}.py'), variant)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_setting_changes_what_is_built_or_is_refused(name):
+    config = load(name)
+    before = fingerprint(experiment.assemble(config))
+    dead, refused = [], []
+    for key, value in leaves(config.to_dict()):
+        try:
+            built = experiment.assemble(change(config, key, other(key, value)))
+        except UserError:
+            refused.append(key)
+            continue
+        if fingerprint(built) == before:
+            dead.append(key)
+    assert dead == []
+    # Only what the other settings exclude: options of other optimizers, and the like.
+    allowed = ('optimizer.', 'model.', 'mesh.', 'data.crop_scale', 'training.new_classifier')
+    assert [key for key in refused if not key.startswith(allowed)] == []
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_config_is_plain_data_and_opens_with_its_command(name):
+    config = load(name)
+    assert plain(config)['model']['name'] == config.model.name
+    text = (CONFIGS / f'{name.partition(":")[0]}.py').read_text()
+    assert 'python train.py' in text.split('"""')[1]
+
+
+def test_the_twins_differ_in_nothing_but_the_context():
+    first, second = plain(load('imagenet')), plain(load('imagenet:resnet50'))
+    context = first['model'].pop('context')
+    assert (first['model'].pop('name'), second['model'].pop('name')) == ('gc_resnet50', 'resnet50')
+    assert first == second
+    assert context['ratio'] == 1 / 16
+
+
+def test_a_run_is_as_long_as_its_config_says():
+    built = experiment.assemble(load('imagenet'))
+    assert built.run.total_steps == round(120 * 50000 / 1024)
+    assert built.run.evaluation_steps == 50000 / 1024
+    assert dataclasses.asdict(built.run)['log_steps'] == 100

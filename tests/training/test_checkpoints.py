@@ -1,0 +1,286 @@
+import errno
+import json
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gcnet_jax.errors import CheckpointError, ConfigError
+from gcnet_jax.stored_model import ModelDescription
+from gcnet_jax.training import checkpoints
+from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial, prepare_workdir
+from gcnet_jax.training.mesh import make_mesh, state_shardings
+from gcnet_jax.training.state import TrainState
+
+DESCRIPTION = ModelDescription('gccnn', {'num_classes': 4}, ('a', 'b', 'c', 'd'))
+
+
+def make_state(step, shape=(2, 2, 2), use_ema=True):
+    rng = np.random.default_rng(step)
+    params = {
+        'kernel': rng.normal(size=(3, 3, 4, 8)).astype(np.float32),
+        'half': rng.normal(size=(8,)).astype(jnp.bfloat16),
+    }
+    batch_stats = {'mean': rng.normal(size=8).astype(np.float32)}
+    state = TrainState(
+        step=np.asarray(step, np.int32),
+        key=np.array([1, 2], np.uint32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optax.sgd(0.1, momentum=0.9).init(params),
+        ema=jax.tree.map(np.copy, {'params': params, 'batch_stats': batch_stats})
+        if use_ema
+        else None,
+    )
+    return jax.device_put(state, state_shardings(state, make_mesh(*shape), smallest=2))
+
+
+def save(workdir, steps, keep=9, accuracies=None):
+    store = CheckpointStore(workdir, DESCRIPTION, keep)
+    for step in steps:
+        metrics = {'eval/accuracy': accuracies[step]} if accuracies else {}
+        store.save(make_state(step), {'step': step, 'window': {'loss': step / 3}}, metrics)
+    store.close()
+    return workdir / 'checkpoints'
+
+
+def target(shape=(2, 2, 2), use_ema=True):
+    state = make_state(0, shape, use_ema)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
+
+
+def restore(workdir, shape=(2, 2, 2)):
+    lines = []
+    store = CheckpointStore(workdir, DESCRIPTION, 9)
+    restored = store.restore(target(shape), lines.append)
+    store.close()
+    return restored, lines
+
+
+def same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize('shape', [(2, 2, 2), (1, 8, 1), (8, 1, 1)])
+def test_state_and_position_come_back_on_any_mesh(tmp_path, shape):
+    save(tmp_path, [7])
+    (state, position), lines = restore(tmp_path, shape)
+    same(state, make_state(7))
+    assert position == {'step': 7, 'window': {'loss': 7 / 3}}
+    assert state.params['kernel'].sharding == make_state(7, shape).params['kernel'].sharding
+    assert not lines
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
+    assert restore(tmp_path) == (None, [])
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    root = save(tmp_path, range(1, 7), 2, {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6})
+    assert sorted(path.name for path in root.iterdir()) == ['2', '5', '6']
+
+
+@pytest.fixture
+def reads_end():
+    """TensorStore still reports to the event loop of a read that has failed; waits until it did."""
+    yield
+    time.sleep(0.5)
+
+
+def damages(test):
+    ignore = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+    return pytest.mark.usefixtures('reads_end')(ignore(test))
+
+
+def damage_truncated(checkpoint):
+    files = (checkpoint / 'variables').rglob('d/*')
+    biggest = max(files, key=lambda path: path.stat().st_size)
+    with biggest.open('r+b') as file:
+        file.truncate(biggest.stat().st_size // 2)
+
+
+def damage_missing(checkpoint):
+    shutil.rmtree(checkpoint / 'training' / 'd', ignore_errors=True)
+    for path in (checkpoint / 'training').rglob('d/*'):
+        path.unlink()
+
+
+def damage_flipped(checkpoint):
+    # In the middle of the largest file of values: no format would notice, only a checksum does.
+    for biggest in sorted((checkpoint / 'variables').rglob('d/*'), key=lambda p: p.stat().st_size):
+        data = bytearray(biggest.read_bytes())
+        data[len(data) // 2] ^= 0x10
+        biggest.write_bytes(data)
+
+
+def damage_emptied(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def damage_position(checkpoint):
+    (checkpoint / 'position' / 'metadata').write_text('{"step": ')
+
+
+@damages
+@pytest.mark.parametrize(
+    'damage',
+    [damage_truncated, damage_missing, damage_flipped, damage_emptied, damage_position],
+)
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, damage):
+    root = save(tmp_path, [3, 5])
+    damage(root / '5')
+    (state, position), lines = restore(tmp_path)
+    same(state, make_state(3))
+    assert position['step'] == 3
+    assert len(lines) == 1
+    assert str(root / '5') in lines[0]
+    save(tmp_path, [5])  # The step is free again.
+    same(restore(tmp_path)[0][0], make_state(5))
+
+
+@damages
+def test_nothing_is_removed_when_every_checkpoint_is_damaged(tmp_path):
+    root = save(tmp_path, [3, 5])
+    damage_truncated(root / '3')
+    damage_truncated(root / '5')
+    with pytest.raises(CheckpointError, match='none of the checkpoints 5, 3 can be read'):
+        restore(tmp_path)
+    assert sorted(path.name for path in root.iterdir()) == ['3', '5']
+
+
+def test_a_changed_value_is_seen_by_the_checksum_alone(tmp_path):
+    """The stored checksum and the value differ in one bit, which no file format would notice."""
+    root = save(tmp_path, [3])
+    state = make_state(5)
+    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    store.save(state, {'step': 5}, {})
+    store.close()
+    sums = json.loads((root / '5' / 'checksums' / 'metadata').read_text())
+    sums['training']["['key']"] ^= 1
+    (root / '5' / 'checksums' / 'metadata').write_text(json.dumps(sums))
+    (state, _), lines = restore(tmp_path)
+    assert state.step == 3
+    assert "1 arrays differ, first ['key']" in lines[0]
+
+
+def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    store.save(make_state(3), {'step': 3}, {})
+    store.wait()
+
+    def full(*unused, **also_unused):
+        try:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        except OSError as error:
+            raise ValueError('Failed to write an array') from error
+
+    monkeypatch.setattr(store._manager, 'save', full)
+    with pytest.raises(CheckpointError, match=r'no space left .*last good checkpoint is .*/3'):
+        store.save(make_state(5), {'step': 5}, {})
+    store.close()
+    same(restore(tmp_path)[0][0], make_state(3))
+
+
+def test_other_errors_are_not_called_a_full_disk(tmp_path):
+    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    with pytest.raises(ZeroDivisionError), store.explain_errors():
+        raise ZeroDivisionError
+    store.close()
+
+
+CONFIG = {'model': {'name': 'gccnn'}, 'training': {'seed': 0}, 'runtime': {'progress': 'auto'}}
+
+
+def test_a_workdir_takes_the_same_run_again(tmp_path):
+    prepare_workdir(tmp_path / 'new', CONFIG, DESCRIPTION, 1)
+    assert json.loads((tmp_path / 'new' / 'config.json').read_text()) == CONFIG
+    prepare_workdir(tmp_path / 'new', CONFIG | {'runtime': {'progress': 'bar'}}, DESCRIPTION, 1)
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+    prepare_workdir(tmp_path, CONFIG, DESCRIPTION, 1)
+    other = CONFIG | {'training': {'seed': 1}}
+    with pytest.raises(CheckpointError, match=r'another config \(config.training.seed\)'):
+        prepare_workdir(tmp_path, other, DESCRIPTION, 1)
+    assert json.loads((tmp_path / 'config.json').read_text()) == CONFIG
+
+
+def test_a_workdir_of_another_network_is_refused(tmp_path):
+    save(tmp_path, [3])
+    with pytest.raises(
+        ConfigError, match=r'checkpoints of gccnn, and config.model.name is resnet50'
+    ):
+        prepare_workdir(tmp_path, CONFIG, ModelDescription('resnet50', {}), 1)
+    with pytest.raises(CheckpointError, match=r'no config.json'):
+        prepare_workdir(tmp_path, CONFIG, DESCRIPTION, 1)
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(CheckpointError, match='is a file'):
+        prepare_workdir(tmp_path / 'file', CONFIG, DESCRIPTION, 1)
+    with pytest.raises(CheckpointError, match='cannot be written'):
+        prepare_workdir(tmp_path / 'file' / 'run', CONFIG, DESCRIPTION, 1)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(checkpoints.shutil, 'disk_usage', lambda path: usage)
+    with pytest.raises(CheckpointError, match='it takes 3 MiB, free are 1 MiB'):
+        prepare_workdir(tmp_path, CONFIG, DESCRIPTION, 3 * 2**20)
+    prepare_workdir(tmp_path, CONFIG, DESCRIPTION, 2**20)
+
+
+def variables(classes=3, context=False, extra=False):
+    params = {'conv': {'kernel': np.ones((3, 4))}, 'classifier': {'kernel': np.ones((4, classes))}}
+    if context:
+        params['stage1_0'] = {'context_after_conv2_0': {'expand': {'kernel': np.zeros((4, 4))}}}
+    if extra:
+        params['head'] = {'kernel': np.ones((2, 2))}
+    return {'params': params, 'batch_stats': {'norm': {'mean': np.ones(4)}}}
+
+
+def test_initial_weights_fill_all_but_the_missing_context():
+    loaded = jax.tree.map(lambda leaf: leaf * 5, variables())
+    merged, new, classifier = merge_initial(
+        variables(context=True), loaded, new_classifier=False, place='x'
+    )
+    assert new == ['params/stage1_0/context_after_conv2_0/expand/kernel']
+    assert classifier == []
+    context = merged['params'].pop('stage1_0')
+    same(merged, loaded)
+    assert not context['context_after_conv2_0']['expand']['kernel'].any()
+
+
+def test_a_classifier_of_another_size_is_dropped_only_when_told():
+    fresh, loaded = variables(classes=7), jax.tree.map(lambda leaf: leaf * 5, variables())
+    with pytest.raises(CheckpointError, match=r'3 classes, the network 7; .*new_classifier=True'):
+        merge_initial(fresh, loaded, new_classifier=False, place='x')
+    merged, _, classifier = merge_initial(fresh, loaded, new_classifier=True, place='x')
+    assert classifier == ['params/classifier/kernel']
+    np.testing.assert_array_equal(merged['params']['classifier']['kernel'], np.ones((4, 7)))
+    np.testing.assert_array_equal(merged['params']['conv']['kernel'], np.full((3, 4), 5))
+    kept, _, dropped = merge_initial(variables(), loaded, new_classifier=True, place='x')
+    assert dropped == []
+    np.testing.assert_array_equal(kept['params']['classifier']['kernel'], np.full((4, 3), 5))
+
+
+@pytest.mark.parametrize(
+    ('fresh', 'loaded', 'message'),
+    [
+        (variables(extra=True), variables(), '1 missing, first params/head/kernel'),
+        (variables(), variables(extra=True), '1 not in the network, first params/head/kernel'),
+        (variables(), variables(context=True), '1 not in the network, first params/stage1_0'),
+    ],
+)
+def test_weights_of_another_network_are_refused(fresh, loaded, message):
+    with pytest.raises(CheckpointError, match=message):
+        merge_initial(fresh, loaded, new_classifier=True, place='x')

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+
+from gcnet_jax.errors import ConfigError
+from gcnet_jax.training import command, loop
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+DIGITS = CONFIGS / 'digits.py'
+
+
+def read(*arguments):
+    return command.read_flags(['train.py', *arguments], DIGITS)
+
+
+def test_the_default_is_digits():
+    config, name, workdir = read()
+    assert (config.data.name, name, workdir) == ('digits', 'digits', None)
+
+
+def test_settings_are_overridden():
+    config, name, workdir = read(
+        '--config', str(CONFIGS / 'cifar10.py'), '--workdir', 'there',
+        '--config.training.total_epochs=20', '--config.model.context.ratio=0.5',
+        '--config.model.context.stages=(2,3)', '--noconfig.data.flip',
+        '--config.model.num_classes=3',
+    )  # fmt: skip
+    assert (name, workdir) == ('cifar10', Path('there'))
+    assert config.training.total_epochs == 20
+    assert config.model.context.ratio == 0.5
+    assert config.model.context.stages == (2, 3)
+    assert config.data.flip is False
+    assert config.model.num_classes == 3
+
+
+def test_entries_of_a_list_are_overridden():
+    config, _, _ = read('--config.model.context[1].ratio=0.5')
+    assert config.model.context[1]['ratio'] == 0.5
+
+
+def test_a_variant_names_the_run():
+    config, name, _ = read(f'--config={CONFIGS / "imagenet.py"}:resnet50')
+    assert (config.model.name, name) == ('resnet50', 'imagenet_resnet50')
+
+
+@pytest.mark.parametrize(
+    ('argument', 'message'),
+    [
+        ('--config.training.total_epoch=3', r"did you mean 'config.training.total_epochs'"),
+        ('--config.trainign.seed=3', r"did you mean 'config.training.seed'"),
+        ('--config.model.context[7].ratio=1', r"unknown setting 'config.model.context\[7\].ratio'"),
+        ('--config.training.batch_size=many', 'invalid literal'),
+        ('--config.training=3', 'training'),
+        ('--confg=x', "Unknown command line flag 'confg'"),
+        ('--config=configs/none.py', 'unknown config file'),
+        (f'--config={CONFIGS / "imagenet.py"}:resnet51', "did you mean 'resnet50'"),
+        (f'--config={CONFIGS / "digits.py"}:other', r"get_config\('other'\) failed"),
+        ('training.seed=3', 'settings are given as --config.KEY=VALUE'),
+    ],
+)
+def test_a_wrong_flag_is_one_line(argument, message, capsys, monkeypatch):
+    with pytest.raises(ConfigError, match=message):
+        read(argument)
+    assert command.run(['train.py', argument], DIGITS) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ''
+    assert printed.err.startswith('train.py: ')
+    assert printed.err.count('\n') == 1
+
+
+def test_a_run_goes_to_a_directory_named_after_its_config(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, 'train', lambda config, workdir: seen.append(workdir))
+    assert command.run(['train.py'], DIGITS) == 0
+    assert command.run(['train.py', '--workdir=there'], DIGITS) == 0
+    assert seen == [Path('runs/digits'), Path('there')]
+
+
+def test_ctrl_c_says_how_to_continue(monkeypatch, tmp_path, capsys):
+    def interrupted(config, workdir):
+        (tmp_path / 'checkpoints' / '30').mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, 'train', interrupted)
+    assert command.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 130
+    assert 'the same command continues from step 30' in capsys.readouterr().err

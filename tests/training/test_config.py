@@ -1,0 +1,122 @@
+import pytest
+
+from gcnet_jax.errors import ConfigError
+from gcnet_jax.training.config import (
+    changed_keys,
+    check_config,
+    default_config,
+    is_due,
+    leaves,
+    plain,
+    steps,
+)
+
+
+def test_the_defaults_are_allowed():
+    check_config(default_config())
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        (
+            'training.total_epochs',
+            0.0,
+            r'config.training.total_epochs is 0.0; it must be a number in',
+        ),
+        ('training.batch_size', -1, 'whole number from 1'),
+        ('training.accumulation_steps', 3, 'accumulation_steps=3 does not divide'),
+        ('training.label_smoothing', 1.0, r'a number in \[0, 1\)'),
+        ('training.ema_decay', -0.1, r'a number in \[0, 1\)'),
+        ('training.seed', 2**32, '0 to'),
+        ('training.keep_checkpoints', 0, 'whole number from 1'),
+        ('training.new_classifier', True, 'init_from is not set'),
+        ('data.image_size', 0, 'whole number from 1'),
+        ('data.crop_fraction', 1.5, r'a number in \(0, 1\]'),
+        ('data.crop_scale', (0.5, 0.2), 'smallest <= largest'),
+        ('data.augmentation', 'pad', "'pad_crop'"),
+        ('data.interpolation', 'cubic', "'bicubic'"),
+        ('data.erasing_probability', 2.0, r'\[0, 1\]'),
+        ('model.dtype', 'float64', "'bfloat16'"),
+        ('model.num_classes', 0, 'whole number from 1'),
+        ('optimizer.name', 'adam', "did you mean 'adamw'"),
+        ('optimizer.momentum', 1.0, r'\[0, 1\)'),
+        ('optimizer.beta1', 0.9, 'sgd does not have it'),
+        ('optimizer.clip_norm', 0.0, r'\(0, inf\)'),
+        ('schedule.peak_learning_rate', float('nan'), r'\(0, inf\)'),
+        ('schedule.end_factor', 2.0, r'\[0, 1\]'),
+        ('mesh.fsdp', 0, 'or -1'),
+        ('runtime.progress', 'loud', "'lines'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(key, value, message):
+    config = default_config()
+    group, name = key.split('.')
+    config[group][name] = value
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_config(config)
+    assert name in str(caught.value)
+    assert '\n' not in str(caught.value)
+
+
+def test_unknown_settings_are_refused_with_the_nearest_name():
+    config = default_config().unlock()
+    config.training.total_epoch = 3
+    with pytest.raises(ConfigError, match=r"did you mean 'config.training.total_epochs'"):
+        check_config(config)
+    config = default_config().unlock()
+    config.optimiser = {'name': 'sgd'}
+    with pytest.raises(ConfigError, match=r"unknown setting 'config.optimiser'; did you mean"):
+        check_config(config)
+    config = default_config().unlock()
+    del config.data.flip
+    with pytest.raises(ConfigError, match=r'config.data.flip is missing'):
+        check_config(config)
+
+
+def test_a_config_is_locked_but_for_the_options_of_the_network():
+    config = default_config()
+    with pytest.raises(AttributeError):
+        config.training.total_epoch = 3
+    config.model.width = 3
+    check_config(config)
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    config = default_config()
+    config.data.augmentation = 'none'
+    config.data.crop_scale = (0.2, 1.0)
+    with pytest.raises(ConfigError, match='choose resized_crop'):
+        check_config(config)
+
+
+def test_durations_are_converted_in_one_place():
+    group = {'total_epochs': 2.5, 'total_steps': None}
+    assert steps(group, 'total', 10.0) == 25
+    assert steps(group | {'total_steps': 7}, 'total', 10.0) == 7
+
+
+@pytest.mark.parametrize('interval', [1, 0.4, 3, 22.46875, 7.5])
+def test_an_interval_that_is_no_whole_number_is_met_on_average(interval):
+    due = [step for step in range(1, 1000) if is_due(step, interval)]
+    if interval <= 1:
+        assert due == list(range(1, 1000))
+    else:
+        expected = [round(count * interval) for count in range(1, 1000)]
+        assert due == [step for step in expected if step < 1000]
+
+
+def test_leaves_have_the_paths_of_the_command_line():
+    tree = {'a': {'b': 1, 'c': ({'d': 2}, {'d': 3})}, 'e': (4, 5)}
+    assert dict(leaves(tree)) == {'a.b': 1, 'a.c[0].d': 2, 'a.c[1].d': 3, 'e': (4, 5)}
+
+
+def test_what_may_change_when_a_run_is_continued():
+    first, second = default_config(), default_config()
+    second.mesh.fsdp = 2
+    second.data.data_dir = '/elsewhere'
+    second.runtime.progress = 'bar'
+    assert changed_keys(plain(first), plain(second)) == []
+    second.training.seed = 1
+    second.model.width = 4
+    assert changed_keys(plain(first), plain(second)) == ['model.width', 'training.seed']

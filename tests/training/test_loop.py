@@ -1,0 +1,282 @@
+"""Whole runs of a tiny network on pictures made here, on eight devices."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from gcnet_jax.errors import CheckpointError, ConfigError
+from gcnet_jax.stored_model import find_checkpoint, load_variables, write_ported
+from gcnet_jax.training import experiment
+from gcnet_jax.training.config import default_config
+from gcnet_jax.training.loop import TrainingError, train
+from gcnet_jax.training.metrics import TIMING, MetricsWriter, read_metrics
+
+
+class FakeSource:
+    """Squares whose brightness tells their class."""
+
+    label_names = ('black', 'dark', 'light', 'white')
+    num_classes = 4
+
+    def __init__(self, name, split, data_dir):
+        self.name, self.split = name, split
+        self.images = []
+        rng = np.random.default_rng(len(split))
+        for index in range({'train': 44, 'test': 13}[split]):
+            pixels = 30 + 60 * (index % 4) + rng.integers(-20, 21, (8, 8, 3))
+            file = io.BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(file, 'PNG')
+            self.images.append(file.getvalue())
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {'image': self.images[index], 'label': index % 4}
+
+    def describe(self, index):
+        return f'square {index}'
+
+
+@pytest.fixture(autouse=True)
+def fake_data(monkeypatch):
+    monkeypatch.setattr(experiment, 'load_source', FakeSource)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once(tmp_path_factory):
+    """Lets runs of the same network share their compiled steps."""
+    names = {
+        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+        'jax_persistent_cache_min_compile_time_secs': 0,
+        'jax_persistent_cache_min_entry_size_bytes': -1,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def tiny_config(**training):
+    config = default_config()
+    config.model.stage_sizes = (1,)
+    config.model.widths = (4,)
+    config.model.context = {'stages': (1,), 'position': 'after_conv2', 'ratio': 0.5}
+    config.model.dropout_rate = 0.1
+    config.data.image_size = 8
+    config.data.augmentation = 'pad_crop'
+    config.data.mixup_alpha = 0.2
+    config.data.num_threads = 0
+    config.training.batch_size = 16
+    config.training.total_steps = 12
+    config.training.ema_decay = 0.5
+    config.training.log_steps = 5
+    config.training.evaluation_steps = 8
+    config.training.checkpoint_steps = 3
+    config.training.keep_checkpoints = 9
+    config.runtime.progress = 'lines'
+    config.runtime.tensorboard = False
+    for name, value in training.items():
+        config.training[name] = value
+    return config
+
+
+def without_timing(workdir):
+    return [
+        {name: value for name, value in line.items() if name not in TIMING}
+        for line in read_metrics(workdir)
+    ]
+
+
+@pytest.fixture(scope='module')
+def whole_run(tmp_path_factory):
+    """An uninterrupted run, which others are compared with."""
+    workdir = tmp_path_factory.mktemp('whole')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, 'load_source', FakeSource)
+        return workdir, train(tiny_config(), workdir)
+
+
+def test_a_run_leaves_everything_behind(whole_run):
+    workdir, final = whole_run
+    lines = read_metrics(workdir)
+    assert [(line['step'], 'eval/loss' in line) for line in lines] == [
+        (5, False),
+        (8, True),
+        (10, False),
+        (12, False),
+        (12, True),
+    ]
+    train_keys = {'loss', 'accuracy', 'gradient_norm', 'learning_rate', 'images_per_second'}
+    assert {f'train/{key}' for key in train_keys} <= set(lines[0])
+    assert {'eval/loss', 'eval/accuracy', 'eval/top5'} <= set(lines[1])
+    assert lines[1]['eval/examples'] == 13
+    assert lines[0]['epoch'] == pytest.approx(5 * 16 / 44)
+    assert final['eval/accuracy'] == lines[-1]['eval/accuracy']
+    config = json.loads((workdir / 'config.json').read_text())
+    assert config['model']['context']['ratio'] == 0.5
+    steps = sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+    assert steps == [3, 6, 8, 9, 12]
+
+
+def test_a_checkpoint_rebuilds_the_network_with_nothing_else(whole_run):
+    """The stored network, applied by hand to the test images, has the accuracy of the log."""
+    workdir, final = whole_run
+    description, variables = load_variables(workdir)
+    assert description.label_names == FakeSource.label_names
+    preprocessing = description.preprocessing
+    source = FakeSource('', 'test', None)
+    pixels = np.stack(
+        [np.asarray(Image.open(io.BytesIO(source[index]['image']))) for index in range(13)]
+    )
+    images = (pixels / 255 - preprocessing.mean) / preprocessing.std
+    logits = np.asarray(
+        description.build().apply(variables, images.astype(np.float32), train=False), np.float64
+    )
+    labels = np.arange(13) % 4
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(13), labels]
+    assert final['eval/loss'] == pytest.approx(losses.mean(), rel=1e-4)
+    assert final['eval/accuracy'] == pytest.approx((logits.argmax(axis=1) == labels).mean())
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+@pytest.mark.parametrize('stop', [5, 12])
+def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch, whole_run, stop, capsys):
+    """Killed when the line of step `stop` was written, before the checkpoint that follows it."""
+    write = MetricsWriter.write
+
+    def write_and_die(self, step, *values):
+        write(self, step, *values)
+        if step == stop:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, 'write', write_and_die)
+        with pytest.raises(Killed):
+            train(tiny_config(), tmp_path)
+    killed = read_metrics(tmp_path)
+    assert killed[-1]['step'] == stop
+    train(tiny_config(), tmp_path)
+    assert f'continuing from step {({5: 3, 12: 9})[stop]}' in capsys.readouterr().out
+    assert without_timing(tmp_path) == without_timing(whole_run[0])
+    one, two = load_variables(tmp_path)[1], load_variables(whole_run[0])[1]
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_a_run_that_is_complete_is_left_as_it_is(whole_run, capsys):
+    workdir, final = whole_run
+    before = (workdir / 'metrics.jsonl').read_bytes()
+    again = train(tiny_config(), workdir)
+    assert (workdir / 'metrics.jsonl').read_bytes() == before
+    assert 'was complete already' in capsys.readouterr().out
+    assert again['eval/accuracy'] == final['eval/accuracy']
+
+
+def test_a_workdir_continues_on_another_mesh(tmp_path, whole_run, monkeypatch):
+    config = tiny_config()
+    with monkeypatch.context() as patch:
+        write = MetricsWriter.write
+
+        def write_and_die(self, step, *values):
+            write(self, step, *values)
+            if step == 8:
+                raise Killed
+
+        patch.setattr(MetricsWriter, 'write', write_and_die)
+        with pytest.raises(Killed):
+            train(config, tmp_path)
+    config.mesh.fsdp = 2
+    final = train(config, tmp_path)
+    assert final['eval/loss'] == pytest.approx(whole_run[1]['eval/loss'], rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = tiny_config(checkpoint_steps=1)
+    config.schedule.peak_learning_rate = 1e30
+    with pytest.raises(
+        TrainingError, match=r'step (\d+) is not finite .*last good checkpoint'
+    ) as caught:
+        train(config, tmp_path)
+    step = int(str(caught.value).split()[1])
+    newest = find_checkpoint(tmp_path)
+    assert str(newest) in str(caught.value)
+    assert int(newest.name) < step
+    for leaf in jax.tree.leaves(load_variables(tmp_path)[1]):
+        assert np.isfinite(leaf).all()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_if_so_set(tmp_path):
+    config = tiny_config(checkpoint_steps=1, max_bad_steps=3)
+    config.schedule.peak_learning_rate = 1e30
+    with pytest.raises(TrainingError) as caught:
+        train(config, tmp_path)
+    assert int(str(caught.value).split()[1]) > 3
+
+
+@pytest.mark.parametrize(
+    ('group', 'key', 'value', 'message'),
+    [
+        (
+            'training',
+            'batch_size',
+            12,
+            r'must divide by 8: the mesh splits it into 8 \(data 8, fsdp 1\)',
+        ),
+        ('training', 'accumulation_steps', 4, 'must divide by 32'),
+        ('mesh', 'data', 3, 'does not fit 8 devices'),
+        ('model', 'num_classes', 5, 'data set digits has 4 labels'),
+        ('model', 'name', 'gcnn', "did you mean 'gccnn'"),
+        ('model', 'widht', (3,), "did you mean 'widths'"),
+        ('schedule', 'warmup_steps', 12, 'warm-up takes 12 steps and the run has 12'),
+        ('training', 'init_from', '/nowhere', 'no such directory'),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    tmp_path, group, key, value, message
+):
+    config = tiny_config()
+    config[group][key] = value
+    with pytest.raises((ConfigError, CheckpointError), match=message) as caught:
+        train(config, tmp_path / 'run')
+    assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_height_that_spatial_does_not_divide_is_refused(tmp_path):
+    config = tiny_config()
+    config.mesh.data, config.mesh.spatial = 2, 4
+    config.data.evaluation_image_size = 10
+    with pytest.raises(ConfigError, match='evaluation_image_size is 10; it must divide by'):
+        train(config, tmp_path)
+
+
+def test_fine_tuning_adds_the_context_to_a_plain_network(tmp_path, whole_run, capsys):
+    """A ported plain network is a checkpoint like any other."""
+    description, variables = load_variables(whole_run[0])
+    block = variables['params']['stage1_0']
+    context = [name for name in block if name.startswith('context')]
+    assert context
+    for name in context:
+        del block[name]
+    plain = {**description.options, 'context': None}
+    write_ported(tmp_path / 'plain', type(description)('gccnn', plain), variables)
+    config = tiny_config(init_from=str(tmp_path / 'plain'), total_steps=1)
+    config.schedule.peak_learning_rate = 1e-30
+    final = train(config, tmp_path / 'run')
+    printed = capsys.readouterr().out
+    assert f'weights from {tmp_path / "plain"}' in printed
+    assert 'context parameters are new' in printed
+    tuned = load_variables(tmp_path / 'run')[1]
+    kernel = tuned['params']['stage1_0']['conv1']['kernel']
+    np.testing.assert_allclose(kernel, block['conv1']['kernel'], rtol=1e-6)  # It was averaged.
+    assert 'context_after_conv2_0' in tuned['params']['stage1_0']
+    assert np.isfinite(final['eval/loss'])

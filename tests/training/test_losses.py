@@ -1,0 +1,43 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gcnet_jax.training.losses import cross_entropy, in_top, smooth_labels
+
+RNG = np.random.default_rng(0)
+
+
+def test_cross_entropy_is_minus_the_expected_log_probability():
+    logits = RNG.normal(size=(5, 7)) * 5
+    labels = RNG.dirichlet(np.ones(7), size=5)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = -(labels * np.log(probabilities)).sum(axis=1)
+    np.testing.assert_allclose(
+        cross_entropy(jnp.array(logits), jnp.array(labels)), expected, rtol=1e-5
+    )
+
+
+def test_cross_entropy_runs_in_float32_and_does_not_overflow():
+    losses = cross_entropy(jnp.array([[1000.0, 0.0]], jnp.bfloat16), jnp.array([[0.0, 1.0]]))
+    assert losses.dtype == jnp.float32
+    assert losses[0] == 1000
+
+
+def test_label_smoothing_keeps_the_sum():
+    labels = np.eye(4)[[1, 3]]
+    expected = np.where(labels == 1, 0.9 + 0.1 / 4, 0.1 / 4)
+    np.testing.assert_allclose(smooth_labels(jnp.array(labels), 0.1), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('count', [1, 3, 5, 9])
+def test_in_top_counts_like_a_stable_sort(count):
+    logits = RNG.integers(0, 4, size=(200, 6)).astype(np.float32)  # With many ties.
+    labels = RNG.integers(0, 6, size=200)
+    order = np.argsort(-logits, axis=1, kind='stable')[:, :count]
+    expected = (order == labels[:, None]).any(axis=1)
+    np.testing.assert_array_equal(in_top(jnp.array(logits), jnp.array(labels), count), expected)
+
+
+def test_a_logit_that_is_not_a_number_is_never_right():
+    logits = jnp.array([[jnp.nan, 1.0], [0.0, 1.0]])
+    np.testing.assert_array_equal(in_top(logits, jnp.array([0, 1]), 1), [False, True])

@@ -1,0 +1,95 @@
+import json
+
+import pytest
+
+from gcnet_jax.errors import CheckpointError
+from gcnet_jax.training.metrics import Clock, MetricsWriter, Progress, read_metrics
+
+
+def write(workdir, step, steps):
+    writer = MetricsWriter(workdir, step, tensorboard=False)
+    for number in steps:
+        writer.write(number, number / 2, {'train/loss': 1 / number})
+    writer.close()
+
+
+def test_one_json_object_a_line(tmp_path):
+    write(tmp_path, 0, [1, 3])
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {'step': 1, 'epoch': 0.5, 'train/loss': 1.0},
+        {'step': 3, 'epoch': 1.5, 'train/loss': 1 / 3},
+    ]
+    assert read_metrics(tmp_path) == [json.loads(line) for line in lines]
+
+
+def test_lines_after_the_restored_step_are_dropped(tmp_path):
+    write(tmp_path, 0, [1, 2, 3, 4])
+    whole = (tmp_path / 'metrics.jsonl').read_bytes()
+    write(tmp_path, 2, [3, 4])
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == whole
+
+
+def test_a_line_that_was_cut_off_is_dropped(tmp_path):
+    write(tmp_path, 0, [1, 2])
+    whole = (tmp_path / 'metrics.jsonl').read_bytes()
+    (tmp_path / 'metrics.jsonl').write_bytes(whole + b'{"step": 3, "epo')
+    write(tmp_path, 2, [])
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == whole
+
+
+def test_a_broken_line_in_the_middle_is_an_error(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(CheckpointError, match='line 2 is not JSON'):
+        read_metrics(tmp_path)
+
+
+def test_values_that_are_not_numbers_are_never_written(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    with pytest.raises(ValueError, match='JSON compliant'):
+        writer.write(1, 0.5, {'train/loss': float('nan')})
+    writer.close()
+    assert read_metrics(tmp_path) == []
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    writer = MetricsWriter(tmp_path, 0, tensorboard=True)
+    writer.write(1, 0.5, {'train/loss': 2.0})
+    writer.close()
+    (events,) = tmp_path.glob('events.out.tfevents.*')
+    assert b'train/loss' in events.read_bytes()
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    progress = Progress('auto', 0, 20)
+    progress.report(10, 0.5, {'train/loss': 1.23456, 'train/accuracy': 0.5}, rate=0.1)
+    assert capsys.readouterr().out == (
+        'step 10/20 (epoch 0.50): train/loss 1.235, train/accuracy 50.00%, 1:40 left\n'
+    )
+
+
+def test_a_bar_has_the_time_left_and_the_last_values(capsys):
+    progress = Progress('bar', 5, 20)
+    progress.advance()
+    progress.report(6, 0.5, {'train/loss': 1.5, 'train/images_per_second': 1234.0}, rate=0.1)
+    progress.report(6, 0.5, {'eval/accuracy': 0.75}, rate=0.0)
+    progress.close()
+    shown = capsys.readouterr()
+    assert '6/20' in shown.err
+    assert 'loss 1.5, images_per_second 1,234' in shown.err
+    assert 'eval/accuracy 75.00%' in shown.out
+
+
+def test_the_clock_leaves_out_what_it_was_stopped_for(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr('gcnet_jax.training.metrics.time.perf_counter', lambda: now[0])
+    clock = Clock()
+    clock.step_done()  # The first step, which was compiled.
+    clock.start()
+    for _ in range(4):
+        now[0] += 0.5
+        clock.step_done()
+    clock.stop()
+    now[0] += 100
+    assert clock.rate() == 2.0
+    assert clock.rate() == 0.0

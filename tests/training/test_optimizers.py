@@ -1,0 +1,130 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gcnet_jax.errors import ConfigError
+from gcnet_jax.training.optimizers import OPTIMIZERS, decay_mask, make_optimizer, warmup_cosine
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    'conv': {'kernel': RNG.normal(size=(3, 3, 2, 4))},
+    'context': {'reduce': {'kernel': RNG.normal(size=(4, 2)), 'bias': RNG.normal(size=2)}},
+    'norm': {'scale': RNG.normal(size=4), 'bias': RNG.normal(size=4)},
+}
+PARAMS = jax.tree.map(lambda leaf: leaf.astype(np.float32), PARAMS)
+GRADIENTS = [
+    jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape).astype(np.float32), PARAMS)
+    for _ in range(3)
+]
+
+
+def run(optimizer, gradients=GRADIENTS):
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_schedule_is_a_line_and_half_a_cosine():
+    schedule = warmup_cosine(0.4, warmup_steps=4, total_steps=20, end_factor=0.1)
+    for step in range(25):
+        if step < 4:
+            expected = 0.4 * (step + 1) / 5
+        else:
+            cosine = 0.5 * (1 + np.cos(np.pi * min(1, (step - 4) / 16)))
+            expected = 0.4 * (0.1 + 0.9 * cosine)
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
+    assert schedule(0) > 0
+    np.testing.assert_allclose(schedule(4), 0.4)
+    np.testing.assert_allclose(schedule(20), 0.04, rtol=1e-5)
+
+
+def test_decay_spares_norms_and_biases_but_not_context_kernels():
+    assert decay_mask(PARAMS) == {
+        'conv': {'kernel': True},
+        'context': {'reduce': {'kernel': True, 'bias': False}},
+        'norm': {'scale': False, 'bias': False},
+    }
+
+
+@pytest.mark.parametrize('nesterov', [True, False])
+def test_sgd_is_the_textbook(nesterov):
+    result = run(make_optimizer('sgd', 0.1, weight_decay=0.01, momentum=0.8, nesterov=nesterov))
+    for path, start in jax.tree_util.tree_leaves_with_path(PARAMS):
+        value, velocity = start.astype(np.float64), 0.0
+        for step in range(3):
+            gradient = dict(jax.tree_util.tree_leaves_with_path(GRADIENTS[step]))[path]
+            gradient = gradient + 0.01 * value * (start.ndim > 1)
+            velocity = 0.8 * velocity + gradient
+            value = value - 0.1 * (gradient + 0.8 * velocity if nesterov else velocity)
+        actual = dict(jax.tree_util.tree_leaves_with_path(result))[path]
+        np.testing.assert_allclose(actual, value, rtol=1e-4, atol=1e-6)
+
+
+def test_adamw_is_the_textbook():
+    result = run(
+        make_optimizer('adamw', 0.1, weight_decay=0.01, beta1=0.8, beta2=0.9, epsilon=1e-3)
+    )
+    for path, start in jax.tree_util.tree_leaves_with_path(PARAMS):
+        value, first, second = start.astype(np.float64), 0.0, 0.0
+        for step in range(3):
+            gradient = dict(jax.tree_util.tree_leaves_with_path(GRADIENTS[step]))[path]
+            first = 0.8 * first + 0.2 * gradient
+            second = 0.9 * second + 0.1 * gradient**2
+            corrected = first / (1 - 0.8 ** (step + 1))
+            scale = np.sqrt(second / (1 - 0.9 ** (step + 1))) + 1e-3
+            value = value - 0.1 * (corrected / scale + 0.01 * value * (start.ndim > 1))
+        actual = dict(jax.tree_util.tree_leaves_with_path(result))[path]
+        np.testing.assert_allclose(actual, value, rtol=1e-4, atol=1e-6)
+
+
+def test_lars_scales_by_the_ratio_of_norms_for_kernels_only():
+    options = {'weight_decay': 0.01, 'momentum': 0.0, 'trust_coefficient': 0.02}
+    result = run(make_optimizer('lars', 0.1, **options), GRADIENTS[:1])
+    for path, start in jax.tree_util.tree_leaves_with_path(PARAMS):
+        gradient = dict(jax.tree_util.tree_leaves_with_path(GRADIENTS[0]))[path]
+        rate = 0.1
+        if start.ndim > 1:
+            gradient = gradient + 0.01 * start
+            rate *= 0.02 * np.linalg.norm(start) / np.linalg.norm(gradient)
+        actual = dict(jax.tree_util.tree_leaves_with_path(result))[path]
+        np.testing.assert_allclose(actual, start - rate * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_lamb_moves_a_leaf_by_its_own_norm():
+    result = run(make_optimizer('lamb', 0.1, weight_decay=0.0), GRADIENTS[:1])
+    for path, start in jax.tree_util.tree_leaves_with_path(PARAMS):
+        moved = dict(jax.tree_util.tree_leaves_with_path(result))[path] - start
+        np.testing.assert_allclose(np.linalg.norm(moved), 0.1 * np.linalg.norm(start), rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', sorted(OPTIMIZERS))
+def test_decay_changes_kernels_only_whatever_the_optimizer(name):
+    zero = [jax.tree.map(np.zeros_like, PARAMS)]
+    result = run(make_optimizer(name, 0.1, weight_decay=0.1), zero)
+    for path, start in jax.tree_util.tree_leaves_with_path(PARAMS):
+        same = np.array_equal(dict(jax.tree_util.tree_leaves_with_path(result))[path], start)
+        assert same == (start.ndim == 1)
+
+
+def test_clipping_bounds_the_norm_of_the_whole_gradient():
+    norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(GRADIENTS[0])))
+    options = {'momentum': 0.0, 'nesterov': False}
+    clipped = run(make_optimizer('sgd', 1.0, clip_norm=0.5, **options), GRADIENTS[:1])
+    kernel = PARAMS['conv']['kernel'] - GRADIENTS[0]['conv']['kernel'] * 0.5 / norm
+    np.testing.assert_allclose(clipped['conv']['kernel'], kernel, rtol=1e-5)
+    free = run(make_optimizer('sgd', 1.0, clip_norm=2 * norm, **options), GRADIENTS[:1])
+    kernel = PARAMS['conv']['kernel'] - GRADIENTS[0]['conv']['kernel']
+    np.testing.assert_allclose(free['conv']['kernel'], kernel, rtol=1e-5)
+
+
+def test_an_unknown_optimizer_or_option_is_refused():
+    with pytest.raises(ConfigError, match="'adamw'"):
+        make_optimizer('adam', 0.1)
+    with pytest.raises(ConfigError, match='it takes momentum, nesterov'):
+        make_optimizer('sgd', 0.1, beta1=0.5)
+    make_optimizer('sgd', 0.1, beta1=None)

@@ -1,0 +1,249 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gcnet_jax.training.mesh import batch_shardings
+from gcnet_jax.training.steps import (
+    jit_evaluation_step,
+    jit_train_step,
+    make_evaluation_step,
+    make_train_step,
+    moving_average,
+)
+
+EVERYTHING = {
+    'label_smoothing': 0.1,
+    'mixup_alpha': 0.4,
+    'accumulation_steps': 2,
+    'ema_decay': 0.9,
+}
+SGD = optax.sgd(0.1, momentum=0.9)
+
+
+def close(actual, expected, tolerance=1e-5):
+    """Compares trees of arrays, relative to the largest value of each leaf."""
+    for (path, one), two in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        two = np.asarray(two, np.float64)
+        bound = tolerance * max(1.0, np.abs(two).max(initial=0))
+        np.testing.assert_allclose(one, two, rtol=0, atol=bound, err_msg=str(path))
+
+
+def compiled(model, options, mesh, shardings, optimizer=SGD):
+    return jit_train_step(make_train_step(model, optimizer, options, mesh), mesh, shardings)
+
+
+@pytest.fixture(scope='module')
+def ten_steps(place, put, tiny_model):
+    """Runs ten steps on a mesh: the first gradient, all losses, and the moving average."""
+    done = {}
+
+    def run(shape, options, make_batch):
+        if shape in done:
+            return done[shape]
+        optimizer = optax.sgd(1e-4, momentum=0.9)
+        mesh, shardings, state = place(shape, tiny_model, optimizer, use_ema=True)
+        step = compiled(tiny_model, options, mesh, shardings, optimizer)
+        losses = []
+        for index in range(10):
+            state, metrics = step(state, put(make_batch(seed=index), batch_shardings(mesh)))
+            losses.append(float(metrics['loss']) / float(metrics['count']))
+            if index == 0:  # The momentum after one step is the gradient itself.
+                gradient = jax.device_get(optax.tree.get(state.opt_state, 'trace'))
+        done[shape] = losses, gradient, jax.device_get(state.ema)
+        return done[shape]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    'shape',
+    [
+        (8, 1, 1),
+        (2, 2, 2),
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in [(4, 2, 1), (1, 8, 1), (2, 1, 4), (1, 1, 8)]
+        ),
+    ],
+)
+def test_any_mesh_gives_one_devices_losses_and_gradients(
+    shape, ten_steps, step_options, make_batch
+):
+    options = dataclasses.replace(step_options, **EVERYTHING)
+    losses, gradient, average = ten_steps((1, 1, 1), options, make_batch)
+    # There is something to compare: ten losses, and a gradient in the attention of the block.
+    assert len(set(losses)) == 10
+    pool = gradient['stage1_0']['context_after_conv2_0']['pool']
+    assert np.abs(pool['logits']['kernel']).max() > 1e-5
+    close(ten_steps(shape, options, make_batch), (losses, gradient, average))
+
+
+class PlainNet(nn.Module):
+    """No batch statistics, so a batch is the sum of its examples."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        features = nn.relu(nn.Conv(8, (3, 3))(images))
+        return nn.Dense(4)(features.mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (4, 1, 2)])
+def test_accumulation_gives_the_big_batchs_gradient(shape, place, put, step_options, make_batch):
+    model = PlainNet()
+    results = []
+    for count in (1, 4):
+        options = dataclasses.replace(step_options, accumulation_steps=count, mixup_alpha=0.5)
+        optimizer = optax.sgd(1.0)
+        mesh, shardings, state = place(shape, model, optimizer)
+        step = compiled(model, options, mesh, shardings, optimizer)
+        state, metrics = step(state, put(make_batch(), batch_shardings(mesh)))
+        results.append(jax.device_get((state.params, metrics)))
+    assert results[0][1]['count'] == 16
+    close(results[1], results[0])
+
+
+def test_the_gradient_is_that_of_the_mean_loss(place, put, step_options, make_batch):
+    model, options = PlainNet(), dataclasses.replace(step_options, label_smoothing=0.2)
+    mesh, shardings, state = place((1, 1, 1), model, optax.sgd(0.5))
+    batch = make_batch()
+
+    def reference(params):
+        images = (
+            jnp.asarray(batch['image'], jnp.float32) / 255 - jnp.array(options.mean)
+        ) / jnp.array(options.std)
+        logits = model.apply({'params': params}, images, train=True)
+        labels = jnp.eye(4)[batch['label']] * 0.8 + 0.2 / 4
+        logs = logits - jnp.log(jnp.exp(logits).sum(axis=1, keepdims=True))
+        return -(labels * logs).sum() / 16
+
+    params = jax.device_get(state.params)
+    loss, gradient = jax.value_and_grad(reference)(params)
+    step = jit_train_step(make_train_step(model, optax.sgd(0.5), options, mesh), mesh, shardings)
+    state, metrics = step(state, put(batch, batch_shardings(mesh)))
+    close(state.params, jax.tree.map(lambda leaf, g: leaf - 0.5 * g, params, gradient))
+    np.testing.assert_allclose(metrics['loss'] / metrics['count'], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(gradient), rtol=1e-5)
+    assert state.step == 1
+
+
+def test_one_step_of_eight_devices(place, put, small_model, step_options, make_batch):
+    """Batch norm sees all images; evaluation uses the moving average; the old state is donated."""
+    options = dataclasses.replace(step_options, ema_decay=0.5)
+    mesh, shardings, state = place((8, 1, 1), small_model, SGD, use_ema=True)
+    # A copy: a buffer that numpy looks at is not donated.
+    before = jax.device_get(jax.tree.map(jnp.copy, state))
+    batch = make_batch()
+    step = compiled(small_model, options, mesh, shardings)
+    new, _ = step(state, put(batch, batch_shardings(mesh)))
+
+    kernel, bias = before.params['conv']['kernel'].astype(np.float64), before.params['conv']['bias']
+    images = (batch['image'] / 255 - options.mean) / options.std
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    convolved = bias + sum(
+        padded[:, row : row + 8, column : column + 8] @ kernel[row, column]
+        for row in range(3)
+        for column in range(3)
+    )
+    old = before.batch_stats['norm']
+    close(new.batch_stats['norm']['mean'], 0.9 * old['mean'] + 0.1 * convolved.mean(axis=(0, 1, 2)))
+    close(new.batch_stats['norm']['var'], 0.9 * old['var'] + 0.1 * convolved.var(axis=(0, 1, 2)))
+
+    after = jax.device_get({'params': new.params, 'batch_stats': new.batch_stats})
+    average = jax.tree.map(lambda old, leaf: 0.1 * old + 0.9 * leaf, before.ema, after)
+    close(new.evaluation_variables(), average)
+
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert jax.tree.map(lambda leaf: leaf.sharding, new.params) == shardings.params
+
+
+def test_moving_average_forgets_the_start_early_and_slows_down():
+    old, new = {'w': jnp.array([1.0, 2.0])}, {'w': jnp.array([3.0, -2.0])}
+    for step, decay in [(0, 1 / 10), (10, 11 / 20), (10**6, 0.999)]:
+        result = moving_average(old, new, 0.999, jnp.asarray(step))
+        expected = decay * np.array([1.0, 2.0]) + (1 - decay) * np.array([3.0, -2.0])
+        np.testing.assert_allclose(result['w'], expected, rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(
+    place, put, small_model, step_options, make_batch
+):
+    options = dataclasses.replace(step_options, std=(0.0, 1.0, 1.0))
+    mesh, shardings, state = place((2, 2, 1), small_model, SGD, use_ema=True)
+    before = jax.device_get(state)
+    step = compiled(small_model, options, mesh, shardings)
+    state, metrics = step(state, put(make_batch(), batch_shardings(mesh)))
+    assert not metrics['finite']
+    after = jax.device_get(state)
+    assert after.step == 1
+    jax.tree.map(np.testing.assert_array_equal, after.replace(step=before.step), before)
+
+
+def test_randomness_follows_from_key_and_step(place, put, small_model, step_options, make_batch):
+    options = dataclasses.replace(step_options, erasing_probability=0.9)
+    mesh, _, state = place((1, 1, 1), small_model, SGD)
+    step = jax.jit(make_train_step(small_model, SGD, options, mesh))
+    batch = put(make_batch(), batch_shardings(mesh))
+    first = step(state, batch)[1]['loss']
+    assert step(state, batch)[1]['loss'] == first
+    assert step(state.replace(step=state.step + 1), batch)[1]['loss'] != first
+    assert step(state.replace(key=state.key + 1), batch)[1]['loss'] != first
+
+
+@pytest.mark.parametrize('size', [8, 16, 24])
+def test_evaluation_counts_every_example_once(
+    size, place, put, small_model, step_options, make_batch
+):
+    """Twenty-one examples in padded batches of any size, against numpy over all of them."""
+    mesh, shardings, state = place((8, 1, 1), small_model, SGD)
+    data = make_batch(21)
+    images = (data['image'] / 255 - step_options.mean) / step_options.std
+    variables = jax.device_get(state.evaluation_variables())
+    logits = np.asarray(
+        small_model.apply(variables, jnp.asarray(images, jnp.float32), train=False), np.float64
+    )
+    logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = {
+        'count': 21,
+        'loss': -logs[np.arange(21), data['label']].sum(),
+        'top1': (logits.argmax(axis=1) == data['label']).sum(),
+        'top5': 21,
+    }
+    step = jit_evaluation_step(make_evaluation_step(small_model, step_options), mesh, shardings)
+    sums = dict.fromkeys(expected, 0.0)
+    for start in range(0, 21, size):
+        rows = {name: value[start : start + size] for name, value in data.items()}
+        real = len(rows['label'])
+        batch = {
+            'image': np.zeros((size, 8, 8, 3), np.uint8),
+            'label': np.zeros(size, np.int32),
+            'mask': np.arange(size) < real,
+        }
+        batch['image'][:real], batch['label'][:real] = rows['image'], rows['label']
+        where = batch_shardings(mesh, ('image', 'label', 'mask'))
+        for name, value in step(state.evaluation_variables(), put(batch, where)).items():
+            sums[name] += float(value)
+    np.testing.assert_allclose(sums['loss'], expected['loss'], rtol=1e-5)
+    assert {**sums, 'loss': 0} == {**expected, 'loss': 0}
+
+
+def test_padding_that_is_not_finite_does_not_count(place, put, step_options, make_batch):
+    class Fragile(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            return nn.Dense(4)(images.mean(axis=(1, 2))) / (
+                images.max(axis=(1, 2, 3))[:, None] > -2
+            )
+
+    _, _, state = place((1, 1, 1), Fragile(), SGD)
+    step = jax.jit(make_evaluation_step(Fragile(), step_options))
+    batch = make_batch(8) | {'mask': np.arange(8) < 5}
+    batch['image'][5:] = 0
+    assert np.isfinite(step(state.evaluation_variables(), batch)['loss'])
+    assert step(state.evaluation_variables(), batch)['count'] == 5
