@@ -1,0 +1,17 @@
+"""PyTorch checkpoints in and out: reading files, one name map a family, strict conversion."""
+
+from gcnet_jax.porting.convert import Report
+from gcnet_jax.porting.directories import port, port_reverse
+from gcnet_jax.porting.files import read_checkpoint
+from gcnet_jax.porting.load import load_pretrained, load_torch, to_torch, write_safetensors
+
+__all__ = [
+    'Report',
+    'load_pretrained',
+    'load_torch',
+    'port',
+    'port_reverse',
+    'read_checkpoint',
+    'to_torch',
+    'write_safetensors',
+]
