@@ -1,0 +1,62 @@
+"""The shapes in the signatures are true: blocks and networks run with every annotation checked.
+
+In a process of its own, because the checks come before the package's own errors.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+from jaxtyping import install_import_hook
+
+with install_import_hook('gcnet_jax', 'beartype.beartype'):
+    from gcnet_jax import GlobalContext, NonLocal, SimplifiedNonLocal, SqueezeExcite, create_model
+    from gcnet_jax.training import steps
+
+import jax
+import jax.numpy as jnp
+
+BLOCKS = (
+    GlobalContext(fusion='scale_add'),
+    GlobalContext(pooling='average'),
+    NonLocal(),
+    NonLocal(mode='concatenation'),
+    SimplifiedNonLocal(),
+    SqueezeExcite(),
+)
+for block in BLOCKS:
+    for shape in ((2, 5, 8), (2, 4, 3, 8), (2, 2, 3, 4, 8)):
+        for mask in (None, jnp.ones(shape[:-1], bool)):
+            jax.eval_shape(block.init, jax.random.key(0), jnp.ones(shape), mask)
+for name in ('gc_resnet18', 'nl_resnet50_c4', 'gcresnext26ts', 'gc_efficientnetv2_rw_t'):
+    images = jnp.ones((1, 64, 64, 3))
+    model = create_model(name, dropout_rate=0.1)
+    keys = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
+    jax.eval_shape(lambda images: model.init(keys, images, train=True), images)
+options = steps.StepOptions(num_classes=4, mean=(0.5,) * 3, std=(0.2,) * 3, mixup_alpha=0.2)
+images, labels = jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros((4,), jnp.int32)
+jax.eval_shape(lambda key: steps.prepare(images, labels, key, options), jax.random.key(0))
+print('checked')
+"""
+
+
+def run(program):
+    root = Path(__file__).parent.parent
+    environment = os.environ | {'PYTHONPATH': str(root)}
+    return subprocess.run(
+        [sys.executable, '-c', program], env=environment, capture_output=True, text=True
+    )
+
+
+def test_signatures_are_true():
+    result = run(PROGRAM)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == 'checked\n'
+
+
+def test_a_wrong_shape_would_be_seen():
+    imports = PROGRAM.split('BLOCKS = (')[0]
+    call = 'GlobalContext().init(jax.random.key(0), jnp.zeros((2, 4, 8)), jnp.ones((2, 3), bool))'
+    assert 'TypeCheckError' in run(imports + call).stderr
