@@ -6,11 +6,13 @@ A checkpoint of a training run and a ported directory are the same thing here:
 inference and training meet in this module and import nothing of each other.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,41 @@ def check_checksums(tree: Any, expected: Mapping[str, int], place: object) -> No
         raise CheckpointError(f'{place}: damaged: {len(wrong)} arrays differ, first {wrong[0]}')
 
 
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that answers the reads it no longer waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_exception_handler(lambda loop, context: None)
+
+    def call_soon_threadsafe(self, callback, *arguments, context=None):
+        try:
+            return super().call_soon_threadsafe(callback, *arguments, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+
+
+class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _PatientLoop()
+
+
+@contextlib.contextmanager
+def first_error_only() -> Iterator[None]:
+    """While Orbax reads: of a damaged checkpoint's many errors only the one that is raised is told.
+
+    Orbax reads all arrays at once and leaves the others behind when one fails. Each of them that
+    fails later would otherwise print a traceback of its own, long after the error was dealt with.
+    """
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_PatientPolicy())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
+
+
 def load_variables(
     directory: str | os.PathLike, choose: str = 'newest'
 ) -> tuple[ModelDescription, dict]:
@@ -211,7 +248,7 @@ def load_variables(
     # On one device, whatever devices it was written from.
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with first_error_only(), ocp.StandardCheckpointer() as checkpointer:
             # The handler's, because the checkpointer's logs that an item has no metadata of its
             # own.
             metadata = ocp.StandardCheckpointHandler().metadata(checkpoint / 'variables')

@@ -1,5 +1,8 @@
 import dataclasses
+import gc
 import json
+import sys
+import time
 
 import jax
 import numpy as np
@@ -86,6 +89,25 @@ def test_damage_is_one_line(ported):
     with pytest.raises(CheckpointError, match='cannot be read') as caught:
         load_variables(ported[0])
     assert '\n' not in str(caught.value)
+
+
+def test_nothing_else_is_told_of_damage(tmp_path, random_variables, monkeypatch, caplog):
+    """Orbax reads all arrays at once; the errors of those that it left behind came out later."""
+    description = ModelDescription('gc_resnet20', {'num_classes': 3})
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    variables = random_variables(description.build(), images, train=False)
+    write_ported(tmp_path / 'ported', description, variables)
+    for path in (tmp_path / 'ported' / 'checkpoints' / '0' / 'variables').rglob('d/*'):
+        path.write_bytes(path.read_bytes()[:-20])
+    told = []
+    monkeypatch.setattr(sys, 'unraisablehook', told.append)
+    for _ in range(100):
+        with pytest.raises(CheckpointError, match='cannot be read'):
+            load_variables(tmp_path / 'ported')
+    time.sleep(0.5)  # TensorStore's threads are not ours to wait for.
+    gc.collect()
+    assert told == []
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 4, 1)])

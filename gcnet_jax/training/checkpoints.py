@@ -26,6 +26,7 @@ from gcnet_jax.stored_model import (
     ModelDescription,
     check_checksums,
     checksums,
+    first_error_only,
     load_variables,
     read_item,
     read_model_description,
@@ -172,13 +173,14 @@ class CheckpointStore:
     def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict]:
         place = self._root / str(step)
         items = _split(target)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                variables=ocp.args.StandardRestore(items['variables']),
-                training=ocp.args.StandardRestore(items['training']),
-            ),
-        )
+        with first_error_only():
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    variables=ocp.args.StandardRestore(items['variables']),
+                    training=ocp.args.StandardRestore(items['training']),
+                ),
+            )
         expected = read_item(place, 'checksums')
         for name in items:
             check_checksums(restored[name], expected[name], place)
