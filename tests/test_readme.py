@@ -24,7 +24,8 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize('index', range(len(SNIPPETS)))
-def test_python_runs(index):
+def test_python_runs(index, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(SNIPPETS[index], f'README snippet {index}', 'exec'), {'__name__': 'readme'})
 
 
@@ -45,8 +46,9 @@ def test_other_commands_exist(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, '--help'])
     assert stopped.value.code == 0
+    printed = capsys.readouterr().out
     for flag in re.findall(r' (--[a-z-]+)', command):
-        assert flag in capsys.readouterr().out
+        assert flag in printed
 
 
 def test_linked_files_exist():
