@@ -7,6 +7,7 @@ images could not be read, each is named in a line on stderr, and the others were
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -234,6 +235,8 @@ def _port(options: argparse.Namespace) -> None:
 def _load_classifier(options: argparse.Namespace, **more: Any) -> Any:
     from gcnet_jax import Classifier
 
+    # Pillow warns of damaged files, which have a line of ours.
+    warnings.filterwarnings('ignore', module=r'PIL\.')
     return Classifier.load(
         options.checkpoint,
         choose=options.choose,

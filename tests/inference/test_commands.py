@@ -7,7 +7,8 @@ import pytest
 from safetensors import safe_open
 
 from gcnet_jax.__main__ import EXIT_SOME_IMAGES_FAILED, main
-from gcnet_jax.data import sources
+from gcnet_jax.data import preprocess, sources
+from gcnet_jax.errors import DataError
 from gcnet_jax.inference.predictor import Classifier
 
 LABELS = ('ant', 'bee', 'cat', 'dog', 'elk', 'fox')
@@ -66,6 +67,19 @@ def test_bad_images_are_named_and_the_others_done(run, folder, tmp_path):
     assert f'{empty}: a folder that holds no image' in err[2]
     _, out, _ = run('predict', missing, folder / 'a.png', '--json')
     assert json.loads(out[0]) == {'image': str(missing), 'error': f'{missing}: no such file'}
+
+
+def test_pillows_warnings_do_not_come_between(run, make, tmp_path):
+    data = bytearray(make.encode(make.picture(0), 'TIFF'))
+    place = data.index(b'\x02\x01\x03\x00')  # The number of values of tag 258.
+    data[place + 4 : place + 8] = b'\xff\xff\x00\x00'
+    (tmp_path / 'tag.tif').write_bytes(data)
+    # Here a warning is an error, and ends the reading before it comes to what is wrong.
+    with pytest.raises(DataError, match='Tag data larger than file'):
+        preprocess.open_image(bytes(data))
+    code, _, err = run('predict', tmp_path / 'tag.tif')
+    assert (code, len(err)) == (1, 1)
+    assert 'damaged TIFF image: unknown pixel mode' in err[0]
 
 
 def test_nothing_done_is_exit_code_1(run, tmp_path, folder):

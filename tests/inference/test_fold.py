@@ -168,6 +168,8 @@ class Special(nn.Module):
             return norm(nn.relu(conv(images)), train=train)
         if self.kind == 'convolution twice':
             return norm(conv(conv(images)), train=train)
+        if self.kind == 'convolution elsewhere':
+            return norm(conv(images), train=train) + conv(2 * images)
         if self.kind == 'norm twice':
             return norm(norm(conv(images), train=train), train=train)
         if self.kind == 'two norms':
@@ -182,6 +184,7 @@ class Special(nn.Module):
         ('norm first', 1),
         ('something between', 1),
         ('convolution twice', 1),
+        ('convolution elsewhere', 1),
         ('norm twice', 1),
         ('two norms', 2),
         ('plain', 0),
