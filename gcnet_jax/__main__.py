@@ -1,11 +1,13 @@
 """The command line: `python -m gcnet_jax COMMAND`. Reads flags, calls the package, prints.
 
 Exit codes: 0 all done; 1 an error that one line explains, nothing was done; 2 wrong usage; 3 some
-images could not be read, each is named in a line on stderr, and the others were done.
+images could not be read, each is named in a line on stderr, and the others were done; 141 whoever
+read the output stopped (`| head`).
 """
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +20,7 @@ from gcnet_jax.errors import UserError
 
 EXIT_ERROR = 1
 EXIT_SOME_IMAGES_FAILED = 3
+EXIT_PIPE_CLOSED = 141
 IMAGES_HELP = (
     'images, and folders of them; exit code 3: some could not be read (named on stderr), the '
     'others were done'
@@ -29,7 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python would flush once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE_CLOSED
     except UserError as error:
         print(f'gcnet_jax {options.command}: {error}', file=sys.stderr)
         return EXIT_ERROR

@@ -256,7 +256,9 @@ class Classifier:
                 f'its variables are not those of {self.description.name}: '
                 f'{" ".join(str(error).split())[:200]}'
             ) from error
-        shapes = {name: value.shape[1:] for name, value in (maps | {POOLED: pooled}).items()}
+        # eval_shape has sorted them; the stem comes first.
+        order = sorted(maps, key=lambda name: (name != 'stem', name))
+        shapes = {name: maps[name].shape[1:] for name in order} | {POOLED: pooled.shape[1:]}
         has_classifier = self.description.options.get('num_classes') != 0
         names = len(self.description.label_names)
         if not has_classifier:

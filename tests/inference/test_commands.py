@@ -1,6 +1,9 @@
 """The commands predict, evaluate and features: what they print and write, and their exit codes."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +188,16 @@ def test_evaluate_is_not_folded_unless_asked(run, source, monkeypatch):
         *('--weights', 'int8', '--batch-size', '16'),
     )
     assert seen == [(False, None, None, 64), (True, 'bfloat16', 'int8', 16)]
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, '-m', 'gcnet_jax', 'models'],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b''
+    assert process.returncode == 141
