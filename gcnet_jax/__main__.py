@@ -84,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_evaluate(commands)
     _add_features(commands)
+    _add_attention(commands)
+
+    curves = commands.add_parser('curves', help='draw loss and accuracy of one or more runs')
+    curves.add_argument('runs', nargs='+', metavar='RUN', help='a working directory of train.py')
+    curves.add_argument('--out', required=True, metavar='PNG', help='the picture')
+    curves.add_argument('--by', choices=('epoch', 'step'), default='epoch', help='horizontal axis')
+    curves.set_defaults(run=_curves)
     return parser
 
 
@@ -161,6 +168,34 @@ def _add_features(commands: argparse._SubParsersAction) -> None:
     features.add_argument('--out', required=True, metavar='FILE', help='.npz or .safetensors')
     features.add_argument('--overwrite', action='store_true', help='replace that file')
     features.set_defaults(run=_features)
+
+
+def _add_attention(commands: argparse._SubParsersAction) -> None:
+    attention = commands.add_parser(
+        'attention', help='draw what each context block of a network looks at'
+    )
+    attention.add_argument('images', nargs='+', metavar='IMAGE', help=IMAGES_HELP)
+    attention.add_argument('--checkpoint', required=True, metavar='DIR', help='trained or ported')
+    attention.add_argument('--out', required=True, metavar='DIR', help='where the pictures go')
+    attention.add_argument('--choose', choices=('best', 'newest'), default='best')
+    attention.add_argument(
+        '--all-blocks', action='store_true', help='every block, not the last one of each stage'
+    )
+    attention.add_argument(
+        '--size', type=int, help='pixels that the network gets; default: its own; more: finer maps'
+    )
+    attention.add_argument(
+        '--query',
+        action='append',
+        type=_fractions,
+        metavar='ROW,COLUMN',
+        help='of non-local blocks: a position, as parts of the height and width; several times',
+    )
+    attention.set_defaults(run=_attention)
+
+
+def _fractions(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(','))
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -327,6 +362,36 @@ def _features(options: argparse.Namespace) -> int:
     )
     print(f'wrote {list(shape)} of {options.layer} of {name} to {options.out}')
     return stream.exit_code()
+
+
+def _attention(options: argparse.Namespace) -> int:
+    from gcnet_jax.inference.attention_pictures import mean_distances, write_pictures
+    from gcnet_jax.inference.images import one_line
+    from gcnet_jax.inference.pictures import QUERIES
+
+    results = write_pictures(
+        options.checkpoint,
+        options.images,
+        options.out,
+        choose=options.choose,
+        size=options.size,
+        all_blocks=options.all_blocks,
+        queries=options.query or QUERIES,
+    )
+    stream, distances = _ImageStream(options.command, results), []
+    for path, drawn in stream:
+        distances.append(drawn.distances)
+        parts = (path, drawn.prediction, *drawn.files)
+        print(': '.join(one_line(part) for part in parts if part))
+    for path, mean in mean_distances(distances).items():
+        print(f'{path}, mean over all pairs of positions of {stream.done} images: {mean}')
+    return stream.exit_code()
+
+
+def _curves(options: argparse.Namespace) -> None:
+    from gcnet_jax.inference.curves import write_curves
+
+    print(f'wrote {write_curves(options.runs, options.out, by=options.by)}')
 
 
 def _refuse_flags(options: argparse.Namespace, command: str, names: Sequence[str]) -> None:
