@@ -26,6 +26,7 @@ from gcnet_jax.models.registry import IMAGENET, Preprocessing, create_model
 
 FORMAT_VERSION = 1
 CHECKPOINTS = 'checkpoints'
+METRICS = 'metrics'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def find_checkpoint(directory: str | os.PathLike, choose: str = 'newest') -> Pat
 
 def _accuracy(checkpoint: Path) -> float:
     try:
-        return read_item(checkpoint, 'metrics').get('eval/accuracy', -1.0)
+        return read_item(checkpoint, METRICS).get('eval/accuracy', -1.0)
     except CheckpointError:
         return -1.0
 
@@ -130,8 +131,10 @@ def read_item(checkpoint: Path, name: str) -> Any:
     Raises:
       CheckpointError: It is missing or damaged.
     """
+    # The manager itself writes the metrics, under another name than that of other items.
+    file = METRICS if name == METRICS else 'metadata'
     try:
-        return json.loads((checkpoint / name / 'metadata').read_text())
+        return json.loads((checkpoint / name / file).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f'{checkpoint}: cannot read {name}: {error}') from error
 

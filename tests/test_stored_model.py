@@ -66,7 +66,7 @@ def test_the_best_is_that_of_the_highest_accuracy(tmp_path):
         place = tmp_path / 'checkpoints' / str(step) / 'metrics'
         place.mkdir(parents=True)
         metrics = {} if accuracy is None else {'eval/accuracy': accuracy}
-        (place / 'metadata').write_text(json.dumps(metrics))
+        (place / 'metrics').write_text(json.dumps(metrics))
     assert find_checkpoint(tmp_path).name == '4'
     assert find_checkpoint(tmp_path, 'best').name == '2'
 

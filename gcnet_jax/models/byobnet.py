@@ -40,6 +40,7 @@ class ByobBottleneck(nn.Module):
     context: tuple[Placement, ...] = ()
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = True
+    norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype | None = None
 
     @nn.compact
@@ -54,7 +55,7 @@ class ByobBottleneck(nn.Module):
             values = Conv(*arguments, dtype=self.dtype, name=f'conv{index}')(values)
             zero = self.zero_init_residual and index == 3
             scale_init = nn.initializers.zeros if zero else nn.initializers.ones
-            norm = BatchNorm(dtype=self.dtype, scale_init=scale_init, name=f'norm{index}')
+            norm = self.norm(dtype=self.dtype, scale_init=scale_init, name=f'norm{index}')
             values = norm(values, train=train)
             values = values if index == 3 else activate(values)
             return apply_placements(values, self.context, f'after_conv{index}', self.dtype)
@@ -64,7 +65,7 @@ class ByobBottleneck(nn.Module):
             shortcut = Conv(self.width, 1, self.stride, dtype=self.dtype, name='shortcut_conv')(
                 features
             )
-            shortcut = BatchNorm(dtype=self.dtype, name='shortcut_norm')(shortcut, train=train)
+            shortcut = self.norm(dtype=self.dtype, name='shortcut_norm')(shortcut, train=train)
         branch = conv(features, 1, inner, 1)
         branch = conv(branch, 2, inner, 3, self.stride, groups)
         branch = conv(branch, 3, self.width, 1)
@@ -89,6 +90,7 @@ class ByobNet(nn.Module):
       dropout_rate: Before the classifier.
       stochastic_depth_rate: Of the last block; it grows linearly from 0 at the first.
       zero_init_residual: Start the last norm of each block at zero scale, as timm does.
+      norm: Makes every norm, see `layers.parse_norm`.
       dtype: Type of the computation. Parameters, statistics, pooling and classifier are float32.
     """
 
@@ -104,6 +106,7 @@ class ByobNet(nn.Module):
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = True
+    norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype = jnp.float32
 
     def __post_init__(self):
@@ -119,14 +122,14 @@ class ByobNet(nn.Module):
             Conv(width, 3, stride, dtype=self.dtype)
             for width, stride in zip(self.stem_widths, strides, strict=True)
         ]
-        self.stem_norm = [BatchNorm(dtype=self.dtype) for _ in self.stem_widths]
+        self.stem_norm = [self.norm(dtype=self.dtype) for _ in self.stem_widths]
         rates = iter(linear_rates(self.stochastic_depth_rate, sum(self.stage_sizes)))
         for stage, size in enumerate(self.stage_sizes, start=1):
             blocks = [self._residual_block(stage, index, next(rates)) for index in range(size)]
             setattr(self, f'stage{stage}', blocks)
         if self.head_width:
             self.head_conv = Conv(self.head_width, 1, dtype=self.dtype)
-            self.head_norm = BatchNorm(dtype=self.dtype)
+            self.head_norm = self.norm(dtype=self.dtype)
         self.dropout = nn.Dropout(self.dropout_rate)
         if self.num_classes:
             self.classifier = nn.Dense(self.num_classes)
@@ -147,6 +150,7 @@ class ByobNet(nn.Module):
             ),
             stochastic_depth_rate=rate,
             zero_init_residual=self.zero_init_residual,
+            norm=self.norm,
             dtype=self.dtype,
         )
 

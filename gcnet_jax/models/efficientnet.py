@@ -5,7 +5,7 @@ its published weights; EfficientNet-V2 is Tan and Le's (arXiv 2104.00298).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -72,6 +72,7 @@ class EfficientBlock(nn.Module):
     expansion: int
     context_ratio: float
     stochastic_depth_rate: float = 0.0
+    norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype | None = None
 
     @nn.compact
@@ -86,7 +87,7 @@ class EfficientBlock(nn.Module):
             values = Conv(
                 width, size, stride, groups, dtype=self.dtype, kernel_init=init, name=f'{name}_conv'
             )(values)
-            values = BatchNorm(dtype=self.dtype, name=f'{name}_norm')(values, train=train)
+            values = self.norm(dtype=self.dtype, name=f'{name}_norm')(values, train=train)
             return nn.silu(values) if activate else values
 
         if self.kind == 'conv':
@@ -125,6 +126,7 @@ class EfficientNet(nn.Module):
       dropout_rate: Before the classifier.
       stochastic_depth_rate: Grows linearly over the blocks from 0 towards this, as in timm: block k
         of n gets `k / n` of it.
+      norm: Makes every norm, see `layers.parse_norm`.
       dtype: Type of the computation. Parameters, statistics, pooling and classifier are float32.
     """
 
@@ -135,12 +137,13 @@ class EfficientNet(nn.Module):
     context_ratio: float = 0.25
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
+    norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype = jnp.float32
 
     def setup(self):
         init = normal_fan_out()
         self.stem_conv = Conv(self.stem_width, 3, 2, dtype=self.dtype, kernel_init=init)
-        self.stem_norm = BatchNorm(dtype=self.dtype)
+        self.stem_norm = self.norm(dtype=self.dtype)
         total, done = sum(stage.size for stage in self.stages), 0
         for number, stage in enumerate(self.stages, start=1):
             blocks = []
@@ -150,7 +153,7 @@ class EfficientNet(nn.Module):
                 done += 1
             setattr(self, f'stage{number}', blocks)
         self.head_conv = Conv(self.head_width, 1, dtype=self.dtype, kernel_init=init)
-        self.head_norm = BatchNorm(dtype=self.dtype)
+        self.head_norm = self.norm(dtype=self.dtype)
         self.dropout = nn.Dropout(self.dropout_rate)
         if self.num_classes:
             self.classifier = nn.Dense(self.num_classes)
@@ -163,6 +166,7 @@ class EfficientNet(nn.Module):
             expansion=stage.expansion,
             context_ratio=self.context_ratio,
             stochastic_depth_rate=rate,
+            norm=self.norm,
             dtype=self.dtype,
         )
 

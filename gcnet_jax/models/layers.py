@@ -4,6 +4,8 @@ A strided convolution pads `(k - 1) // 2` on both sides here, as in PyTorch. JAX
 on the left than on the right, which shifts every feature map of a ported network.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
+
+from gcnet_jax.context.common import check_choice
+from gcnet_jax.errors import ConfigError, unknown_name
 
 # The initialisation of torchvision's and the official GCNet's networks.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -66,16 +71,127 @@ class BatchNorm(nn.BatchNorm):
 
     The running variance is the biased one, PyTorch's the unbiased; at 100 or more values a channel
     the two differ by less than 1%.
+
+    Attributes:
+      group_size: Number of images whose statistics are taken together in training: the first
+        `group_size` of the batch, the next, and so on. The running statistics follow the mean over
+        the groups. None takes the whole batch, over all devices.
+      frozen: Use the running statistics in training too and leave them as they are, while scale and
+        bias are trained (the paper's fixBN).
     """
 
     momentum: float = 0.9
+    epsilon: float = 1e-5
+    group_size: int | None = None
+    frozen: bool = False
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, 'batch *spatial channel'], *, train: bool
+    ) -> Float[Array, 'batch *spatial channel']:
+        running = self.frozen or not train
+        if running or self.group_size is None or self.is_initializing():
+            return super().__call__(features, use_running_average=running)
+        return self._by_group(features)
+
+    def _by_group(
+        self, features: Float[Array, 'batch *spatial channel']
+    ) -> Float[Array, 'batch *spatial channel']:
+        """Normalises each group with its own statistics; flax has this for pmap's axes only."""
+        images, channels = features.shape[0], features.shape[-1]
+        if images % self.group_size:
+            raise ConfigError(
+                f'norm.group_size is {self.group_size}; it must divide the {images} images that '
+                'are computed at a time'
+            )
+        grouped = features.reshape(-1, self.group_size, *features.shape[1:])
+        values = grouped.astype(jnp.promote_types(features.dtype, jnp.float32))
+        axes = tuple(range(1, values.ndim - 1))
+        mean = values.mean(axes, keepdims=True)
+        variance = jnp.maximum(0.0, jnp.square(values).mean(axes, keepdims=True) - mean**2)
+        for name, new in (('mean', mean), ('var', variance)):
+            # Initialised by flax's own; here it exists.
+            running = self.variable('batch_stats', name, jnp.zeros, (channels,), jnp.float32)
+            new = new.reshape(-1, channels).mean(axis=0)
+            running.value = self.momentum * running.value + (1 - self.momentum) * new
+        scale = self.param('scale', self.scale_init, (channels,), self.param_dtype)
+        bias = self.param('bias', self.bias_init, (channels,), self.param_dtype)
+        output = (values - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+        dtype = nn.dtypes.canonicalize_dtype(features, scale, bias, dtype=self.dtype)
+        return output.reshape(features.shape).astype(dtype)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation (arXiv 1803.08494): over groups of channels of each image by itself.
+
+    Attributes:
+      num_groups: Number of groups that the channels are split into; must divide their number.
+    """
+
+    num_groups: int = 32
     epsilon: float = 1e-5
 
     @nn.compact
     def __call__(
         self, features: Float[Array, 'batch *spatial channel'], *, train: bool
     ) -> Float[Array, 'batch *spatial channel']:
-        return super().__call__(features, use_running_average=not train)
+        if features.shape[-1] % self.num_groups:
+            raise ConfigError(
+                f'norm.channel_groups is {self.num_groups}; it must divide the '
+                f'{features.shape[-1]} channels of {"/".join(self.path)}'
+            )
+        return super().__call__(features)
+
+
+# The kinds of norm, and the options that each of them takes with the attribute that it sets.
+NORMS: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {
+    'batch': (BatchNorm, {'group_size': 'group_size'}),
+    'group': (GroupNorm, {'channel_groups': 'num_groups'}),
+    'frozen': (partial(BatchNorm, frozen=True), {}),
+}
+NORM_OPTIONS = sorted({option for _, options in NORMS.values() for option in options})
+
+
+def parse_norm(entry: Any) -> Callable[..., nn.Module]:
+    """Reads the `norm` setting of a network.
+
+    Args:
+      entry: None for batch normalisation over the whole batch; or a mapping with the key `kind`:
+        'batch' with the option `group_size` (images, None for all: see BatchNorm), 'group' with the
+        option `channel_groups` (default 32), or 'frozen'. An option that is None is its default.
+
+    Returns:
+      What makes the module: a function of `dtype`, `name` and `scale_init`.
+
+    Raises:
+      ConfigError: An unknown key or kind, an option that this kind does not have, or a value of the
+        wrong kind.
+    """
+    if entry is None:
+        return BatchNorm
+    if callable(entry):
+        return entry
+    if not hasattr(entry, 'items'):
+        raise ConfigError(f"norm must be a mapping such as {{'kind': 'group'}}, got {entry!r}")
+    given = {key: value for key, value in entry.items() if value is not None}
+    kind = given.pop('kind', 'batch')
+    check_choice('norm.kind', kind, tuple(NORMS))
+    module, known = NORMS[kind]
+    for option, value in given.items():
+        if option not in NORM_OPTIONS:
+            raise ConfigError(unknown_name('option of norm', option, ('kind', *NORM_OPTIONS)))
+        if option not in known:
+            kinds = ' or '.join(
+                repr(name) for name, (_, options) in NORMS.items() if option in options
+            )
+            raise ConfigError(
+                f'norm.{option} is {value!r}, but norm.kind is {kind!r}; '
+                f'leave it unset, or choose {kinds}'
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f'norm.{option} is {value!r}; it must be a whole number from 1')
+    attributes = {known[option]: value for option, value in given.items()}
+    return partial(module, **attributes) if attributes else module
 
 
 class StochasticDepth(nn.Module):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.models.byobnet import ByobNet
 from gcnet_jax.models.efficientnet import EfficientNet
+from gcnet_jax.models.layers import parse_norm
 from gcnet_jax.models.placement import module_options, parse_context
 from gcnet_jax.models.resnet import BasicBlock, BottleneckBlock, ResNet
 
@@ -178,8 +179,8 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Args:
       name: One of `list_models()`.
       **overrides: Attributes of its module that differ from the row's, such as `num_classes`,
-        `dtype` (also as a string: 'bfloat16'), `dropout_rate`, or `context` (see `parse_context`;
-        None for the plain network).
+        `dtype` (also as a string: 'bfloat16'), `dropout_rate`, `context` (see `parse_context`;
+        None for the plain network), or `norm` (see `parse_norm`).
 
     Raises:
       ConfigError: An unknown name or option (names the nearest), or a value out of range.
@@ -193,6 +194,8 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     _check_options(name, options)
     if 'context' in options:
         options['context'] = parse_context(options['context'])
+    if 'norm' in options:
+        options['norm'] = parse_norm(options['norm'])
     if isinstance(options.get('dtype'), str):
         options['dtype'] = jnp.dtype(options['dtype'])
     return entry.module.func(**options)

@@ -5,7 +5,7 @@ He et al. (arXiv 1512.03385), Xie et al. (arXiv 1611.05431); the stride is on th
 the residual sum, in every block of stages 2 to 4 (c3 to c5).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class BasicBlock(nn.Module):
     context: tuple[Placement, ...] = ()
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
+    norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype | None = None
 
     @nn.compact
@@ -49,9 +50,9 @@ class BasicBlock(nn.Module):
         def place(values, position):
             return apply_placements(values, self.context, position, self.dtype)
 
-        shortcut = _shortcut(features, self.width, self.stride, self.dtype, train)
+        shortcut = _shortcut(self, features, self.width, train)
         branch = Conv(self.width, 3, self.stride, dtype=self.dtype, name='conv1')(features)
-        branch = nn.relu(BatchNorm(dtype=self.dtype, name='norm1')(branch, train=train))
+        branch = nn.relu(self.norm(dtype=self.dtype, name='norm1')(branch, train=train))
         branch = place(branch, 'after_conv1')
         branch = Conv(self.width, 3, dtype=self.dtype, name='conv2')(branch)
         branch = _last_norm(self, 'norm2')(branch, train=train)
@@ -73,6 +74,7 @@ class BottleneckBlock(nn.Module):
     context: tuple[Placement, ...] = ()
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
+    norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype | None = None
 
     @nn.compact
@@ -84,12 +86,12 @@ class BottleneckBlock(nn.Module):
 
         out_channels = self.width * self.expansion
         inner = self.width * self.base_width // 64 * self.groups
-        shortcut = _shortcut(features, out_channels, self.stride, self.dtype, train)
+        shortcut = _shortcut(self, features, out_channels, train)
         branch = Conv(inner, 1, dtype=self.dtype, name='conv1')(features)
-        branch = nn.relu(BatchNorm(dtype=self.dtype, name='norm1')(branch, train=train))
+        branch = nn.relu(self.norm(dtype=self.dtype, name='norm1')(branch, train=train))
         branch = place(branch, 'after_conv1')
         branch = Conv(inner, 3, self.stride, self.groups, dtype=self.dtype, name='conv2')(branch)
-        branch = nn.relu(BatchNorm(dtype=self.dtype, name='norm2')(branch, train=train))
+        branch = nn.relu(self.norm(dtype=self.dtype, name='norm2')(branch, train=train))
         branch = place(branch, 'after_conv2')
         branch = Conv(out_channels, 1, dtype=self.dtype, name='conv3')(branch)
         branch = _last_norm(self, 'norm3')(branch, train=train)
@@ -98,19 +100,19 @@ class BottleneckBlock(nn.Module):
         return place(nn.relu(branch + shortcut), 'after_add')
 
 
-def _shortcut(features, out_channels: int, stride: int, dtype: Dtype | None, train: bool):
+def _shortcut(block: BasicBlock | BottleneckBlock, features, out_channels: int, train: bool):
     """The input itself where the shapes agree, else a 1x1 convolution and its norm."""
-    if stride == 1 and features.shape[-1] == out_channels:
+    if block.stride == 1 and features.shape[-1] == out_channels:
         return features
-    projected = Conv(out_channels, 1, stride, dtype=dtype, name='shortcut_conv')(features)
-    return BatchNorm(dtype=dtype, name='shortcut_norm')(projected, train=train)
+    conv = Conv(out_channels, 1, block.stride, dtype=block.dtype, name='shortcut_conv')
+    return block.norm(dtype=block.dtype, name='shortcut_norm')(conv(features), train=train)
 
 
-def _last_norm(block: BasicBlock | BottleneckBlock, name: str) -> BatchNorm:
+def _last_norm(block: BasicBlock | BottleneckBlock, name: str) -> nn.Module:
     """The norm before the sum; at zero scale the whole residual block starts as the identity."""
     zero = block.zero_init_residual
     scale_init = nn.initializers.zeros if zero else nn.initializers.ones
-    return BatchNorm(dtype=block.dtype, scale_init=scale_init, name=name)
+    return block.norm(dtype=block.dtype, scale_init=scale_init, name=name)
 
 
 class ResNet(nn.Module):
@@ -128,6 +130,7 @@ class ResNet(nn.Module):
       dropout_rate: Before the classifier.
       stochastic_depth_rate: Of the last block; it grows linearly from 0 at the first.
       zero_init_residual: Start the last norm of each block at zero scale (arXiv 1706.02677, 5.1).
+      norm: Makes every norm, see `layers.parse_norm`.
       dtype: Type of the computation. Parameters, statistics, pooling and classifier are float32.
     """
 
@@ -142,6 +145,7 @@ class ResNet(nn.Module):
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
+    norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype = jnp.float32
 
     def __post_init__(self):
@@ -153,7 +157,7 @@ class ResNet(nn.Module):
         if self.stem != 'none':
             size, stride = (7, 2) if self.stem == 'imagenet' else (3, 1)
             self.stem_conv = Conv(self.widths[0], size, stride, dtype=self.dtype)
-            self.stem_norm = BatchNorm(dtype=self.dtype)
+            self.stem_norm = self.norm(dtype=self.dtype)
         rates = iter(linear_rates(self.stochastic_depth_rate, sum(self.stage_sizes)))
         for stage, size in enumerate(self.stage_sizes, start=1):
             blocks = [self._residual_block(stage, index, next(rates)) for index in range(size)]
@@ -172,6 +176,7 @@ class ResNet(nn.Module):
             context=tuple(place for place in self.context if place.holds(stage, index, size)),
             stochastic_depth_rate=rate,
             zero_init_residual=self.zero_init_residual,
+            norm=self.norm,
             dtype=self.dtype,
         )
 
