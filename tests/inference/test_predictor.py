@@ -281,7 +281,7 @@ def test_the_best_checkpoint_is_taken_unless_the_newest_is_asked_for(stored, pic
         names = [f'{name}{step}' for name in stored.description.label_names]
         path.write_text(json.dumps(json.loads(path.read_text()) | {'label_names': names}))
         (place / 'metrics').mkdir()
-        (place / 'metrics' / 'metadata').write_text(json.dumps({'eval/accuracy': accuracy}))
+        (place / 'metrics' / 'metrics').write_text(json.dumps({'eval/accuracy': accuracy}))
     one = {'devices': stored.one_device}
     for choice, ending in [({}, '1'), ({'choose': 'newest'}, '2'), ({'choose': 'best'}, '1')]:
         loaded = Classifier.load(tmp_path, **choice, **one)
