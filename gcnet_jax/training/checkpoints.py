@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is in one, when one is good, and what a working directory may hold.
+"""Checkpoints of a run: what is in one, and when one is good.
 
 One checkpoint is one directory `checkpoints/STEP` with Orbax items: `variables`, `description` and
 `checksums`, which `gcnet_jax.stored_model` reads without the rest; `training`, what else the next
@@ -11,7 +11,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
-from gcnet_jax.errors import CheckpointError, ConfigError
+from gcnet_jax.errors import CheckpointError
 from gcnet_jax.stored_model import (
     CHECKPOINTS,
+    METRICS,
     ModelDescription,
     check_checksums,
     checksums,
@@ -33,7 +35,7 @@ from gcnet_jax.stored_model import (
     step_directories,
     write_ported,
 )
-from gcnet_jax.training.config import changed_keys
+from gcnet_jax.training.processes import any_process, wait_for_all
 from gcnet_jax.training.state import TrainState
 
 __all__ = [
@@ -41,12 +43,9 @@ __all__ = [
     'ModelDescription',
     'load_variables',
     'merge_initial',
-    'prepare_workdir',
     'read_model_description',
     'write_ported',
 ]
-
-CONFIG_FILE = 'config.json'
 
 
 def _split(state: TrainState) -> dict[str, Any]:
@@ -70,18 +69,34 @@ def _join(items: Mapping[str, Any]) -> TrainState:
     )
 
 
+def _json_checksum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
 class CheckpointStore:
     """Writes and reads a run's checkpoints; saving goes on in the background.
+
+    With several processes each writes and reads its own part, and all of them must call each
+    method.
 
     Args:
       workdir: The run's directory.
       description: Of the network, stored in every checkpoint.
       keep: Number of newest checkpoints that are kept, beside the best by eval/accuracy.
+      say: Called with a line about each damaged checkpoint.
     """
 
-    def __init__(self, workdir: Path, description: ModelDescription, keep: int) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        description: ModelDescription,
+        keep: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self._root = workdir.absolute() / CHECKPOINTS
         self._description = description.to_json()
+        self._say = say
+        self._set_aside_unreadable()
         policies = checkpoint_managers
 
         def accuracy(metrics):
@@ -122,7 +137,10 @@ class CheckpointStore:
           CheckpointError: No space is left; the checkpoints before are whole.
         """
         items = _split(state)
+        metrics = dict(metrics)
         with self.explain_errors():
+            sums = {name: checksums(item) for name, item in items.items()}
+            sums |= {'position': _json_checksum(position), METRICS: _json_checksum(metrics)}
             self._manager.save(
                 position['step'],
                 args=ocp.args.Composite(
@@ -130,19 +148,16 @@ class CheckpointStore:
                     training=ocp.args.StandardSave(items['training']),
                     position=ocp.args.JsonSave(position),
                     description=ocp.args.JsonSave(self._description),
-                    checksums=ocp.args.JsonSave(
-                        {name: checksums(item) for name, item in items.items()}
-                    ),
+                    checksums=ocp.args.JsonSave(sums),
                 ),
-                metrics=dict(metrics),
+                metrics=metrics,
             )
 
-    def restore(self, target: TrainState, say: Any = print) -> tuple[TrainState, dict] | None:
+    def restore(self, target: TrainState) -> tuple[TrainState, dict] | None:
         """Reads the newest checkpoint that is whole; damaged ones are said and set aside.
 
         Args:
           target: The state's shapes, types and shardings.
-          say: Called with a line about each damaged checkpoint.
 
         Returns:
           The state and its position, or None if there is no checkpoint.
@@ -155,13 +170,14 @@ class CheckpointStore:
         for step in steps:
             try:
                 restored = self._restore(step, target)
-            except Exception as error:  # Damage makes Orbax and TensorStore raise many kinds.
-                reason = ' '.join(str(error).split())[:200] or type(error).__name__
-                place = self._root / str(step)
-                say(f'checkpoint {place} is damaged, trying the one before: {reason}')
-                damaged[step] = reason
+            except CheckpointError as error:
+                damaged[step] = str(error)
+                self._say_damaged(step, damaged[step])
                 continue
-            self._set_aside(damaged)
+            if damaged:
+                self._set_aside(damaged)
+                wait_for_all('damaged checkpoints set aside')
+                self._manager.reload()
             return restored
         if damaged:
             raise CheckpointError(
@@ -171,6 +187,22 @@ class CheckpointStore:
         return None
 
     def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict]:
+        """Reads one checkpoint; what is damaged for one process is damaged for all of them."""
+        place = self._root / str(step)
+        problem = None
+        try:
+            restored, sums, position = self._read(step, target)
+        except Exception as error:  # Damage makes Orbax and TensorStore raise many kinds.
+            problem = error
+        if any_process(problem is not None):
+            reason = ' '.join(str(problem or 'another process cannot read its part').split())
+            raise CheckpointError(reason[:200] or type(problem).__name__) from problem
+        for name in restored:
+            check_checksums(restored[name], sums[name], place)
+        return _join(restored), position
+
+    def _read(self, step: int, target: TrainState) -> tuple[dict, dict, dict]:
+        """Reads this process's part of one checkpoint: the items, all checksums, the position."""
         place = self._root / str(step)
         items = _split(target)
         with first_error_only():
@@ -181,25 +213,36 @@ class CheckpointStore:
                     training=ocp.args.StandardRestore(items['training']),
                 ),
             )
-        expected = read_item(place, 'checksums')
-        for name in items:
-            check_checksums(restored[name], expected[name], place)
-        return _join(restored), read_item(place, 'position')
+        sums, position = read_item(place, 'checksums'), read_item(place, 'position')
+        for name, value in (('position', position), (METRICS, read_item(place, METRICS))):
+            if sums[name] != _json_checksum(value):
+                raise CheckpointError(f'{place}: damaged: the {name} differs')
+        return {name: restored[name] for name in items}, sums, position
 
-    def _set_aside(self, steps: Mapping[int, str]) -> None:
-        """Renames damaged checkpoints, so that their steps can be saved again."""
-        if not steps:
-            return
+    def _say_damaged(self, step: int, reason: str) -> None:
+        place = self._root / str(step)
+        self._say(f'checkpoint {place} is damaged, trying the one before: {reason}')
+
+    def _set_aside_unreadable(self) -> None:
+        """Sets aside what Orbax's manager stops at: it reads the metrics of all checkpoints."""
         if jax.process_index() == 0:
-            for step in steps:
-                target = self._root.parent / f'damaged-checkpoint-{step}'
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(self._root / str(step), target)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+            for step, place in step_directories(self._root).items():
+                try:
+                    if (place / METRICS / METRICS).exists():
+                        read_item(place, METRICS)
+                except CheckpointError as error:
+                    self._say_damaged(step, str(error))
+                    self._set_aside([step])
+        wait_for_all('unreadable checkpoints set aside')
 
-            multihost_utils.sync_global_devices('damaged checkpoints set aside')
-        self._manager.reload()
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        """Renames damaged checkpoints, so that their steps can be saved again."""
+        if jax.process_index() != 0:
+            return
+        for step in steps:
+            target = self._root.parent / f'damaged-checkpoint-{step}'
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(self._root / str(step), target)
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk.
@@ -238,81 +281,6 @@ def no_space_left(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def check_workdir(workdir: Path, config: dict, description: ModelDescription) -> None:
-    """Refuses a directory that holds something else than an earlier part of this very run.
-
-    Raises:
-      CheckpointError: It is no directory, or holds another config or another network's checkpoints.
-    """
-    if workdir.exists() and not workdir.is_dir():
-        raise CheckpointError(f'--workdir {workdir} is a file; name a directory')
-    newest = list(step_directories(workdir).values())[-1:]
-    for checkpoint in newest:
-        with contextlib.suppress(CheckpointError):  # A damaged one is the restore's business.
-            there = ModelDescription.from_json(read_item(checkpoint, 'description'), checkpoint)
-            if there.name != description.name:
-                raise ConfigError(
-                    f'--workdir {workdir} holds checkpoints of {there.name}, and config.model.name '
-                    f'is {description.name}; choose another --workdir'
-                )
-    path = workdir / CONFIG_FILE
-    if not path.exists():
-        if newest:
-            raise CheckpointError(
-                f'--workdir {workdir} holds checkpoints but no {CONFIG_FILE}; choose another '
-                '--workdir, and name this one in config.training.init_from to start from it'
-            )
-        return
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f'{path} cannot be read: {error}; choose another --workdir'
-        ) from error
-    changed = changed_keys(before, config)
-    if changed:
-        keys = ', '.join(f'config.{key}' for key in changed[:5]) + (', ...' if changed[5:] else '')
-        raise CheckpointError(
-            f'--workdir {workdir} holds a run with another config ({keys}); choose another '
-            '--workdir, or give the same settings to continue that run'
-        )
-
-
-def prepare_workdir(
-    workdir: Path, config: dict, description: ModelDescription, checkpoint_bytes: int
-) -> None:
-    """Checks a working directory and writes the config there, all before anything is compiled.
-
-    Args:
-      workdir: Made if it does not exist.
-      config: The plain config.
-      description: Of the network.
-      checkpoint_bytes: Size of one checkpoint.
-
-    Raises:
-      CheckpointError: As `check_workdir`; or it cannot be written, or has no space for one
-        checkpoint.
-    """
-    check_workdir(workdir, config, description)
-    if jax.process_index() != 0:
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(workdir).free
-        if free < checkpoint_bytes:
-            raise CheckpointError(
-                f'no space left for a checkpoint in --workdir {workdir}: it takes '
-                f'{checkpoint_bytes / 2**20:,.0f} MiB, free are {free / 2**20:,.0f} MiB; make room'
-            )
-        temporary = workdir / f'{CONFIG_FILE}.tmp'
-        temporary.write_text(json.dumps(config, indent=2) + '\n')
-        os.replace(temporary, workdir / CONFIG_FILE)
-    except OSError as error:
-        raise CheckpointError(
-            f'--workdir {workdir} cannot be written: {error.strerror or error}; choose another one'
-        ) from error
 
 
 def merge_initial(

@@ -1,23 +1,29 @@
 """The command line of train.py: flags, one line for each error, and an exit code.
 
-Exit codes: 0 finished; 1 an error that one line explains; 130 interrupted (Ctrl-C).
+Exit codes: 0 finished; 1 an error that one line explains; 75 stopped by SIGTERM and saved, so that
+the same command continues; 130 interrupted (Ctrl-C).
 """
 
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gcnet_jax.errors import ConfigError, UserError, unknown_name
 from gcnet_jax.training.config import leaves
 
+FAILED = 1
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
 INTERRUPTED = 130
 USAGE = """python train.py [--config FILE[:VARIANT]] [--workdir DIR] [--config.GROUP.KEY=VALUE ...]
 The default is configs/digits.py into runs/digits. The same command again continues a run.
+Exit codes: 0 finished, 1 failed, 75 stopped by SIGTERM and saved (run it again), 130 interrupted.
 Every setting with its default: gcnet_jax/training/config.py."""
 
 
@@ -38,26 +44,38 @@ def run(arguments: Sequence[str], default_config_file: Path) -> int:
     workdir = workdir or Path('runs') / name
     # After the flags are read: a wrong flag should not wait for the imports.
     from gcnet_jax.training.loop import train
+    from gcnet_jax.training.processes import Preempted, leave
 
     try:
         train(config, workdir)
+        return 0
+    except Preempted as stop:
+        if jax.process_index() == 0:
+            _fail(stop)
+        return PREEMPTED
     except UserError as error:
-        return _fail(error)
+        code = _fail(error)
     except KeyboardInterrupt:
-        from gcnet_jax.stored_model import step_directories
+        print(f'interrupted; the same command {_where(workdir)}', file=sys.stderr)
+        code = INTERRUPTED
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        code = FAILED
+    return leave(code)
 
-        steps = step_directories(workdir)
-        where = (
-            f'continues from step {max(steps)}' if steps else 'starts again, nothing was saved yet'
-        )
-        print(f'interrupted; the same command {where}', file=sys.stderr)
-        return INTERRUPTED
-    return 0
+
+def _where(workdir: Path) -> str:
+    from gcnet_jax.stored_model import step_directories
+
+    steps = step_directories(workdir)
+    return f'continues from step {max(steps)}' if steps else 'starts again, nothing was saved yet'
 
 
 def _fail(error: UserError) -> int:
     print(f'train.py: {" ".join(str(error).split())}', file=sys.stderr)
-    return 1
+    return FAILED
 
 
 def read_flags(

@@ -6,16 +6,15 @@ Durations end in `_epochs` or `_steps`; `steps` converts, and where a setting ha
 """
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from gcnet_jax.data.preprocess import AUGMENTATIONS, INTERPOLATIONS
 from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.training.optimizers import optimizer_options
+from gcnet_jax.training.rules import RULES
 
 # What may differ when a run is continued: how it runs and reports, not what it computes.
 RESUMABLE = (
@@ -58,6 +57,16 @@ def _model() -> dict:
         'num_classes': placeholder(int),
         # Type of the computation, 'float32' or 'bfloat16'. Parameters and statistics are float32.
         'dtype': 'float32',
+        # 'batch' (BatchNorm), 'group' (GroupNorm), or 'frozen' (BatchNorm whose running statistics
+        # are used in training too and never change: to continue from a checkpoint).
+        'norm': {
+            'kind': 'batch',
+            # Of 'batch': images whose statistics are taken together; None: the whole batch, over
+            # all devices (with accumulation: the whole micro-batch).
+            'group_size': placeholder(int),
+            # Of 'group': number of groups of channels; None: 32.
+            'channel_groups': placeholder(int),
+        },
     }
 
 
@@ -176,6 +185,16 @@ def _runtime() -> dict:
         'tensorboard': True,
         # Batches that are sent to the devices ahead of their step.
         'prefetch_batches': 2,
+        # Several processes, one a host or one a GPU, all started with this same command. A TPU pod
+        # slice, SLURM and Open MPI tell the rest by themselves.
+        'distributed': False,
+        # Elsewhere: HOST:PORT of the first process, how many there are, and which this one is, from
+        # 0.
+        'coordinator_address': placeholder(str),
+        'num_processes': placeholder(int),
+        'process_id': placeholder(int),
+        # Silence after which a process counts as gone, and the others stop with an error.
+        'heartbeat_timeout_seconds': 100,
     }
 
 
@@ -222,103 +241,6 @@ def changed_keys(config: Mapping, other: Mapping) -> list[str]:
     ]
 
 
-def _number(low: float, high: float = math.inf, *, open_low=False, open_high=False) -> tuple:
-    def allows(value):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        return (value > low if open_low else value >= low) and (
-            value < high if open_high else value <= high
-        )
-
-    left, right = '(' if open_low else '[', ')' if open_high or high == math.inf else ']'
-    return allows, f'a number in {left}{low:g}, {high:g}{right}'
-
-
-def _whole(low: int) -> tuple:
-    def allows(value):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-    return allows, f'a whole number from {low}'
-
-
-def _choice(*values: str) -> tuple:
-    return (lambda value: value in values), 'one of ' + ', '.join(map(repr, values))
-
-
-def _kind(kind: type, text: str) -> tuple:
-    return (lambda value: isinstance(value, kind)), text
-
-
-def _is_scale(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and 0 < value[0] <= value[1] <= 1
-
-
-_FLAG = _kind(bool, 'True or False')
-_NAME = _kind(str, 'a string')
-_COUNT = _whole(1)
-_RATE = _number(0, 1, open_high=True)
-_FROM_0 = _number(0)
-_ABOVE_0 = _number(0, open_low=True)
-_SEED = (lambda value: _whole(0)[0](value) and value < 2**32), 'a whole number from 0 to 2**32 - 1'
-_AXIS = (lambda value: _COUNT[0](value) or value == -1), 'a whole number from 1, or -1 for the rest'
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    'model.name': _NAME,
-    'model.num_classes': _COUNT,
-    'model.dtype': _choice('float32', 'bfloat16'),
-    'data.name': _NAME,
-    'data.data_dir': _NAME,
-    'data.train_split': _NAME,
-    'data.evaluation_split': _NAME,
-    'data.image_size': _COUNT,
-    'data.evaluation_image_size': _COUNT,
-    'data.crop_fraction': _number(0, 1, open_low=True),
-    'data.interpolation': _choice(*INTERPOLATIONS),
-    'data.augmentation': _choice(*AUGMENTATIONS),
-    'data.crop_scale': (_is_scale, 'two numbers with 0 < smallest <= largest <= 1'),
-    'data.flip': _FLAG,
-    'data.mixup_alpha': _FROM_0,
-    'data.cutmix_alpha': _FROM_0,
-    'data.erasing_probability': _number(0, 1),
-    'data.skip_damaged': _FLAG,
-    'data.num_threads': _whole(0),
-    'data.num_workers': _whole(0),
-    'optimizer.weight_decay': _FROM_0,
-    'optimizer.clip_norm': _ABOVE_0,
-    'optimizer.momentum': _RATE,
-    'optimizer.nesterov': _FLAG,
-    'optimizer.beta1': _RATE,
-    'optimizer.beta2': _RATE,
-    'optimizer.epsilon': _ABOVE_0,
-    'optimizer.trust_coefficient': _ABOVE_0,
-    'schedule.peak_learning_rate': _ABOVE_0,
-    'schedule.warmup_epochs': _FROM_0,
-    'schedule.warmup_steps': _whole(0),
-    'schedule.end_factor': _number(0, 1),
-    'training.total_epochs': _ABOVE_0,
-    'training.total_steps': _COUNT,
-    'training.batch_size': _COUNT,
-    'training.accumulation_steps': _COUNT,
-    'training.label_smoothing': _RATE,
-    'training.ema_decay': _RATE,
-    'training.seed': _SEED,
-    'training.evaluation_epochs': _ABOVE_0,
-    'training.evaluation_steps': _COUNT,
-    'training.checkpoint_epochs': _ABOVE_0,
-    'training.checkpoint_steps': _COUNT,
-    'training.keep_checkpoints': _COUNT,
-    'training.log_steps': _COUNT,
-    'training.max_bad_steps': _COUNT,
-    'training.init_from': _NAME,
-    'training.new_classifier': _FLAG,
-    'mesh.data': _AXIS,
-    'mesh.fsdp': _AXIS,
-    'mesh.spatial': _AXIS,
-    'runtime.progress': _choice('auto', 'bar', 'lines', 'none'),
-    'runtime.tensorboard': _FLAG,
-    'runtime.prefetch_batches': _COUNT,
-}
-
-
 def check_config(config: ConfigDict) -> None:
     """Refuses unknown keys, values out of range, and settings that contradict each other.
 
@@ -336,8 +258,8 @@ def check_config(config: ConfigDict) -> None:
     for key, value in leaves(given):
         if value is None and key in defaults and defaults[key] is None:
             continue
-        if key in _RULES and not _RULES[key][0](value):
-            raise ConfigError(f'config.{key} is {value!r}; it must be {_RULES[key][1]}')
+        if key in RULES and not RULES[key][0](value):
+            raise ConfigError(f'config.{key} is {value!r}; it must be {RULES[key][1]}')
     options = {
         key: value
         for key, value in given['optimizer'].items()
@@ -372,7 +294,7 @@ def _paths(tree: Mapping) -> list[str]:
 
 def _check_together(given: Mapping) -> None:
     """Refuses settings that would have no effect beside the others."""
-    data, training = given['data'], given['training']
+    data, training, runtime = given['data'], given['training'], given['runtime']
     if data['crop_scale'] is not None and data['augmentation'] != 'resized_crop':
         raise ConfigError(
             f'config.data.crop_scale is {data["crop_scale"]} but config.data.augmentation is '
@@ -388,4 +310,19 @@ def _check_together(given: Mapping) -> None:
             f'config.training.batch_size is {training["batch_size"]}, which '
             f'config.training.accumulation_steps={training["accumulation_steps"]} does not divide; '
             'change one of them'
+        )
+    processes = {
+        key: runtime[key] for key in ('coordinator_address', 'num_processes', 'process_id')
+    }
+    for key, value in processes.items():
+        if value is not None and not runtime['distributed']:
+            raise ConfigError(
+                f'config.runtime.{key} is {value!r} but config.runtime.distributed is False; '
+                'set it to True, or leave the other unset'
+            )
+    count, index = runtime['num_processes'], runtime['process_id']
+    if count is not None and index is not None and index >= count:
+        raise ConfigError(
+            f'config.runtime.process_id is {index}; with config.runtime.num_processes={count} it '
+            f'is 0 to {count - 1}'
         )

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,6 +20,7 @@ from gcnet_jax.stored_model import ModelDescription
 from gcnet_jax.training.config import check_config, plain, steps
 from gcnet_jax.training.mesh import batch_parts, make_mesh
 from gcnet_jax.training.optimizers import make_optimizer, warmup_cosine
+from gcnet_jax.training.processes import ProcessOptions, check_connected, process_options
 from gcnet_jax.training.state import state_initializer
 from gcnet_jax.training.steps import StepOptions
 
@@ -36,6 +38,7 @@ class RunOptions:
       init_from: Checkpoint that the weights start from, or None.
       new_classifier: Whether a classifier of another size starts at random.
       progress, tensorboard, prefetch_batches: See the config.
+      processes: How the run's processes are connected.
     """
 
     total_steps: int
@@ -50,6 +53,7 @@ class RunOptions:
     progress: str
     tensorboard: bool
     prefetch_batches: int
+    processes: ProcessOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +117,7 @@ def assemble(config: ConfigDict) -> Experiment:
     """
     check_config(config)
     mesh = make_mesh(**config.mesh)
+    check_connected()
     _check_divisible(config, mesh)
     model_entry(config.model.name)  # A wrong name is told before the data set is opened.
     sources = [
@@ -168,10 +173,23 @@ def _check_divisible(config: ConfigDict, mesh: Mesh) -> None:
             f'splits it into {parts} (data {mesh.shape["data"]}, fsdp {mesh.shape["fsdp"]}) and '
             f'config.training.accumulation_steps into {micro}'
         )
+    norm_group = (config.model.norm or {}).get('group_size')
+    if norm_group and batch // micro % norm_group:
+        raise ConfigError(
+            f'config.model.norm.group_size is {norm_group}; it must divide the {batch // micro} '
+            f'images that are computed at a time: config.training.batch_size={batch} over '
+            f'config.training.accumulation_steps={micro}'
+        )
     if parts % jax.process_count():
         raise ConfigError(
             f'the mesh splits the batch into {parts}, not a multiple of the {jax.process_count()} '
             'processes; give config.mesh.data or config.mesh.fsdp more devices'
+        )
+    owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    if (owners != owners[..., :1]).any():
+        raise ConfigError(
+            f'config.mesh.spatial is {mesh.shape["spatial"]}: it would split an image over several '
+            f'processes, which have {jax.local_device_count()} devices each; lower it'
         )
     sizes = {'image_size': config.data.image_size}
     if config.data.evaluation_image_size is not None:
@@ -262,7 +280,10 @@ def _run_options(config: ConfigDict, examples: int) -> RunOptions:
         seed=training.seed,
         init_from=training.init_from,
         new_classifier=training.new_classifier,
-        **config.runtime,
+        progress=config.runtime.progress,
+        tensorboard=config.runtime.tensorboard,
+        prefetch_batches=config.runtime.prefetch_batches,
+        processes=process_options(config),
     )
 
 

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 
 from gcnet_jax.errors import CheckpointError, UserError
 from gcnet_jax.stored_model import load_variables
-from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial, prepare_workdir
-from gcnet_jax.training.config import is_due
+from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
+from gcnet_jax.training.config import check_config, is_due
 from gcnet_jax.training.experiment import Experiment, assemble, state_bytes
 from gcnet_jax.training.mesh import batch_shardings, state_shardings, to_global
 from gcnet_jax.training.metrics import (
@@ -28,7 +28,16 @@ from gcnet_jax.training.metrics import (
     MetricsWriter,
     Progress,
     SilentProgress,
+    Window,
     read_metrics,
+)
+from gcnet_jax.training.processes import (
+    Preempted,
+    Preemption,
+    connect,
+    explain_lost_process,
+    process_options,
+    sum_over_processes,
 )
 from gcnet_jax.training.state import TrainState, create_state
 from gcnet_jax.training.steps import (
@@ -37,6 +46,7 @@ from gcnet_jax.training.steps import (
     make_evaluation_step,
     make_train_step,
 )
+from gcnet_jax.training.workdir import prepare_workdir
 
 __all__ = ['TrainingError', 'assemble', 'train']
 
@@ -53,23 +63,32 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       workdir: Directory of the run: config.json, metrics.jsonl, TensorBoard events and checkpoints.
 
     Returns:
-      The last values of everything in metrics.jsonl, and 'seconds', the time this call took.
+      The last values of everything in metrics.jsonl, and 'seconds', the time this call took. Of
+      several processes only the first reads metrics.jsonl.
 
     Raises:
       UserError: A setting, a data set, a checkpoint or a directory that cannot be used, or a loss
         that is not finite; one line that says what to do. Earlier checkpoints stay whole.
+      Preempted: SIGTERM came; the state was saved.
     """
     began = time.perf_counter()
+    check_config(config)  # What is wrong with it should not wait for the other processes.
+    connect(process_options(config))
     experiment = assemble(config)
     workdir = Path(workdir).absolute()
     initial = _read_initial(experiment)
     prepare_workdir(workdir, experiment.config, experiment.description, state_bytes(experiment))
-    with contextlib.closing(_Run(experiment, workdir, initial)) as run:
+    with (
+        explain_lost_process(),
+        Preemption() as preemption,
+        contextlib.closing(_Run(experiment, workdir, initial, preemption)) as run,
+    ):
         finished = run.to_the_end()
-    final = {'step': run.step}
+    final = {'step': run.step, 'seconds': time.perf_counter() - began}
+    if jax.process_index() != 0:
+        return final
     for line in read_metrics(workdir):
         final.update(line)
-    final['seconds'] = time.perf_counter() - began
     accuracy = f'eval/accuracy {final["eval/accuracy"]:.2%}, eval/loss {final["eval/loss"]:.4f}'
     how = f'trained in {final["seconds"]:.0f} s' if finished else 'was complete already'
     run.progress.say(f'{accuracy} after step {run.step}; {how}; see {workdir}')
@@ -92,53 +111,34 @@ def _read_initial(experiment: Experiment) -> dict | None:
     return variables
 
 
-class _Window:
-    """Sums over the steps since the last line of metrics; saved, so that they survive a kill."""
-
-    def __init__(self, sums: dict[str, float] | None = None) -> None:
-        self.sums = collections.defaultdict(float, sums or {})
-
-    def add(self, metrics: dict[str, Any], skipped: int) -> None:
-        if metrics['finite']:
-            for name in ('loss', 'correct', 'count', 'gradient_norm'):
-                self.sums[name] += float(metrics[name])
-            self.sums['steps'] += 1
-        else:
-            self.sums['bad_steps'] += 1
-        self.sums['skipped'] += skipped
-
-    def means(self) -> dict[str, float]:
-        sums, values = self.sums, {}
-        if sums['count']:
-            values['train/loss'] = sums['loss'] / sums['count']
-            values['train/accuracy'] = sums['correct'] / sums['count']
-            values['train/gradient_norm'] = sums['gradient_norm'] / sums['steps']
-        if sums['bad_steps']:
-            values['train/bad_steps'] = sums['bad_steps']
-        if sums['skipped']:
-            values['train/skipped_images'] = sums['skipped']
-        return values
-
-
 class _Run:
     """One call of `train`: the state, where it stands, and who is told about it."""
 
-    def __init__(self, experiment: Experiment, workdir: Path, initial: dict | None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        initial: dict | None,
+        preemption: Preemption,
+    ) -> None:
         self.experiment = experiment
+        self.preemption = preemption
         self.options = experiment.run
         self.mesh = experiment.mesh
         self.progress = Progress('none', 0, 0)
         self.writer = self.batches = None
+        first = jax.process_index() == 0
+        say = print if first and self.options.progress != 'none' else _silent
         self.store = CheckpointStore(
-            workdir, experiment.description, experiment.run.keep_checkpoints
+            workdir, experiment.description, self.options.keep_checkpoints, say
         )
+        # The processes agree on a later step than any was asked about: none before this one.
+        preemption.stops_at(self.store.newest or 0)
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
             self.step = 0
-            self.window, self.bad_in_a_row = _Window(), 0
+            self.window, self.bad_in_a_row = Window(), 0
             self.pending = None
-            first = jax.process_index() == 0
-            say = print if first and self.options.progress != 'none' else _silent
             self.state, shardings = self._start(initial, say)
             if first:
                 self.writer = MetricsWriter(workdir, self.step, self.options.tensorboard)
@@ -178,7 +178,7 @@ class _Run:
             shardings,
         )
         _introduce(self.experiment, shapes, say)
-        restored = self.store.restore(target, say)
+        restored = self.store.restore(target)
         if restored is None:
             state, shardings = create_state(initialize, self.options.seed, self.mesh)
             if initial is not None:
@@ -192,7 +192,9 @@ class _Run:
                 'this run began; restore it, or choose another --workdir'
             )
         self.step = position['step']
-        self.window = _Window(position['window'])
+        self.window = Window(position['window'])
+        if jax.process_index() != 0:
+            self.window.sums['skipped'] = 0.0  # The first process holds those of all.
         self.bad_in_a_row = position['bad_in_a_row']
         say(f'continuing from step {self.step}')
         return state, shardings
@@ -231,6 +233,7 @@ class _Run:
         if self.step >= self.options.total_steps:
             return False
         with self.store.explain_errors():
+            self._stop_if_preempted()
             self.batches = self.experiment.train_batches(self.step)
             for batch, skipped in self._prefetched(self.batches):
                 self.state, metrics = self.train_step(self.state, batch)
@@ -240,18 +243,26 @@ class _Run:
                 self._evaluate_and_save()
                 if self.step >= self.options.total_steps:
                     break
+                self._stop_if_preempted()
             self.store.wait()
         return True
 
     def _prefetched(self, batches: Any) -> Iterator[tuple[dict, int]]:
         """Yields batches, sent to the devices ahead of time, and the images skipped for each."""
         shardings = batch_shardings(self.mesh)
-        queue, counted = collections.deque(), 0
+        queue, counted, failure = collections.deque(), 0, None
         while True:
-            while len(queue) < self.options.prefetch_batches:
-                batch = to_global(next(batches), shardings)
+            while len(queue) < self.options.prefetch_batches and failure is None:
+                try:
+                    batch = to_global(next(batches), shardings)
+                except Exception as error:  # What was read before is still used.
+                    failure = error
+                    break
                 queue.append((batch, batches.skipped - counted))
                 counted = batches.skipped
+            if not queue:
+                self._stop_if_preempted()  # The signal may have ended the readers first.
+                raise failure
             yield queue.popleft()
 
     def _look_at(self, done: tuple[int, dict, int] | None) -> None:
@@ -271,13 +282,14 @@ class _Run:
         self.progress.advance()
         if step % self.options.log_steps == 0 or step == self.options.total_steps:
             rate = self.clock.rate()
+            self._add_up_skipped()
             values = self.window.means()
             values['train/learning_rate'] = float(self.experiment.schedule(step - 1))
             values['train/images_per_second'] = (
                 rate * self.experiment.train_options['global_batch_size']
             )
             self._write(step, values, rate)
-            self.window = _Window()
+            self.window = Window()
 
     def _stop_at(self, step: int, what: str) -> None:
         self.store.wait()
@@ -299,13 +311,22 @@ class _Run:
         evaluate = at_end or is_due(self.step, self.options.evaluation_steps)
         if not evaluate and not is_due(self.step, self.options.checkpoint_steps):
             return
-        pending, self.pending = self.pending, None
-        self._look_at(pending)
+        self._look_at_pending()
         self.clock.stop()
         values = {}
         if evaluate:
             values = self._evaluate()
             self._write(self.step, values)
+        self._save(values)
+        self.clock.start()
+
+    def _look_at_pending(self) -> None:
+        """Makes sure that the state is of steps that were seen to be good."""
+        pending, self.pending = self.pending, None
+        self._look_at(pending)
+
+    def _save(self, metrics: dict[str, float]) -> None:
+        self._add_up_skipped()
         position = {
             'step': self.step,
             'seed': self.options.seed,
@@ -314,8 +335,26 @@ class _Run:
             'window': dict(self.window.sums),
             'bad_in_a_row': self.bad_in_a_row,
         }
-        self.store.save(self.state, position, values)
-        self.clock.start()
+        self.store.save(self.state, position, metrics)
+
+    def _stop_if_preempted(self) -> None:
+        """Saves and ends the run, in all processes at the same step, if one was told to stop."""
+        if not self.preemption.stops_at(self.step):
+            return
+        self._look_at_pending()
+        if self.store.newest != self.step:
+            self._save({})
+        self.store.wait()
+        raise Preempted(
+            f'SIGTERM: stopped after step {self.step} of {self.options.total_steps}, which is '
+            f'saved; the same command continues from there'
+        )
+
+    def _add_up_skipped(self) -> None:
+        """Makes the count of damaged images that of all processes, held by the first one."""
+        if self.experiment.train_options['skip_damaged']:
+            total = sum_over_processes(self.window.sums['skipped'])
+            self.window.sums['skipped'] = total if jax.process_index() == 0 else 0.0
 
     def _evaluate(self) -> dict[str, float]:
         """Returns the averages over the evaluation split, every example once."""

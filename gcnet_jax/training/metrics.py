@@ -5,6 +5,7 @@ Only the first process writes. `metrics.jsonl` has one JSON object a line: `step
 that was killed and continued has the same lines.
 """
 
+import collections
 import json
 import os
 import sys
@@ -19,6 +20,34 @@ from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
 
 # Depends on the machine, so it differs from run to run.
 TIMING = ('train/images_per_second', 'eval/seconds')
+
+
+class Window:
+    """Sums over the steps since the last line of metrics; saved, so that they survive a kill."""
+
+    def __init__(self, sums: dict[str, float] | None = None) -> None:
+        self.sums = collections.defaultdict(float, sums or {})
+
+    def add(self, metrics: dict[str, Any], skipped: int) -> None:
+        if metrics['finite']:
+            for name in ('loss', 'correct', 'count', 'gradient_norm'):
+                self.sums[name] += float(metrics[name])
+            self.sums['steps'] += 1
+        else:
+            self.sums['bad_steps'] += 1
+        self.sums['skipped'] += skipped
+
+    def means(self) -> dict[str, float]:
+        sums, values = self.sums, {}
+        if sums['count']:
+            values['train/loss'] = sums['loss'] / sums['count']
+            values['train/accuracy'] = sums['correct'] / sums['count']
+            values['train/gradient_norm'] = sums['gradient_norm'] / sums['steps']
+        if sums['bad_steps']:
+            values['train/bad_steps'] = sums['bad_steps']
+        if sums['skipped']:
+            values['train/skipped_images'] = sums['skipped']
+        return values
 
 
 class MetricsWriter:

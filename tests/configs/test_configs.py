@@ -72,6 +72,9 @@ def other(key, value):
         'model.name': 'resnet18',
         'model.dtype': 'bfloat16' if value == 'float32' else 'float32',
         'model.num_classes': 7,
+        'model.norm.kind': 'group',
+        'model.norm.group_size': 2,
+        'model.norm.channel_groups': 4,
         'data.name': 'another',
         'data.data_dir': '/elsewhere',
         'data.crop_scale': (0.5, 1.0),
@@ -88,6 +91,9 @@ def other(key, value):
         'mesh.fsdp': 2,
         'mesh.spatial': 2,
         'runtime.progress': 'none',
+        'runtime.coordinator_address': 'first:1234',
+        'runtime.num_processes': 4,
+        'runtime.process_id': 1,
     }
     if key in special:
         return special[key]
@@ -100,6 +106,15 @@ def other(key, value):
     if isinstance(value, float):
         return value / 2 + 0.0123
     return value[:-1] if isinstance(value, (tuple, str)) else None
+
+
+# Settings that are refused unless another one has a certain value.
+NEEDS = {
+    'model.norm.channel_groups': ('model.norm.kind', 'group'),
+    'runtime.coordinator_address': ('runtime.distributed', True),
+    'runtime.num_processes': ('runtime.distributed', True),
+    'runtime.process_id': ('runtime.distributed', True),
+}
 
 
 def change(config, key, value):
@@ -121,10 +136,14 @@ def load(name):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_setting_changes_what_is_built_or_is_refused(name):
-    config = load(name)
-    before = fingerprint(experiment.assemble(config))
+    original = load(name)
+    unchanged = fingerprint(experiment.assemble(original))
     dead, refused = [], []
-    for key, value in leaves(config.to_dict()):
+    for key, value in leaves(original.to_dict()):
+        config, before = original, unchanged
+        if key in NEEDS:
+            config = change(original, *NEEDS[key])
+            before = fingerprint(experiment.assemble(config))
         try:
             built = experiment.assemble(change(config, key, other(key, value)))
         except UserError:
@@ -132,6 +151,7 @@ def test_every_setting_changes_what_is_built_or_is_refused(name):
             continue
         if fingerprint(built) == before:
             dead.append(key)
+    assert not set(refused) & NEEDS.keys()
     assert dead == []
     # Only what the other settings exclude: options of other optimizers, and the like.
     allowed = ('optimizer.', 'model.', 'mesh.', 'data.crop_scale', 'training.new_classifier')

@@ -8,10 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from gcnet_jax.errors import CheckpointError, ConfigError
-from gcnet_jax.stored_model import ModelDescription
-from gcnet_jax.training import checkpoints
-from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial, prepare_workdir
+from gcnet_jax.errors import CheckpointError
+from gcnet_jax.stored_model import ModelDescription, find_checkpoint
+from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
 from gcnet_jax.training.mesh import make_mesh, state_shardings
 from gcnet_jax.training.state import TrainState
 
@@ -35,7 +34,8 @@ def make_state(step, shape=(2, 2, 2), use_ema=True):
         if use_ema
         else None,
     )
-    return jax.device_put(state, state_shardings(state, make_mesh(*shape), smallest=2))
+    mesh = make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+    return jax.device_put(state, state_shardings(state, mesh, smallest=2))
 
 
 def save(workdir, steps, keep=9, accuracies=None):
@@ -56,8 +56,8 @@ def target(shape=(2, 2, 2), use_ema=True):
 
 def restore(workdir, shape=(2, 2, 2)):
     lines = []
-    store = CheckpointStore(workdir, DESCRIPTION, 9)
-    restored = store.restore(target(shape), lines.append)
+    store = CheckpointStore(workdir, DESCRIPTION, 9, lines.append)
+    restored = store.restore(target(shape))
     store.close()
     return restored, lines
 
@@ -67,7 +67,7 @@ def same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize('shape', [(2, 2, 2), (1, 8, 1), (8, 1, 1)])
+@pytest.mark.parametrize('shape', [(2, 2, 2), (1, 8, 1), (8, 1, 1), (2, 1, 4), (1, 1, 1)])
 def test_state_and_position_come_back_on_any_mesh(tmp_path, shape):
     save(tmp_path, [7])
     (state, position), lines = restore(tmp_path, shape)
@@ -84,6 +84,8 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     root = save(tmp_path, range(1, 7), 2, {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.4, 5: 0.5, 6: 0.6})
     assert sorted(path.name for path in root.iterdir()) == ['2', '5', '6']
+    assert find_checkpoint(tmp_path, 'best') == root / '2'
+    assert find_checkpoint(tmp_path) == root / '6'
 
 
 def damage_truncated(checkpoint):
@@ -114,9 +116,57 @@ def damage_position(checkpoint):
     (checkpoint / 'position' / 'metadata').write_text('{"step": ')
 
 
+def damage_a_number_of_the_position(checkpoint):
+    path = checkpoint / 'position' / 'metadata'
+    path.write_text(path.read_text().replace('1.6', '1.7'))
+
+
+def damage_metrics(checkpoint):
+    # Orbax's manager reads the metrics of every checkpoint, and stops at what is no JSON.
+    (checkpoint / 'metrics' / 'metrics').write_text('')
+
+
+def damage_a_number_of_the_metrics(checkpoint):
+    (checkpoint / 'metrics' / 'metrics').write_text('{"eval/accuracy": 0.9}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('keep', [slice(None), slice(0), slice(0, -20), slice(0, 7)])
+def test_damage_to_any_file_is_seen_or_harmless(tmp_path, keep):
+    """Each file of a checkpoint in turn: with one byte changed, emptied, or cut short."""
+    root = save(tmp_path / 'whole', [3, 5])
+    names = [path.relative_to(root) for path in (root / '5').rglob('*') if path.is_file()]
+    assert len(names) > 20
+    seen = 0
+    for name in names:
+        workdir = tmp_path / 'damaged'
+        shutil.copytree(tmp_path / 'whole', workdir)
+        path = workdir / 'checkpoints' / name
+        data = bytearray(path.read_bytes()[keep])
+        if keep == slice(None):
+            data[len(data) // 2] ^= 0x10
+        path.write_bytes(data)
+        (state, position), lines = restore(workdir)
+        assert position['step'] == state.step
+        same(state, make_state(int(state.step)))
+        assert len(lines) == (state.step == 3)
+        seen += state.step == 3
+        shutil.rmtree(workdir)
+    assert seen >= 8
+
+
 @pytest.mark.parametrize(
     'damage',
-    [damage_truncated, damage_missing, damage_flipped, damage_emptied, damage_position],
+    [
+        damage_truncated,
+        damage_missing,
+        damage_flipped,
+        damage_emptied,
+        damage_position,
+        damage_a_number_of_the_position,
+        damage_metrics,
+        damage_a_number_of_the_metrics,
+    ],
 )
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, damage):
     root = save(tmp_path, [3, 5])
@@ -177,49 +227,6 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path):
     with pytest.raises(ZeroDivisionError), store.explain_errors():
         raise ZeroDivisionError
     store.close()
-
-
-CONFIG = {'model': {'name': 'gccnn'}, 'training': {'seed': 0}, 'runtime': {'progress': 'auto'}}
-
-
-def test_a_workdir_takes_the_same_run_again(tmp_path):
-    prepare_workdir(tmp_path / 'new', CONFIG, DESCRIPTION, 1)
-    assert json.loads((tmp_path / 'new' / 'config.json').read_text()) == CONFIG
-    prepare_workdir(tmp_path / 'new', CONFIG | {'runtime': {'progress': 'bar'}}, DESCRIPTION, 1)
-
-
-def test_a_workdir_of_another_config_is_refused(tmp_path):
-    prepare_workdir(tmp_path, CONFIG, DESCRIPTION, 1)
-    other = CONFIG | {'training': {'seed': 1}}
-    with pytest.raises(CheckpointError, match=r'another config \(config.training.seed\)'):
-        prepare_workdir(tmp_path, other, DESCRIPTION, 1)
-    assert json.loads((tmp_path / 'config.json').read_text()) == CONFIG
-
-
-def test_a_workdir_of_another_network_is_refused(tmp_path):
-    save(tmp_path, [3])
-    with pytest.raises(
-        ConfigError, match=r'checkpoints of gccnn, and config.model.name is resnet50'
-    ):
-        prepare_workdir(tmp_path, CONFIG, ModelDescription('resnet50', {}), 1)
-    with pytest.raises(CheckpointError, match=r'no config.json'):
-        prepare_workdir(tmp_path, CONFIG, DESCRIPTION, 1)
-
-
-def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(CheckpointError, match='is a file'):
-        prepare_workdir(tmp_path / 'file', CONFIG, DESCRIPTION, 1)
-    with pytest.raises(CheckpointError, match='cannot be written'):
-        prepare_workdir(tmp_path / 'file' / 'run', CONFIG, DESCRIPTION, 1)
-
-
-def test_a_disk_without_room_for_one_checkpoint_is_refused(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
-    monkeypatch.setattr(checkpoints.shutil, 'disk_usage', lambda path: usage)
-    with pytest.raises(CheckpointError, match='it takes 3 MiB, free are 1 MiB'):
-        prepare_workdir(tmp_path, CONFIG, DESCRIPTION, 3 * 2**20)
-    prepare_workdir(tmp_path, CONFIG, DESCRIPTION, 2**20)
 
 
 def variables(classes=3, context=False, extra=False):

@@ -4,6 +4,7 @@ import pytest
 
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.training import command, loop
+from gcnet_jax.training.processes import Preempted
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 DIGITS = CONFIGS / 'digits.py'
@@ -84,3 +85,21 @@ def test_ctrl_c_says_how_to_continue(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(loop, 'train', interrupted)
     assert command.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 130
     assert 'the same command continues from step 30' in capsys.readouterr().err
+
+
+def test_sigterm_has_an_exit_code_of_its_own(monkeypatch, tmp_path, capsys):
+    def stopped(config, workdir):
+        raise Preempted('SIGTERM: stopped after step 30 of 90, which is saved')
+
+    monkeypatch.setattr(loop, 'train', stopped)
+    assert command.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 75
+    assert capsys.readouterr().err == (
+        'train.py: SIGTERM: stopped after step 30 of 90, which is saved\n'
+    )
+    assert '75 stopped by SIGTERM' in command.USAGE
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, 'train', lambda config, workdir: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.run(['train.py', f'--workdir={tmp_path}'], DIGITS)

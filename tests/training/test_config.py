@@ -47,6 +47,10 @@ def test_the_defaults_are_allowed():
         ('schedule.end_factor', 2.0, r'\[0, 1\]'),
         ('mesh.fsdp', 0, 'or -1'),
         ('runtime.progress', 'loud', "'lines'"),
+        ('runtime.heartbeat_timeout_seconds', 0, 'whole number from 1'),
+        ('runtime.num_processes', 2, 'distributed is False'),
+        ('runtime.coordinator_address', 'first', 'must be HOST:PORT'),
+        ('runtime.process_id', -1, 'whole number from 0'),
     ],
 )
 def test_a_value_out_of_range_is_refused(key, value, message):
@@ -87,6 +91,17 @@ def test_settings_that_would_do_nothing_are_refused():
     config.data.augmentation = 'none'
     config.data.crop_scale = (0.2, 1.0)
     with pytest.raises(ConfigError, match='choose resized_crop'):
+        check_config(config)
+
+
+def test_a_process_is_one_of_those_there_are():
+    config = default_config()
+    config.runtime.distributed = True
+    config.runtime.num_processes = 4
+    config.runtime.process_id = 3
+    check_config(config)
+    config.runtime.process_id = 4
+    with pytest.raises(ConfigError, match=r'process_id is 4; .*num_processes=4 it is 0 to 3'):
         check_config(config)
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -10,10 +12,12 @@ from PIL import Image
 
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.stored_model import find_checkpoint, load_variables, write_ported
-from gcnet_jax.training import experiment
+from gcnet_jax.training import experiment, loop
+from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.loop import TrainingError, train
 from gcnet_jax.training.metrics import TIMING, MetricsWriter, read_metrics
+from gcnet_jax.training.processes import Preempted
 
 
 class FakeSource:
@@ -145,6 +149,37 @@ def test_a_checkpoint_rebuilds_the_network_with_nothing_else(whole_run):
     assert final['eval/accuracy'] == pytest.approx((logits.argmax(axis=1) == labels).mean())
 
 
+def test_sigterm_saves_at_once_and_the_same_call_continues_bit_for_bit(
+    tmp_path, monkeypatch, whole_run
+):
+    """The signal comes while the line of step 5 is written; the second one during the save."""
+    write, save = MetricsWriter.write, CheckpointStore.save
+
+    def write_and_signal(self, step, *values):
+        write(self, step, *values)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def save_and_signal(self, *arguments):
+        save(self, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, 'write', write_and_signal)
+        with pytest.raises(Preempted, match=r'stopped after step 6 of 12, which is saved'):
+            train(tiny_config(), tmp_path)
+        patch.setattr(MetricsWriter, 'write', write)
+        patch.setattr(CheckpointStore, 'save', save_and_signal)
+        with pytest.raises(Preempted, match=r'stopped after step 8 of 12, which is saved'):
+            train(tiny_config(), tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is before
+    train(tiny_config(), tmp_path)
+    assert without_timing(tmp_path) == without_timing(whole_run[0])
+    one, two = load_variables(tmp_path)[1], load_variables(whole_run[0])[1]
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
 class Killed(BaseException):
     """Stands for the end of the process: nothing may catch it."""
 
@@ -222,6 +257,27 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_if_so_set(tmp_path):
     assert int(str(caught.value).split()[1]) > 3
 
 
+def test_bad_steps_are_counted_and_only_those_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    bad, calls = (2, 4, 8, 9), []
+    compile_step = loop.jit_train_step
+
+    def with_bad_steps(*arguments):
+        step = compile_step(*arguments)
+
+        def run(state, batch):
+            calls.append(None)
+            state, metrics = step(state, batch)
+            return state, metrics | {'finite': np.asarray(len(calls) not in bad)}
+
+        return run
+
+    monkeypatch.setattr(loop, 'jit_train_step', with_bad_steps)
+    with pytest.raises(TrainingError, match='step 9 is not finite'):
+        train(tiny_config(max_bad_steps=2), tmp_path)
+    lines = [line for line in read_metrics(tmp_path) if 'train/loss' in line]
+    assert [(line['step'], line['train/bad_steps']) for line in lines] == [(5, 2)]
+
+
 @pytest.mark.parametrize(
     ('group', 'key', 'value', 'message'),
     [
@@ -236,6 +292,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_if_so_set(tmp_path):
         ('model', 'num_classes', 5, 'data set digits has 4 labels'),
         ('model', 'name', 'gcnn', "did you mean 'gccnn'"),
         ('model', 'widht', (3,), "did you mean 'widths'"),
+        ('model', 'norm', {'kind': 'bacth'}, "unknown norm.kind 'bacth'; did you mean 'batch'"),
+        ('model', 'norm', {'group_size': 3}, 'group_size is 3; it must divide the 16 images'),
+        ('model', 'norm', {'kind': 'group'}, r'must divide the 4 channels of stage1_0/'),
         ('schedule', 'warmup_steps', 12, 'warm-up takes 12 steps and the run has 12'),
         ('training', 'init_from', '/nowhere', 'no such directory'),
     ],
@@ -255,7 +314,10 @@ def test_a_height_that_spatial_does_not_divide_is_refused(tmp_path):
     config = tiny_config()
     config.mesh.data, config.mesh.spatial = 2, 4
     config.data.evaluation_image_size = 10
-    with pytest.raises(ConfigError, match='evaluation_image_size is 10; it must divide by'):
+    with pytest.raises(ConfigError, match=r'evaluation_image_size is 10; it must divide by'):
+        train(config, tmp_path)
+    config.data.evaluation_image_size, config.data.image_size = 8, 6
+    with pytest.raises(ConfigError, match=r'config.data.image_size is 6; it must divide by'):
         train(config, tmp_path)
 
 

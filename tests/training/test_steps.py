@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from gcnet_jax.models.registry import create_model
 from gcnet_jax.training.mesh import batch_shardings
 from gcnet_jax.training.steps import (
     jit_evaluation_step,
@@ -83,6 +84,29 @@ def test_any_mesh_gives_one_devices_losses_and_gradients(
     pool = gradient['stage1_0']['context_after_conv2_0']['pool']
     assert np.abs(pool['logits']['kernel']).max() > 1e-5
     close(ten_steps(shape, options, make_batch), (losses, gradient, average))
+
+
+@pytest.mark.parametrize(
+    'norm',
+    [
+        {'kind': 'batch', 'group_size': 4},
+        pytest.param({'kind': 'group', 'channel_groups': 4}, marks=pytest.mark.slow),
+        pytest.param({'kind': 'frozen'}, marks=pytest.mark.slow),
+    ],
+)
+def test_any_kind_of_norm_gives_the_same_on_any_mesh(norm, place, put, step_options, make_batch):
+    """A group of four images is spread over four devices on the second mesh."""
+    options = {'widths': (8,), 'stage_sizes': (1,), 'context': None, 'num_classes': 4}
+    model = create_model('gccnn', norm=norm, **options)
+    options = dataclasses.replace(step_options, accumulation_steps=2)
+    results = []
+    for shape in [(1, 1, 1), (4, 1, 2)]:
+        mesh, shardings, state = place(shape, model, SGD)
+        step = compiled(model, options, mesh, shardings)
+        for seed in range(2):
+            state, metrics = step(state, put(make_batch(seed=seed), batch_shardings(mesh)))
+        results.append(jax.device_get((state.params, state.batch_stats, metrics)))
+    close(results[1], results[0])
 
 
 class PlainNet(nn.Module):

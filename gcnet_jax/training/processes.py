@@ -1,0 +1,197 @@
+"""One run in several processes: how they find each other, what they decide together, and SIGTERM.
+
+Usually there is one process a host (or one a GPU), all started with the same command. JAX's own
+runtime connects them and notices when one is gone; nothing here talks to another host by itself.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gcnet_jax.errors import ConfigError, UserError
+
+LAST_WORDS_SECONDS = 2
+
+
+class Preempted(UserError):
+    """A run that was told to stop, and saved where it stands."""
+
+
+class ProcessError(UserError):
+    """A run that cannot go on because another of its processes is gone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions:
+    """How the processes of a run find each other.
+
+    Attributes:
+      distributed: Whether there are several.
+      coordinator_address: HOST:PORT of the first process, where all meet; None: the cluster tells
+        (a TPU pod slice, SLURM, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS).
+      num_processes, process_id: How many there are and which of them this is; None: as above.
+      heartbeat_timeout_seconds: Silence after which a process counts as gone, and the others stop.
+    """
+
+    distributed: bool
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    heartbeat_timeout_seconds: int
+
+
+def process_options(config: ConfigDict) -> ProcessOptions:
+    """Reads from the config's group `runtime` how the processes find each other."""
+    names = [field.name for field in dataclasses.fields(ProcessOptions)]
+    return ProcessOptions(**{name: config.runtime[name] for name in names})
+
+
+def connect(options: ProcessOptions) -> None:
+    """Joins the other processes of the run, if there are any; waits until all are there.
+
+    Must come before anything asks JAX for its devices. A program that called
+    `jax.distributed.initialize` itself is connected already.
+
+    Raises:
+      ConfigError: The others cannot be found.
+    """
+    if not options.distributed or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator_address=options.coordinator_address,
+            num_processes=options.num_processes,
+            process_id=options.process_id,
+            heartbeat_timeout_seconds=options.heartbeat_timeout_seconds,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = ' '.join(str(error).split())
+        raise ConfigError(
+            f'config.runtime.distributed is True, but the processes cannot connect: {reason} '
+            'Where no TPU pod slice or SLURM tells, set config.runtime.coordinator_address '
+            'to HOST:PORT of the first process, and num_processes and process_id'
+        ) from error
+
+
+def check_connected() -> None:
+    """Refuses to run where JAX sees several processes that were not connected.
+
+    Raises:
+      ConfigError: As on every host of a TPU pod slice without `config.runtime.distributed`.
+    """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ConfigError(
+            f'this is process {jax.process_index()} of {jax.process_count()}, but '
+            'config.runtime.distributed is False; set it to True, in all of them'
+        )
+
+
+@contextlib.contextmanager
+def explain_lost_process() -> Iterator[None]:
+    """Turns what JAX raises when another process is gone into one line.
+
+    Raises:
+      ProcessError: A computation or a meeting of several processes failed.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        # Out of memory is this process's own trouble, whose long text says what takes the memory.
+        if jax.process_count() == 1 or 'RESOURCE_EXHAUSTED' in str(error):
+            raise
+        reason = ' '.join(str(error).split())[:200]
+        raise ProcessError(
+            f'process {jax.process_index()} of {jax.process_count()} lost another one ({reason}); '
+            'see what that one says, and run the same command in all of them again'
+        ) from error
+
+
+def leave(code: int) -> int:
+    """Ends this process at once if it failed as one of several; else returns the exit code.
+
+    An ordinary end waits for all processes, and the others may be waiting for this one.
+    """
+    if not jax.distributed.is_initialized():
+        return code
+    if jax.process_index() == 0:
+        # The others lose their connection when the first process ends: let them tell their own.
+        time.sleep(LAST_WORDS_SECONDS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def any_process(this_one: bool) -> bool:
+    """Returns whether it is so in any process; every process must ask."""
+    if jax.process_count() == 1:
+        return this_one
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(this_one))))
+
+
+def sum_over_processes(value: float) -> float:
+    """Returns the sum over all processes, each of which must ask."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return float(np.sum(multihost_utils.process_allgather(np.asarray(value, np.float32))))
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+class Preemption:
+    """Hears SIGTERM, with which schedulers announce that they will end a run.
+
+    One process hears it in Python. With several, JAX's runtime hears it in whichever process it
+    reaches, and they all find a step that none of them has passed.
+    """
+
+    def __init__(self) -> None:
+        self._heard = False
+        self._before: Any = None
+
+    def __enter__(self) -> 'Preemption':
+        # Only the main thread may ask for signals; a run in another thread is not for schedulers.
+        main = threading.current_thread() is threading.main_thread()
+        if main and not jax.distributed.is_initialized():
+            self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = True  # And nothing else: a second SIGTERM must not disturb the save.
+
+    def stops_at(self, step: int) -> bool:
+        """Returns whether to save and stop at this step; ask at every step, in every process."""
+        if not jax.distributed.is_initialized():
+            return self._heard
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)

@@ -1,0 +1,114 @@
+"""What each setting may be: a test, and the words for it."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from gcnet_jax.data.preprocess import AUGMENTATIONS, INTERPOLATIONS
+
+
+def _number(low: float, high: float = math.inf, *, open_low=False, open_high=False) -> tuple:
+    def allows(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        return (value > low if open_low else value >= low) and (
+            value < high if open_high else value <= high
+        )
+
+    left, right = '(' if open_low else '[', ')' if open_high or high == math.inf else ']'
+    return allows, f'a number in {left}{low:g}, {high:g}{right}'
+
+
+def _whole(low: int) -> tuple:
+    def allows(value):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+    return allows, f'a whole number from {low}'
+
+
+def _choice(*values: str) -> tuple:
+    return (lambda value: value in values), 'one of ' + ', '.join(map(repr, values))
+
+
+def _kind(kind: type, text: str) -> tuple:
+    return (lambda value: isinstance(value, kind)), text
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and 0 < value[0] <= value[1] <= 1
+
+
+def _is_address(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r'.+:\d{1,5}', value) is not None
+
+
+_FLAG = _kind(bool, 'True or False')
+_NAME = _kind(str, 'a string')
+_COUNT = _whole(1)
+_RATE = _number(0, 1, open_high=True)
+_FROM_0 = _number(0)
+_ABOVE_0 = _number(0, open_low=True)
+_SEED = (lambda value: _whole(0)[0](value) and value < 2**32), 'a whole number from 0 to 2**32 - 1'
+_AXIS = (lambda value: _COUNT[0](value) or value == -1), 'a whole number from 1, or -1 for the rest'
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'model.name': _NAME,
+    'model.num_classes': _COUNT,
+    'model.dtype': _choice('float32', 'bfloat16'),
+    'data.name': _NAME,
+    'data.data_dir': _NAME,
+    'data.train_split': _NAME,
+    'data.evaluation_split': _NAME,
+    'data.image_size': _COUNT,
+    'data.evaluation_image_size': _COUNT,
+    'data.crop_fraction': _number(0, 1, open_low=True),
+    'data.interpolation': _choice(*INTERPOLATIONS),
+    'data.augmentation': _choice(*AUGMENTATIONS),
+    'data.crop_scale': (_is_scale, 'two numbers with 0 < smallest <= largest <= 1'),
+    'data.flip': _FLAG,
+    'data.mixup_alpha': _FROM_0,
+    'data.cutmix_alpha': _FROM_0,
+    'data.erasing_probability': _number(0, 1),
+    'data.skip_damaged': _FLAG,
+    'data.num_threads': _whole(0),
+    'data.num_workers': _whole(0),
+    'optimizer.weight_decay': _FROM_0,
+    'optimizer.clip_norm': _ABOVE_0,
+    'optimizer.momentum': _RATE,
+    'optimizer.nesterov': _FLAG,
+    'optimizer.beta1': _RATE,
+    'optimizer.beta2': _RATE,
+    'optimizer.epsilon': _ABOVE_0,
+    'optimizer.trust_coefficient': _ABOVE_0,
+    'schedule.peak_learning_rate': _ABOVE_0,
+    'schedule.warmup_epochs': _FROM_0,
+    'schedule.warmup_steps': _whole(0),
+    'schedule.end_factor': _number(0, 1),
+    'training.total_epochs': _ABOVE_0,
+    'training.total_steps': _COUNT,
+    'training.batch_size': _COUNT,
+    'training.accumulation_steps': _COUNT,
+    'training.label_smoothing': _RATE,
+    'training.ema_decay': _RATE,
+    'training.seed': _SEED,
+    'training.evaluation_epochs': _ABOVE_0,
+    'training.evaluation_steps': _COUNT,
+    'training.checkpoint_epochs': _ABOVE_0,
+    'training.checkpoint_steps': _COUNT,
+    'training.keep_checkpoints': _COUNT,
+    'training.log_steps': _COUNT,
+    'training.max_bad_steps': _COUNT,
+    'training.init_from': _NAME,
+    'training.new_classifier': _FLAG,
+    'mesh.data': _AXIS,
+    'mesh.fsdp': _AXIS,
+    'mesh.spatial': _AXIS,
+    'runtime.progress': _choice('auto', 'bar', 'lines', 'none'),
+    'runtime.tensorboard': _FLAG,
+    'runtime.prefetch_batches': _COUNT,
+    'runtime.distributed': _FLAG,
+    'runtime.coordinator_address': (_is_address, 'HOST:PORT'),
+    'runtime.num_processes': _COUNT,
+    'runtime.process_id': _whole(0),
+    'runtime.heartbeat_timeout_seconds': _COUNT,
+}

@@ -1,0 +1,129 @@
+"""Real runs that are killed or told to stop, and continued with the same command."""
+
+import random
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gcnet_jax.stored_model import load_variables
+from tests.training.real_runs import complete, running, stored_sums, without_timing
+
+pytestmark = pytest.mark.slow
+
+STEPS = 400
+SETTINGS = (
+    f'--config.training.total_steps={STEPS}',
+    '--config.training.checkpoint_steps=7',
+    '--config.training.evaluation_steps=50',
+    '--config.data.augmentation=pad_crop',
+)
+KILLS = 10
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp('runs')
+
+
+@pytest.fixture(scope='module')
+def whole(place):
+    """The workdir of a run that nothing disturbed."""
+    complete(place / 'whole', *SETTINGS, place=place)
+    return place / 'whole'
+
+
+def saving(workdir):
+    """Whether a checkpoint is being written: until it is whole it has another name."""
+    return any(not path.name.isdigit() for path in (workdir / 'checkpoints').glob('*'))
+
+
+def the_same(workdir, whole):
+    """Asserts that two runs gave the same, bit for bit."""
+    lines = without_timing(whole)
+    assert len(lines) == STEPS + STEPS // 50
+    assert without_timing(workdir) == lines
+    assert stored_sums(workdir, STEPS) == stored_sums(whole, STEPS)
+    one, two = load_variables(workdir)[1], load_variables(whole)[1]
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_killed_at_ten_random_moments_it_gives_the_same_bit_for_bit(place, whole):
+    """Three times during a save, once before anything was saved, else at any moment."""
+    workdir, rng = place / 'killed', random.Random(1)
+    during_a_save, reached = 0, []
+    for number in range(KILLS):
+        with running(workdir, *SETTINGS, place=place) as run:
+            if number == 0:
+                run.wait_until((workdir / 'config.json').exists)
+            else:
+                target = run.step() + rng.randint(2, 30)
+                run.wait_until(lambda target=target: run.step() >= target)
+            if number in (2, 5, 8):
+                run.wait_until(lambda: saving(workdir))
+            else:
+                time.sleep(rng.uniform(0, 0.1))
+            run.send(signal.SIGKILL)
+            assert run.codes() == [-signal.SIGKILL]
+        during_a_save += saving(workdir)
+        reached.append(run.step())
+    assert during_a_save >= 3
+    assert reached[0] == 0
+    assert reached[-1] < STEPS
+    run = complete(workdir, *SETTINGS, place=place)
+    assert 'continuing from step' in run.printed()
+    print(f'killed after the lines of steps {reached}, {during_a_save} times during a save')
+    the_same(workdir, whole)
+
+
+def test_sigterm_saves_at_once_and_has_a_code_of_its_own(place, whole):
+    workdir = place / 'stopped'
+    with running(workdir, *SETTINGS, '--config.data.num_workers=1', place=place) as run:
+        run.wait_until(lambda: run.step() >= 30)
+        run.send(signal.SIGTERM)
+        run.send(signal.SIGTERM)  # Schedulers repeat it.
+        assert run.codes() == [75]
+    newest = max(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+    assert newest >= 30
+    assert f'stopped after step {newest} of {STEPS}, which is saved' in run.printed()
+    assert newest == run.step()
+    run = complete(workdir, *SETTINGS, place=place)
+    assert f'continuing from step {newest}\n' in run.printed()
+    the_same(workdir, whole)
+
+
+def test_sigterm_before_the_first_step_stops_there_too(place):
+    workdir = place / 'early'
+    with running(workdir, *SETTINGS, place=place) as run:
+        run.wait_until((workdir / 'checkpoints').exists)
+        run.send(signal.SIGTERM)
+        assert run.codes() == [75]
+    assert 'SIGTERM: stopped after step' in run.printed()
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'missing', 'flipped', 'emptied'])
+def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(place, whole, damage):
+    """The last checkpoint of a whole run is damaged; the run continues from the one before."""
+    workdir = place / f'damaged_{damage}'
+    shutil.copytree(whole, workdir)
+    newest = workdir / 'checkpoints' / str(STEPS)
+    for path in (newest / 'training').rglob('d/*'):
+        content = bytearray(path.read_bytes())
+        if damage == 'truncated':
+            path.write_bytes(content[: len(content) // 2])
+        elif damage == 'missing':
+            path.unlink()
+        elif damage == 'flipped':
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+    if damage == 'emptied':
+        shutil.rmtree(newest)
+        newest.mkdir()
+    run = complete(workdir, *SETTINGS, place=place)
+    assert f'checkpoint {newest} is damaged, trying the one before' in run.printed()
+    assert f'continuing from step {STEPS - STEPS % 7}\n' in run.printed()
+    assert 'Traceback' not in run.printed()
+    the_same(workdir, whole)
