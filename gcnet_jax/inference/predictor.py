@@ -232,8 +232,14 @@ class Classifier:
 
         Returns:
           An array on the devices, not waited for. Rows beyond the images are of the padding.
+
+        Raises:
+          ConfigError: There are more images, or there is no such layer.
         """
+        self._check_layer(layer)
         count = len(images)
+        if count > self.batch_size:
+            raise ConfigError(f'at most batch_size={self.batch_size} images, got {count}')
         bucket = next(size for size in self.buckets if size >= count)
         padding = ((0, bucket - count), *((0, 0),) * 3)
         batch = jax.device_put(np.pad(images, padding), self._by_batch)

@@ -131,6 +131,13 @@ def test_every_bucket_is_compiled_once(stored, pictures, monkeypatch):
     assert sorted(traced) == [1, 2, 4]
 
 
+def test_more_than_a_batch_is_refused_at_the_lowest_level(classifier):
+    with pytest.raises(ConfigError, match='at most batch_size=4 images, got 5'):
+        classifier.dispatch(np.zeros((5, 12, 12, 3), np.uint8))
+    with pytest.raises(ConfigError, match="unknown layer of gccnn 'logit'"):
+        classifier.dispatch(np.zeros((1, 12, 12, 3), np.uint8), 'logit')
+
+
 def test_buckets():
     assert batch_buckets(32, 1) == (1, 2, 4, 8, 16, 32)
     assert batch_buckets(48, 1) == (1, 2, 4, 8, 16, 32, 48)
