@@ -105,6 +105,11 @@ def test_an_unknown_data_set_says_how_to_plan_anyway(small_config, tmp_path):
     assert planning.describe(small_config, jax.devices(), 64).step_options.num_classes == 5
 
 
+def test_the_mesh_is_of_the_devices_given(small_config):
+    devices = jax.devices()[2:4]
+    assert list(planning.describe(small_config, devices, 64).mesh.devices.flat) == devices
+
+
 @pytest.mark.parametrize(
     ('setting', 'value', 'message'),
     [
