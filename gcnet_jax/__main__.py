@@ -8,9 +8,11 @@ read the output stopped (`| head`).
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +32,11 @@ IMAGES_HELP = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; an error is printed as one line."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # Settings of a config are not known here; the command that takes them checks them.
+    options.settings = [text for text in rest if re.match(r'--(no)?config\.', text)]
+    if len(rest) > (len(options.settings) if options.command == 'plan' else 0):
+        parser.error(f'unrecognized arguments: {" ".join(rest)}')
     try:
         code = options.run(options) or 0
         sys.stdout.flush()
@@ -91,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     curves.add_argument('--out', required=True, metavar='PNG', help='the picture')
     curves.add_argument('--by', choices=('epoch', 'step'), default='epoch', help='horizontal axis')
     curves.set_defaults(run=_curves)
+    _add_plan(commands)
     return parser
 
 
@@ -196,6 +203,29 @@ def _add_attention(commands: argparse._SubParsersAction) -> None:
 
 def _fractions(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(','))
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser(
+        'plan',
+        help='compile a training step for TPUs that are not here: does it fit, how fast at most',
+        epilog='Settings are given as for train.py: --config.GROUP.KEY=VALUE.',
+    )
+    plan.add_argument('--config', required=True, metavar='FILE[:VARIANT]', help='as for train.py')
+    plan.add_argument(
+        '--topology',
+        required=True,
+        action='append',
+        help='such as v5e:1x1, v5e:16x16, v6e:4x4 or v5p:2x2x4; can be given several times',
+    )
+    plan.add_argument(
+        '--batch-per-chip', type=int, help="images of a step for each chip; default: the config's"
+    )
+    plan.add_argument(
+        '--largest-batch', action='store_true', help='find the largest batch a chip that fits'
+    )
+    plan.add_argument('--json', action='store_true', help='print JSON')
+    plan.set_defaults(run=_plan)
 
 
 def _models(options: argparse.Namespace) -> None:
@@ -392,6 +422,30 @@ def _curves(options: argparse.Namespace) -> None:
     from gcnet_jax.inference.curves import write_curves
 
     print(f'wrote {write_curves(options.runs, options.out, by=options.by)}')
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from gcnet_jax import planning
+    from gcnet_jax.training.command import read_flags
+
+    arguments = ['plan', '--config', options.config, *options.settings]
+    config, _, _ = read_flags(arguments, Path(options.config))
+    planning.prepare_process()
+
+    def tell(plan: planning.Plan) -> None:
+        print(planning.format_progress(plan), file=sys.stderr, flush=True)
+
+    plans = planning.make_plans(
+        config,
+        options.topology,
+        options.batch_per_chip,
+        find_largest=options.largest_batch,
+        tell=tell,
+    )
+    if options.json:
+        print(json.dumps([planning.plan_to_dict(plan) for plan in plans], indent=2))
+    else:
+        print(planning.format_plans(plans))
 
 
 def _refuse_flags(options: argparse.Namespace, command: str, names: Sequence[str]) -> None:

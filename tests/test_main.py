@@ -1,9 +1,13 @@
 """The command line: what it prints, and how it fails."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from gcnet_jax import planning
 from gcnet_jax.__main__ import main
 from gcnet_jax.data.sources import load_source
 
@@ -52,6 +56,79 @@ def test_errors_are_one_line_and_exit_code_1(arguments, message, capsys):
     assert message in captured.err
     assert captured.err.count('\n') == 1
     assert captured.out == ''
+
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Plans are not made; returns what they would have been made of."""
+    calls = []
+
+    def make_plans(config, topologies, batch_per_chip, *, find_largest, tell):
+        calls.append((config, topologies, batch_per_chip, find_largest))
+        return ['first', 'second']
+
+    monkeypatch.setattr(planning, 'prepare_process', lambda: None)
+    monkeypatch.setattr(planning, 'make_plans', make_plans)
+    monkeypatch.setattr(planning, 'format_plans', lambda plans: f'table of {plans}')
+    monkeypatch.setattr(planning, 'plan_to_dict', lambda plan: {'plan': plan})
+    return calls
+
+
+def test_plan_reads_its_flags_and_any_setting(planned, capsys):
+    arguments = ['plan', '--config', str(CONFIGS / 'imagenet.py:resnet50'), '--topology', 'v5e:1x1']
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == "table of ['first', 'second']\n"
+    config, topologies, batch_per_chip, find_largest = planned[0]
+    assert config.model.name == 'resnet50'
+    assert (topologies, batch_per_chip, find_largest) == (['v5e:1x1'], None, False)
+    more = [
+        '--topology=v6e:4x4', '--batch-per-chip', '256', '--largest-batch', '--json',
+        '--config.mesh.fsdp=4', '--noconfig.data.flip',
+    ]  # fmt: skip
+    assert main(arguments + more) == 0
+    assert json.loads(capsys.readouterr().out) == [{'plan': 'first'}, {'plan': 'second'}]
+    config, topologies, batch_per_chip, find_largest = planned[1]
+    assert (config.mesh.fsdp, config.data.flip) == (4, False)
+    assert (topologies, batch_per_chip, find_largest) == (['v5e:1x1', 'v6e:4x4'], 256, True)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--topology', 'v5e:7'], "unknown topology 'v5e:7'"),
+        (['--topology', 'v5e:1x1', '--config.mesh.fsdq=2'], "did you mean 'config.mesh.fsdp'"),
+        (['--topology', 'v5e:1x1', '--config.mesh.fsdp=two'], 'fsdp'),
+        (['--topology', 'v5e:1x1', '--batch-per-chip', '0'], 'it must be 1 or more'),
+    ],
+)
+def test_plans_errors_are_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(planning, 'prepare_process', lambda: None)
+    assert main(['plan', '--config', str(CONFIGS / 'digits.py'), *arguments]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith('gcnet_jax plan: ')
+    assert captured.err.count('\n') == 1
+    assert captured.out == ''
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['plan', '--topology', 'v5e:1x1'],
+        ['plan', '--config', 'configs/digits.py'],
+        ['plan', '--config', 'x.py', '--topology', 'v5e:1x1', '--batch-per-chp', '3'],
+        ['plan', '--config', 'x.py', '--topology', 'v5e:1x1', 'config.mesh.fsdp=4'],
+        ['models', '--config.mesh.fsdp=4'],
+    ],
+)
+def test_flags_that_a_command_does_not_have_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert 'arguments' in capsys.readouterr().err
 
 
 def test_usage_errors_exit_with_2(capsys):

@@ -15,6 +15,7 @@ from PIL import Image
 from gcnet_jax.data.records import VERSION, Example, ImageSet, default_data_dir, write_image_set
 
 NAME = 'digits'
+LABEL_NAMES = tuple('0123456789')
 TEST_FRACTION = 0.2
 SPLIT_SEED = 0
 
@@ -25,7 +26,7 @@ class Digits(ImageSet):
     def __init__(self, data_dir: str) -> None:
         super().__init__(
             NAME,
-            label_names=tuple('0123456789'),
+            label_names=LABEL_NAMES,
             splits={
                 'train': functools.partial(_examples, test=False),
                 'test': functools.partial(_examples, test=True),

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import read_only_builder
 from tensorflow_datasets.proto import tf_example_pb2
@@ -146,6 +147,31 @@ def load_source(name: str, split: str, data_dir: str | None = None) -> Source:
     return source
 
 
+def read_label_names(name: str, data_dir: str | None = None) -> tuple[str, ...]:
+    """Returns the names of a set's labels, of TFDS's own also where the set is not prepared.
+
+    Args:
+      name: As for `load_source`.
+      data_dir: As for `load_source`.
+
+    Raises:
+      DataError: If there is no such set, or if it is no labelled image set.
+    """
+    if name == digits.NAME:
+        return digits.LABEL_NAMES
+    place = os.path.expanduser(data_dir or default_data_dir())
+    try:
+        info = _find_builder(name, place, given=data_dir is not None).info
+    except DataError:
+        try:
+            info = tfds.builder(name).info
+        except Exception:  # TFDS raises many kinds; the first error says what to do.
+            info = None
+        if info is None:
+            raise
+    return tuple(info.features[_find_keys(info, name)[1]].names)
+
+
 def _find_builder(name: str, place: str, given: bool) -> tfds.core.DatasetBuilder:
     """Finds the files of a prepared set, whoever wrote them; its code is not needed."""
     if '://' not in place:
@@ -215,7 +241,7 @@ def _find_keys(info: tfds.core.DatasetInfo, name: str) -> tuple[str, str]:
     if len(supervised) == 2 and supervised[0] in images and supervised[1] in labels:
         images, labels = supervised[:1], supervised[1:]
     # TFDS stores an image of floats as a PNG of their bytes, which is no picture.
-    if len(images) != 1 or len(labels) != 1 or features[images[0]].np_dtype.kind != 'u':
+    if len(images) != 1 or len(labels) != 1 or np.dtype(features[images[0]].np_dtype).kind != 'u':
         found = ', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())
         raise DataError(
             f'data set {name!r} is no image classification set: it needs one Image of integers '

@@ -1,7 +1,7 @@
 """From a config to everything that a run needs, with every check that needs no compilation."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -107,8 +107,17 @@ class Experiment:
         return evaluation_batches(self.evaluation_source, **self.evaluation_options)
 
 
-def assemble(config: ConfigDict) -> Experiment:
+def assemble(
+    config: ConfigDict, *, devices: Any = None, sources: Sequence[Source] | None = None
+) -> Experiment:
     """Builds everything that a config describes, and refuses what cannot work.
+
+    Args:
+      config: Every setting.
+      devices: What the mesh is made of; the devices that are here when None.
+      sources: Training and evaluation images; None opens those that the config names. Only their
+        length, label names, name and split are read here, so a stand-in does where the images
+        themselves are not needed.
 
     Raises:
       ConfigError: A setting that is unknown, out of range, or does not fit the network, the data or
@@ -116,14 +125,15 @@ def assemble(config: ConfigDict) -> Experiment:
       DataError: The data set cannot be read.
     """
     check_config(config)
-    mesh = make_mesh(**config.mesh)
+    mesh = make_mesh(**config.mesh, devices=devices)
     check_connected()
     _check_divisible(config, mesh)
     model_entry(config.model.name)  # A wrong name is told before the data set is opened.
-    sources = [
-        load_source(config.data.name, split, config.data.data_dir)
-        for split in (config.data.train_split, config.data.evaluation_split)
-    ]
+    if sources is None:
+        sources = [
+            load_source(config.data.name, split, config.data.data_dir)
+            for split in (config.data.train_split, config.data.evaluation_split)
+        ]
     description = _describe(config, sources)
     model = description.build()
     run = _run_options(config, len(sources[0]))
@@ -202,7 +212,7 @@ def _check_divisible(config: ConfigDict, mesh: Mesh) -> None:
             )
 
 
-def _describe(config: ConfigDict, sources: list[Source]) -> ModelDescription:
+def _describe(config: ConfigDict, sources: Sequence[Source]) -> ModelDescription:
     train, evaluation = sources
     if train.label_names != evaluation.label_names:
         raise ConfigError(

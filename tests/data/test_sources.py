@@ -291,3 +291,30 @@ print('done')
         [sys.executable, '-W', 'error', '-c', script], capture_output=True, text=True, check=False
     )
     assert result.stdout == 'done\n', result.stderr
+
+
+def test_label_names_of_a_prepared_set(data_dir):
+    assert sources.read_label_names('greys', data_dir) == ('low', 'high')
+
+
+@pytest.mark.parametrize(
+    ('name', 'count'), [('imagenet2012', 1000), ('cifar100', 100), ('cifar10:3.0.2', 10)]
+)
+def test_label_names_of_a_set_that_is_not_here(name, count, tmp_path):
+    names = sources.read_label_names(name, str(tmp_path))
+    assert len(set(names)) == count
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_label_names_of_the_digits_prepare_nothing(tmp_path):
+    assert sources.read_label_names('digits', str(tmp_path)) == tuple('0123456789')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [('cifar1', "did you mean 'cifar10'"), ('lsun', 'is no image classification set')],
+)
+def test_label_names_of_what_has_none(name, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        sources.read_label_names(name, str(tmp_path))

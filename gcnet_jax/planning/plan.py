@@ -1,0 +1,373 @@
+"""Knowing before renting: compiles the real training step for a TPU that is not there.
+
+The TPU compiler (libtpu) needs no TPU. The memory, the arithmetic, the traffic and the collectives
+of a chip's share of one step are exact for that compiler; divided by the chip's peaks they bound
+the speed. Nothing here is measured on a TPU.
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from gcnet_jax.data.sources import read_label_names
+from gcnet_jax.errors import ConfigError, DataError, UserError
+from gcnet_jax.planning.chips import Chip, PlanError, parse_topology, topology_devices
+from gcnet_jax.planning.hlo import Traffic, read_traffic
+from gcnet_jax.training.config import check_config
+from gcnet_jax.training.experiment import Experiment, assemble
+from gcnet_jax.training.mesh import batch_shardings, state_shardings
+from gcnet_jax.training.steps import jit_train_step, make_train_step
+
+BATCH_MULTIPLE = 8
+
+
+class OutOfMemory(UserError):
+    """The compiler found no way to run the step in the chip's memory.
+
+    Attributes:
+      needed_bytes: What it would take, or None where the compiler does not say.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        found = re.search(r'([\d.]+)([MGT])', message)
+        scale = {'M': 2**20, 'G': 2**30, 'T': 2**40}
+        self.needed_bytes = round(float(found[1]) * scale[found[2]]) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One chip's share of one compiled step; sizes in bytes.
+
+    Attributes:
+      arguments, outputs, temporaries, code: What lies in the main memory.
+      aliased: Counted in both arguments and outputs: the new state takes the place of the old one.
+      flops: As the compiler counts them.
+      bytes_accessed: As the compiler counts them: memory on the chip too, and a loop's body once.
+      traffic: HBM bytes and collectives.
+      compile_seconds: How long the compiler took here.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+    aliased: int
+    flops: float
+    bytes_accessed: float
+    traffic: Traffic
+    compile_seconds: float
+
+    @property
+    def memory(self) -> int:
+        """What must fit into a chip's main memory."""
+        return self.arguments + self.outputs + self.temporaries + self.code - self.aliased
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A config on a topology.
+
+    Attributes:
+      network: What was compiled, in words.
+      topology: Its name, such as 'v5e:4x4'.
+      chip: Of which kind the chips are.
+      chips: How many.
+      batch_size: Images of a step over all chips.
+      parameters: Trained parameters of the network.
+      program: The compiled step; None where it does not fit.
+      needed_bytes: Memory that a chip needs; None where not even that is known.
+      twin: The same network without context; None where it was not asked for or has none.
+      twin_parameters: Its parameters, or 0.
+    """
+
+    network: str
+    topology: str
+    chip: Chip
+    chips: int
+    batch_size: int
+    parameters: int
+    program: Program | None
+    needed_bytes: int | None
+    twin: Program | None = None
+    twin_parameters: int = 0
+
+    @property
+    def batch_per_chip(self) -> float:
+        """Images of a step for each chip; less than one where chips share an image."""
+        return self.batch_size / self.chips
+
+    def without_context(self) -> 'Plan':
+        """Returns the plan of the twin."""
+        return dataclasses.replace(
+            self,
+            program=self.twin,
+            needed_bytes=self.twin.memory,
+            parameters=self.twin_parameters,
+            twin=None,
+            twin_parameters=0,
+        )
+
+    def bounds(self) -> dict[str, Any]:
+        """Returns how fast the step can be at the chip's peaks: seconds, images/s, MFU.
+
+        The model FLOPs utilisation (MFU) is at most what is left where the memory takes longer.
+        Collectives and the host are not counted, so a real step takes longer.
+        """
+        times = {
+            'arithmetic': self.program.flops / self.chip.peak_flops,
+            'memory': self.program.traffic.hbm_bytes / self.chip.bandwidth,
+        }
+        bound = max(times, key=times.get)
+        seconds = times[bound]
+        return {
+            'arithmetic_seconds': times['arithmetic'],
+            'memory_seconds': times['memory'],
+            'bound_by': bound,
+            'images_per_second': self.batch_size / seconds,
+            'mfu': times['arithmetic'] / seconds,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class StandInSource:
+    """Takes the place of images in a plan, which needs no more than their labels."""
+
+    name: str
+    split: str
+    label_names: tuple[str, ...]
+    length: int
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.label_names)
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def describe(
+    config: ConfigDict, devices: Sequence[Any], batch_size: int, *, with_context: bool = True
+) -> Experiment:
+    """Assembles a config for devices that are not here; the data set need not be here either.
+
+    Args:
+      config: Every setting, see `gcnet_jax.training.config`.
+      devices: What the mesh is made of.
+      batch_size: Images of a step over all devices, in place of the config's.
+      with_context: False takes the context blocks out.
+
+    Raises:
+      ConfigError: A setting that cannot work.
+      DataError: Neither `config.model.num_classes` nor the data set tells the number of labels.
+    """
+    check_config(config)
+    tree = config.to_dict()
+    model, data = tree['model'], tree['data']
+    # How long a run is depends on the images; what a step costs does not.
+    tree['training'] |= {'batch_size': batch_size, 'total_steps': 1000}
+    tree['schedule']['warmup_steps'] = 1
+    if not with_context:
+        model['context'] = None
+    labels = _label_names(model['num_classes'], data)
+    sources = [
+        StandInSource(data['name'], split, labels, length=batch_size)
+        for split in (data['train_split'], data['evaluation_split'])
+    ]
+    return assemble(ConfigDict(tree), devices=devices, sources=sources)
+
+
+def _label_names(num_classes: int | None, data: Mapping[str, Any]) -> tuple[str, ...]:
+    if num_classes is not None:
+        return tuple(map(str, range(num_classes)))
+    try:
+        return read_label_names(data['name'], data['data_dir'])
+    except DataError as error:
+        raise DataError(
+            f'{error}; or, for a plan, give --config.model.num_classes=NUMBER'
+        ) from error
+
+
+def compile_step(experiment: Experiment) -> Program:
+    """Compiles the training step of an experiment and reads what it costs.
+
+    Raises:
+      OutOfMemory: It does not fit into the chip's memory.
+    """
+    mesh, options = experiment.mesh, experiment.train_options
+    step = make_train_step(experiment.model, experiment.optimizer, experiment.step_options, mesh)
+    state = jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    shardings = state_shardings(state, mesh)
+    size, image_size = options['global_batch_size'], options['image_size']
+    batch = {
+        'image': jax.ShapeDtypeStruct((size, image_size, image_size, 3), jnp.uint8),
+        'label': jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+    began = time.perf_counter()
+    try:
+        lowered = jit_train_step(step, mesh, shardings).lower(
+            _placed(state, shardings), _placed(batch, batch_shardings(mesh))
+        )
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' in str(error):
+            raise OutOfMemory(' '.join(str(error).split())) from error
+        raise
+    seconds = time.perf_counter() - began
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return Program(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        # The compiler counts the body of the loop over micro-batches once, and nearly all
+        # arithmetic is in it.
+        flops=cost['flops'] * experiment.step_options.accumulation_steps,
+        bytes_accessed=cost['bytes accessed'],
+        traffic=read_traffic(compiled.as_text()),
+        compile_seconds=seconds,
+    )
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+
+
+def make_plan(config: ConfigDict, topology: str, batch_per_chip: int | None = None) -> Plan:
+    """Compiles a config's training step for a topology.
+
+    Args:
+      config: Every setting.
+      topology: Such as 'v5e:4x4'.
+      batch_per_chip: Images of a step for each chip; None: the config's batch over all chips.
+
+    Raises:
+      UserError: The topology, the compiler or a setting; one line that says what to do.
+    """
+    chip, chips = parse_topology(topology)
+    if batch_per_chip is not None and batch_per_chip < 1:
+        raise ConfigError(f'the batch for each chip is {batch_per_chip}; it must be 1 or more')
+    batch_size = config.training.batch_size if batch_per_chip is None else batch_per_chip * chips
+    experiment = describe(config, topology_devices(topology), batch_size)
+    plan = Plan(
+        network=f'{config.model.name}, {config.data.image_size} pixels, {config.model.dtype}',
+        topology=topology,
+        chip=chip,
+        chips=chips,
+        batch_size=batch_size,
+        parameters=_parameters(experiment),
+        program=None,
+        needed_bytes=None,
+    )
+    try:
+        program = compile_step(experiment)
+    except OutOfMemory as error:
+        return dataclasses.replace(plan, needed_bytes=error.needed_bytes)
+    return dataclasses.replace(plan, program=program, needed_bytes=program.memory)
+
+
+def add_twin(plan: Plan, config: ConfigDict) -> Plan:
+    """Compiles the same network without context too; a network that has none is left as it is."""
+    devices = topology_devices(plan.topology)
+    if not getattr(describe(config, devices, plan.batch_size).model, 'context', ()):
+        return plan
+    plain = describe(config, devices, plan.batch_size, with_context=False)
+    return dataclasses.replace(plan, twin=compile_step(plain), twin_parameters=_parameters(plain))
+
+
+def _parameters(experiment: Experiment) -> int:
+    state = jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def largest_batch(fits: Callable[[int], bool], start: int) -> int:
+    """Returns the largest multiple of 8 that fits, or 0; doubles from `start`, then bisects.
+
+    Args:
+      fits: Whether a size fits; if one does, smaller ones do.
+      start: Where to begin.
+    """
+    low, high = 0, None
+    size = max(BATCH_MULTIPLE, start // BATCH_MULTIPLE * BATCH_MULTIPLE)
+    while high is None:
+        if fits(size):
+            low, size = size, size * 2
+        else:
+            high = size
+    while high - low > BATCH_MULTIPLE:
+        middle = (low + high) // (2 * BATCH_MULTIPLE) * BATCH_MULTIPLE
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def make_plans(
+    config: ConfigDict,
+    topologies: Sequence[str],
+    batch_per_chip: int | None = None,
+    *,
+    find_largest: bool = False,
+    tell: Callable[[Plan], None] = lambda plan: None,
+) -> list[Plan]:
+    """Compiles a config's training step for several topologies.
+
+    On the first where it fits, the network without its context is compiled too.
+
+    Args:
+      config: Every setting.
+      topologies: Such as 'v5e:4x4'.
+      batch_per_chip: As for `make_plan`.
+      find_largest: Find the largest batch a chip, on multiples of 8, beginning there.
+      tell: Called with every plan that was tried.
+
+    Raises:
+      UserError: As `make_plan`; or not even the smallest batch fits.
+    """
+    for topology in topologies:
+        parse_topology(topology)  # A wrong one is told before the first is compiled.
+    plans, needs_twin = [], True
+    for topology in topologies:
+        if find_largest:
+            plan = _largest_plan(config, topology, batch_per_chip, tell)
+        else:
+            plan = make_plan(config, topology, batch_per_chip)
+            tell(plan)
+        if needs_twin and plan.program is not None:
+            plan, needs_twin = add_twin(plan, config), False
+        plans.append(plan)
+    return plans
+
+
+def _largest_plan(
+    config: ConfigDict, topology: str, start: int | None, tell: Callable[[Plan], None]
+) -> Plan:
+    tried = {}
+
+    def fits(size: int) -> bool:
+        tried[size] = make_plan(config, topology, size)
+        tell(tried[size])
+        return tried[size].program is not None
+
+    _, chips = parse_topology(topology)
+    size = largest_batch(fits, start or config.training.batch_size // chips)
+    if not size:
+        raise PlanError(
+            f'{topology}: not even {BATCH_MULTIPLE} images a chip fit; choose a chip with more '
+            'memory, or split images with --config.mesh.spatial or parameters with '
+            '--config.mesh.fsdp'
+        )
+    return tried[size]
