@@ -3,7 +3,8 @@
     python train.py --config configs/cifar10.py
 
 CIFAR-10 must have been prepared as ArrayRecord once; if it is not, the error names the command.
-`--config.data.data_dir=DIR` reads it from another place.
+`--config.data.data_dir=DIR` reads it from another place. Six epochs over 20,000 of the training images
+gave 73.0% of 5,000 test images; the 100 epochs here have not been run.
 """
 
 from ml_collections import ConfigDict

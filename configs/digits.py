@@ -2,8 +2,8 @@
 
     python train.py
 
-Real images, 8x8 pixels, nothing to download. Expect 99% of the test split after about a minute on two
-CPU cores.
+Real images, 8x8 pixels, nothing to download. Expect 99% of the test split after about a minute on
+two CPU cores.
 """
 
 from ml_collections import ConfigDict

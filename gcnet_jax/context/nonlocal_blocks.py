@@ -36,8 +36,9 @@ class NonLocal(nn.Module):
         dot_product         q(x_i) . k(x_j) / number of positions
         concatenation       relu(w . [q(x_i), k(x_j)]) / number of positions
 
-    The two softmax modes sow `attention`, `[batch, *spatial, *spatial]` in float32 (first the
-    queries, then the keys), into the collection `intermediates`.
+    Sown into the collection `intermediates`: `input` and `update`, what comes in and what is added
+    to it, both `[batch, *spatial, channel]`; and by the two softmax modes `attention`,
+    `[batch, *spatial, *spatial]` in float32 (first the queries, then the keys).
 
     Attributes:
       mode: How a pair of positions is weighted.
@@ -110,7 +111,10 @@ class NonLocal(nn.Module):
         ).astype(dtype)
         kernel_init = nn.initializers.zeros if self.zero_init else nn.initializers.he_normal()
         update = self._dense(channels, 'expand', dtype, kernel_init=kernel_init)(update)
-        return features + update.reshape(features.shape).astype(features.dtype)
+        update = update.reshape(features.shape).astype(features.dtype)
+        self.sow('intermediates', 'input', features)
+        self.sow('intermediates', 'update', update)
+        return features + update
 
     def _weights(
         self,

@@ -236,12 +236,16 @@ class _EvaluationExample:
             return nothing, 0, False, 0
         record = self.source[int(index)]
         try:
-            image = preprocess.decode(record['image'])
+            image = preprocess.resize_and_crop(
+                preprocess.decode(record['image']),
+                self.size,
+                self.crop_fraction,
+                self.interpolation,
+            )
         except DataError as error:
             if not self.skip_damaged:
                 raise _damaged(self.source, int(index), str(error)) from error
             return nothing, 0, False, 1
-        image = preprocess.resize_and_crop(image, self.size, self.crop_fraction, self.interpolation)
         return image, record['label'], True, 0
 
 

@@ -222,9 +222,16 @@ def resize_and_crop(
       size: Height and width wanted, in pixels.
       crop_fraction: Share of the resized shorter side that is kept, in (0, 1].
       interpolation: `nearest`, `bilinear` or `bicubic`.
+
+    Raises:
+      DataError: If the image is so elongated that it would have more than `MAX_PIXELS` once its
+        shorter side has that size.
     """
     height, width = image.shape[:2]
     shorter = math.floor(size / crop_fraction)
+    # A line of 65,535 pixels is a small file, and would take gigabytes here.
+    if shorter * shorter * max(height, width) > MAX_PIXELS * min(height, width):
+        raise DataError(f'image of {width}x{height} pixels is too elongated to be resized')
     # torchvision.transforms.Resize: the longer side is rounded down.
     if width <= height:
         new_width, new_height = shorter, int(shorter * height / width)

@@ -1,6 +1,7 @@
 """Reads the attention of every context block out of any linen model, without changing the model."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,30 +24,60 @@ def attention_maps(
       **options: Keyword arguments of its call, such as `train=False`.
 
     Returns:
-      For each attention, by the path of its module such as 'stage3_0/context_after_conv3_0/pool': a
+      For each attention, by the path of its module such as 'stage3_0/context_after_conv2_0/pool': a
       float32 array `[batch, *spatial]` that sums to one over the positions, for GlobalContext and
       SimplifiedNonLocal; `[batch, *query, *key]`, that sums to one over the keys, for NonLocal's
-      softmax modes. A module that is called several times has `path:0`, `path:1` and so on.
+      softmax modes. A module that is called several times has `path:0`, `path:1` and so on. In the
+      order of the names, numbers by their value.
 
     Raises:
       UserError: The model holds no block that attends.
     """
 
-    def apply(variables: Mapping[str, Any], *values: Any) -> Mapping[str, Any]:
-        return model.apply(variables, *values, **options, mutable=['intermediates'])[1]
+    def apply(variables: Mapping[str, Any], *values: Any) -> dict[str, dict[str, Array]]:
+        sown = model.apply(variables, *values, **options, mutable=['intermediates'])[1]
+        return sown_values(sown, ('attention',))
 
-    sown = flatten_dict(dict(jax.jit(apply)(variables, *inputs).get('intermediates', {})), sep='/')
-    maps = {}
-    for path, calls in sown.items():
-        module, _, name = path.rpartition('/')
-        if name != 'attention':
-            continue
-        for index, attention in enumerate(calls):
-            maps[module if len(calls) == 1 else f'{module}:{index}'] = attention
+    maps = jax.jit(apply)(variables, *inputs)['attention']
     if not maps:
-        raise UserError(
-            f'{type(model).__name__} holds no block that attends; average pooling and '
-            'squeeze-excitation have no attention: use GlobalContext(pooling="attention"), '
-            'SimplifiedNonLocal or NonLocal'
-        )
-    return maps
+        raise no_attention(model)
+    return in_order(maps)
+
+
+def sown_values(state: Mapping[str, Any], names: Collection[str]) -> dict[str, dict[str, Array]]:
+    """Sorts what blocks have sown by its name.
+
+    Args:
+      state: What `apply(..., mutable=['intermediates'])` returns beside the output.
+      names: What to keep, such as 'attention'.
+
+    Returns:
+      For each name the values by the path of the module that has sown them; with `:0`, `:1`, ...
+      behind the path where it was called several times.
+    """
+    found: dict[str, dict[str, Array]] = {name: {} for name in names}
+    for path, calls in flatten_dict(dict(state.get('intermediates', {}))).items():
+        if path[-1] not in found:
+            continue
+        module = '/'.join(path[:-1])
+        for index, value in enumerate(calls):
+            found[path[-1]][module if len(calls) == 1 else f'{module}:{index}'] = value
+    return found
+
+
+def in_order(by_path: Mapping[str, Any]) -> dict[str, Any]:
+    """Sorts by path, numbers by their value: 'stage3_2' comes before 'stage3_10'."""
+
+    def key(path: str) -> list[str | int]:
+        return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', path)]
+
+    return {path: by_path[path] for path in sorted(by_path, key=key)}
+
+
+def no_attention(model: nn.Module) -> UserError:
+    """Returns the error for a model without a block that attends."""
+    return UserError(
+        f'{type(model).__name__} holds no block that attends; average pooling and '
+        'squeeze-excitation have no attention: use GlobalContext(pooling="attention"), '
+        'SimplifiedNonLocal or NonLocal'
+    )

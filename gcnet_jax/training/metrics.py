@@ -16,28 +16,10 @@ from typing import Any
 
 import tqdm
 
-from gcnet_jax.errors import CheckpointError
+from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
 
-METRICS_FILE = 'metrics.jsonl'
 # Depends on the machine, so it differs from run to run.
 TIMING = ('train/images_per_second', 'eval/seconds')
-
-
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's metrics.jsonl; a last line that was cut off is left out."""
-    path = workdir / METRICS_FILE
-    if not path.exists():
-        return []
-    lines = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            if number != len(path.read_text().splitlines()):
-                raise CheckpointError(
-                    f'{path}, line {number} is not JSON; repair or remove that line'
-                ) from None
-    return lines
 
 
 class Window:

@@ -272,6 +272,16 @@ def test_evaluation_masks_damaged_images_and_counts_them(make):
         evaluate(source, global_batch_size=4)
 
 
+def test_an_image_that_cannot_be_resized_is_a_damaged_one(make):
+    source = make.numbered_source(2)
+    source._records[1] = make.serialize(make.encode(np.zeros((1, 200_000, 3), np.uint8)), 0, 'x')
+    options = {'global_batch_size': 2, 'image_size': 32}
+    batches, skipped = evaluate(source, skip_damaged=True, **options)
+    assert (batches[0]['mask'].tolist(), skipped) == ([True, False], 1)
+    with pytest.raises(DataError, match=r'record 1 .*too elongated'):
+        evaluate(source, **options)
+
+
 def test_an_absent_label_is_never_skipped(make):
     source = make.numbered_source(2)
     source._records[1] = make.serialize(make.encode(np.zeros((4, 4), np.uint8)), -1)

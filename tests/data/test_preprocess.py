@@ -262,6 +262,15 @@ def test_evaluation_follows_timm(height, width, size, fraction, resized, left, t
         np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize('shape', [(1, 65_535, 3), (65_535, 1, 3)])
+def test_a_line_is_refused_before_it_takes_gigabytes(shape):
+    size = f'{shape[1]}x{shape[0]}'
+    with pytest.raises(DataError, match=f'image of {size} pixels is too elongated'):
+        preprocess.resize_and_crop(np.zeros(shape, np.uint8), 224)
+    panorama = preprocess.resize_and_crop(np.zeros((20, 9000, 3), np.uint8), 32)
+    assert panorama.shape == (32, 32, 3)
+
+
 def test_resizing_is_antialiased():
     image = np.zeros((64, 64, 3), np.uint8)
     image[:, ::2] = 255  # Stripes of one pixel: their mean, not every fourth of them.

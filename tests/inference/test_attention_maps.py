@@ -68,6 +68,14 @@ def test_a_block_that_is_called_twice_gives_two_maps(random_variables):
     assert np.abs(maps['context/pool:0'] - maps['context/pool:1']).max() > 0
 
 
+def test_maps_come_in_the_order_of_the_numbers_in_their_names(random_variables):
+    model = create_model('gc_resnet18', stage_sizes=(1, 1, 11, 1), widths=(4, 4, 4, 4))
+    pixels = images(batch=1, size=16)[..., :3]
+    maps = attention_maps(model, random_variables(model, pixels, train=False), pixels, train=False)
+    blocks = [path.partition('/')[0] for path in maps]
+    assert blocks == ['stage2_0', *(f'stage3_{index}' for index in range(11)), 'stage4_0']
+
+
 def test_a_model_without_attention_is_refused():
     model = insert(Plain(), 'first', SqueezeExcite())
     variables = model.init(jax.random.key(0), images())

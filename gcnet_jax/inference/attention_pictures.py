@@ -1,0 +1,158 @@
+"""From a checkpoint and image files to pictures of attention: what the command line calls."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gcnet_jax.data.augment import normalize
+from gcnet_jax.errors import ConfigError, DataError, UserError
+from gcnet_jax.inference.attention_maps import no_attention, sown_values
+from gcnet_jax.inference.images import find_images, load_image, one_line
+from gcnet_jax.inference.pictures import (
+    QUERIES,
+    Picture,
+    check_queries,
+    draw_attention,
+    draw_queries,
+    save_figure,
+)
+from gcnet_jax.inference.query_distances import SOWN, QueryDistances, distances_of
+from gcnet_jax.stored_model import ModelDescription, find_checkpoint, load_variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What was drawn of one image.
+
+    Attributes:
+      prediction: The most probable class with its probability; empty without a classifier.
+      files: The pictures.
+      distances: Of each NonLocal block, by its path.
+    """
+
+    prediction: str
+    files: tuple[Path, ...]
+    distances: dict[str, QueryDistances]
+
+
+def write_pictures(
+    checkpoint: str | os.PathLike,
+    images: Any,
+    out: str | os.PathLike,
+    *,
+    choose: str = 'best',
+    size: int | None = None,
+    all_blocks: bool = False,
+    queries: Sequence[tuple[float, float]] = QUERIES,
+) -> Iterator[tuple[Path, Drawn | DataError]]:
+    """Draws what a stored network's context blocks look at, image by image.
+
+    Writes `NAME_attention.png` for blocks with one map an image, `NAME_queries.png` for NonLocal.
+
+    Args:
+      checkpoint: A workdir, one of its checkpoints, or a ported directory.
+      images: A file, a folder, or several of them.
+      out: A directory; made if need be. Pictures of the same name are replaced.
+      choose: 'best' or 'newest', where there are several checkpoints.
+      size: Height and width of what the network gets, in pixels; None for its own. More pixels
+        give finer maps.
+      all_blocks, queries: See `draw_attention` and `draw_queries`.
+
+    Yields:
+      Each image with what was drawn, or with the error that says why it was not.
+
+    Raises:
+      CheckpointError: It cannot be read.
+      ConfigError: An option that cannot be.
+      UserError: The network holds no block that attends, or the directory cannot be written.
+    """
+    check_queries(queries)
+    if size is not None and size < 1:
+        raise ConfigError(f'size must be 1 or more, got {size}')
+    description, variables = load_variables(find_checkpoint(checkpoint, choose))
+    if size is not None:
+        preprocessing = dataclasses.replace(description.preprocessing, test_size=size)
+        description = dataclasses.replace(description, preprocessing=preprocessing)
+    observe = _observer(description, variables)
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot make the directory {out}: {error.strerror}') from error
+    for path, name in _named(find_images(images)):
+        try:
+            pixels = load_image(path, description.preprocessing)
+        except DataError as error:
+            yield path, error
+            continue
+        logits, sown = observe(pixels)
+        if not sown['attention']:
+            raise no_attention(description.build())
+        prediction = _prediction(description, logits)
+        title = one_line(path.name) + (f': {prediction}' if prediction else '')
+        distances = distances_of(sown)
+        maps = {block: attention[0] for block, attention in sown['attention'].items()}
+        single = {block: values for block, values in maps.items() if values.ndim == 2}
+        many = {block: values for block, values in maps.items() if values.ndim != 2}
+        files = []
+        if single:
+            figure = draw_attention(pixels, single, title=title, all_blocks=all_blocks)
+            files.append(save_figure(figure, out / f'{name}_attention.png'))
+        if many:
+            figure = draw_queries(pixels, many, queries=queries, notes=distances, title=title)
+            files.append(save_figure(figure, out / f'{name}_queries.png'))
+        yield path, Drawn(prediction, tuple(files), distances)
+
+
+def mean_distances(all_distances: Iterable[dict[str, QueryDistances]]) -> dict[str, QueryDistances]:
+    """Averages the distances of several images, by block."""
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    for distances in all_distances:
+        for path, values in distances.items():
+            rows.setdefault(path, []).append(dataclasses.astuple(values))
+    return {
+        path: QueryDistances(*np.mean(values, axis=0).tolist()) for path, values in rows.items()
+    }
+
+
+def _observer(description: ModelDescription, variables: Any) -> Any:
+    """Returns a function of one image that gives its logits and what the blocks have sown."""
+    model = description.build()
+    preprocessing = description.preprocessing
+
+    @jax.jit
+    def apply(variables: Any, images: jax.Array) -> Any:
+        images = normalize(images, preprocessing.mean, preprocessing.std)
+        output, state = model.apply(variables, images, train=False, mutable=['intermediates'])
+        return output[0], sown_values(state, SOWN)
+
+    def observe(pixels: Picture) -> Any:
+        return jax.device_get(apply(variables, pixels[None]))
+
+    return observe
+
+
+def _prediction(description: ModelDescription, logits: np.ndarray) -> str:
+    if description.options.get('num_classes') == 0:
+        return ''
+    exponentials = np.exp(logits.astype(np.float64) - logits.max())
+    best = int(logits.argmax())
+    names = description.label_names
+    label = names[best] if best < len(names) else f'class {best}'
+    return f'{label} {exponentials[best] / exponentials.sum():.1%}'
+
+
+def _named(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
+    """Gives every image a name of its own: two files may be called alike."""
+    taken: set[str] = set()
+    for path in paths:
+        name, number = path.stem, 2
+        while name in taken:
+            name, number = f'{path.stem}_{number}', number + 1
+        taken.add(name)
+        yield path, name

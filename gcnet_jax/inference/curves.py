@@ -1,0 +1,124 @@
+"""Compares runs: loss and accuracy of training and evaluation, read from their metrics.jsonl."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gcnet_jax.errors import CheckpointError, ConfigError, unknown_name
+from gcnet_jax.inference.images import one_line
+from gcnet_jax.inference.pictures import save_figure
+from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
+
+PARTS = ('train', 'eval')
+METRICS = ('loss', 'accuracy')
+KEYS = frozenset(f'{part}/{metric}' for part in PARTS for metric in METRICS)
+AXES = ('epoch', 'step')
+STYLES = {
+    'train': {'linewidth': 1, 'alpha': 0.5},
+    'eval': {'linewidth': 2, 'marker': 'o', 'markersize': 4},
+}
+Lines = list[dict[str, Any]]
+
+
+def write_curves(
+    runs: Sequence[str | os.PathLike], out: str | os.PathLike, *, by: str = 'epoch'
+) -> Path:
+    """Draws the curves of runs into a PNG file; see `draw_curves`."""
+    return save_figure(draw_curves(runs, by=by), out)
+
+
+def draw_curves(runs: Sequence[str | os.PathLike], *, by: str = 'epoch') -> Any:
+    """Draws loss and accuracy of one or more runs.
+
+    Args:
+      runs: Working directories of train.py; the run may still be going on.
+      by: What the horizontal axis counts, 'epoch' or 'step'.
+
+    Returns:
+      A matplotlib Figure; `save_figure` writes it.
+
+    Raises:
+      CheckpointError: A run has no metrics, or damaged ones.
+      ConfigError: There is no such axis, or no run.
+    """
+    if by not in AXES:
+        raise ConfigError(unknown_name('horizontal axis', by, AXES))
+    if not runs:
+        raise ConfigError('name one run or more, working directories of train.py')
+    lines = {name: _read(run, by) for name, run in zip(_names(runs), runs, strict=True)}
+    return _draw(lines, by)
+
+
+def _read(run: str | os.PathLike, by: str) -> Lines:
+    path = Path(run)
+    if not path.is_dir():
+        raise CheckpointError(f'{run} is not a directory; name the working directory of a run')
+    if not (path / METRICS_FILE).exists():
+        raise CheckpointError(f'{run} holds no {METRICS_FILE}; name the working directory of a run')
+    lines = read_metrics(path)
+    drawn = [line for line in lines if not KEYS.isdisjoint(line)]
+    if not drawn:
+        raise CheckpointError(f'{path / METRICS_FILE} holds no metrics yet; train for longer')
+    for line in drawn:
+        for key in (by, *KEYS.intersection(line)):
+            value = line.get(key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise CheckpointError(
+                    f'{path / METRICS_FILE}, step {line["step"]}: {key} is {value!r}, not a '
+                    'number; repair or remove that line'
+                )
+    return drawn
+
+
+def _names(runs: Sequence[str | os.PathLike]) -> list[str]:
+    """Returns what tells the runs apart: their paths below the directory that holds them all."""
+    paths = [Path(run).absolute() for run in runs]
+    if len(set(paths)) < len(paths):
+        raise ConfigError('a run is named twice; name each once')
+    common = os.path.commonpath([path.parent for path in paths])
+    return [one_line(path.relative_to(common)) for path in paths]
+
+
+def _draw(runs: Mapping[str, Lines], by: str) -> Any:
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure(figsize=(10, 4.2), layout='constrained')
+    axes = dict(zip(METRICS, figure.subplots(1, 2), strict=True))
+    colours = colormaps['tab10' if len(runs) <= 10 else 'viridis'].resampled(max(10, len(runs)))
+    colours = [colours(index) for index in range(len(runs))]
+    for colour, lines in zip(colours, runs.values(), strict=True):
+        for metric, panel in axes.items():
+            for part in PARTS:
+                points = _points(lines, f'{part}/{metric}', by)
+                panel.plot(*points, color=colour, **STYLES[part])
+    for metric, panel in axes.items():
+        panel.set(xlabel=by, title=metric)
+        panel.grid(alpha=0.3)
+        panel.spines[['top', 'right']].set_visible(False)
+    # The first evaluations can be far off; a logarithm shows them and the end as well.
+    axes['loss'].set_yscale('log')
+    for formatter in (
+        axes['loss'].yaxis.set_major_formatter,
+        axes['loss'].yaxis.set_minor_formatter,
+    ):
+        formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes['accuracy'].yaxis.set_major_formatter('{x:.0%}')
+    handles = [Line2D([], [], color='0.3', label=part, **STYLES[part]) for part in PARTS]
+    handles += [
+        Line2D([], [], color=colour, linewidth=4, label=name)
+        for colour, name in zip(colours, runs, strict=True)
+    ]
+    legend = figure.legend(handles=handles, loc='outside lower center', ncols=4, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # A directory's name may look like TeX.
+    return figure
+
+
+def _points(lines: Lines, key: str, by: str) -> tuple[list[float], list[float]]:
+    """Returns where and what the values of a key are."""
+    points = [(line[by], line[key]) for line in lines if key in line]
+    return [place for place, _ in points], [value for _, value in points]

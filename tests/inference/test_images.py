@@ -1,0 +1,207 @@
+"""Images of every kind become what evaluation sees, or one clear line."""
+
+import os
+import struct
+import threading
+import time
+import tracemalloc
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from gcnet_jax.data import preprocess
+from gcnet_jax.errors import ConfigError, DataError
+from gcnet_jax.inference.images import find_images, list_images, load_ahead, load_image, one_line
+from gcnet_jax.models.registry import Preprocessing
+
+PREPROCESSING = Preprocessing(interpolation='bicubic', crop_fraction=0.75, test_size=12)
+
+
+def expected(pixels):
+    return preprocess.resize_and_crop(pixels, 12, 0.75, 'bicubic')
+
+
+def png_header(width, height):
+    """A PNG that claims a size, with no pixels at all."""
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    chunks = [(b'IHDR', header), (b'IDAT', b''), (b'IEND', b'')]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def test_every_form_of_an_image_is_the_same(make, tmp_path):
+    pixels = make.picture(0)
+    data = make.encode(pixels)
+    path = tmp_path / 'a picture.png'
+    path.write_bytes(data)
+    forms = [
+        *(path, str(path), data, bytearray(data), memoryview(data)),
+        *(Image.fromarray(pixels), Image.open(path), pixels, pixels[:, ::-1][:, ::-1]),
+        *(pixels / 255, (pixels / 255).astype(np.float32), jnp.asarray(pixels)),
+        np.concatenate([pixels, pixels[..., :1]], axis=-1),
+    ]
+    for form in forms:
+        loaded = load_image(form, PREPROCESSING)
+        assert (loaded.shape, loaded.dtype) == ((12, 12, 3), np.uint8)
+        np.testing.assert_array_equal(loaded, expected(pixels))
+
+
+def test_greyscale_of_every_form_is_three_equal_channels(make):
+    grey = make.picture(0)[..., 0]
+    pixels = np.repeat(grey[..., None], 3, axis=-1)
+    for form in (grey, grey[..., None], grey / 255, Image.fromarray(grey), make.encode(grey)):
+        np.testing.assert_array_equal(load_image(form, PREPROCESSING), expected(pixels))
+
+
+def test_half_precision_is_read_as_closely_as_it_is(make):
+    pixels = make.picture(0)
+    for dtype in (jnp.float16, jnp.bfloat16):
+        loaded = load_image(jnp.asarray(pixels / 255, dtype), PREPROCESSING)
+        assert np.abs(loaded.astype(int) - expected(pixels)).max() <= 2
+
+
+def test_the_callers_image_is_not_changed(make):
+    image = Image.fromarray(make.picture(0)).quantize(16)
+    image.info['transparency'] = 3
+    load_image(image, PREPROCESSING)
+    assert (image.mode, image.info['transparency']) == ('P', 3)
+
+
+@pytest.mark.parametrize(
+    ('image', 'message'),
+    [
+        (b'', 'not an image of a known format'),
+        (b'some text', 'not an image of a known format'),
+        (png_header(20_000, 10_000), r'20000x10000 pixels, more than 100,000,000 are not read'),
+        (png_header(50, 60), 'damaged PNG image'),
+        (np.zeros((3, 8, 8), np.uint8), r'shape \(3, 8, 8\); images are \[height, width\]'),
+        (np.zeros((2, 8, 8, 3), np.uint8), r'shape \(2, 8, 8, 3\)'),
+        (np.zeros((0, 8, 3), np.uint8), r'shape \(0, 8, 3\)'),
+        (np.zeros((), np.uint8), r'shape \(\)'),
+        (np.zeros((8, 8, 3), np.int32), 'array of int32; images are uint8'),
+        (np.full((8, 8, 3), 255.0), r'from 255 to 255; it must be in 0\.\.1'),
+        (np.full((8, 8, 3), -0.1), r'from -0.1 to -0.1'),
+        (np.full((8, 8, 3), np.nan), 'from nan to nan'),
+        (np.zeros((1, 500_000, 3), np.uint8), '500000x1 pixels is too elongated'),
+        (7, 'not int'),
+        ('nowhere.jpg', 'nowhere.jpg: no such file'),
+        ('a\nb.jpg', r'a\\nb.jpg: no such file'),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(image, message):
+    with pytest.raises(DataError, match=message) as caught:
+        load_image(image, PREPROCESSING, name='image 4')
+    assert '\n' not in str(caught.value)
+    assert isinstance(image, str) or str(caught.value).startswith('image 4: ')
+
+
+def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    path = tmp_path / 'huge.png'
+    path.write_bytes(png_header(20_000, 10_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r'huge.png: image of 20000x10000 pixels'):
+            load_image(path, PREPROCESSING)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)  # Pillow's own limit for Image.open.
+    with Image.open(path) as image, pytest.raises(DataError, match='20000x10000'):
+        load_image(image, PREPROCESSING)
+
+
+def test_a_damaged_pillow_image_is_one_line(make, tmp_path):
+    path = tmp_path / 'cut.jpg'
+    path.write_bytes(make.encode(make.picture(0, 200, 300), 'JPEG')[:-1500])
+    with Image.open(path) as image, pytest.raises(DataError, match='image 0: damaged image: '):
+        load_image(image, PREPROCESSING, name='image 0')
+
+
+def test_places_that_are_no_file_are_one_line(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.png')
+    with pytest.raises(DataError, match=r'pipe.png: not a file'):
+        load_image(tmp_path / 'pipe.png', PREPROCESSING)
+    with pytest.raises(DataError, match='a folder that holds no image'):
+        load_image(tmp_path, PREPROCESSING)
+    with (tmp_path / 'vast.tiff').open('wb') as file:
+        file.truncate(900_000_000)  # Takes no space.
+    with pytest.raises(DataError, match='900,000,000 bytes are more than any image'):
+        load_image(tmp_path / 'vast.tiff', PREPROCESSING)
+
+
+def test_too_little_memory_is_one_line(make, monkeypatch):
+    def fail(data):
+        raise MemoryError
+
+    monkeypatch.setattr(preprocess, 'decode', fail)
+    with pytest.raises(DataError, match='image 0: there is not enough memory'):
+        load_image(make.encode(make.picture(0)), PREPROCESSING, 'image 0')
+
+
+def test_folders_are_searched_in_order_by_ending(tmp_path):
+    for name in ('b.JPEG', 'a/2.png', 'a/1.webp', 'c.txt', '.hidden.png', 'd/.x/3.png', 'e.tif'):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b'')
+    (tmp_path / 'loop').symlink_to(tmp_path)
+    (tmp_path / 'link.png').symlink_to(tmp_path / 'b.JPEG')
+    found = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path)]
+    assert found == ['a/1.webp', 'a/2.png', 'b.JPEG', 'e.tif', 'link.png']
+    several = [tmp_path / 'c.txt', str(tmp_path / 'a'), tmp_path / 'd', tmp_path / 'none']
+    names = [str(path.relative_to(tmp_path)) for path in find_images(several)]
+    assert names == ['c.txt', 'a/1.webp', 'a/2.png', 'd', 'none']  # 'd' is empty.
+
+
+def test_one_image_and_several_are_told_apart(make):
+    pixels, data = make.picture(0), make.encode(make.picture(0))
+    for one in ('x.png', data, Image.fromarray(pixels), pixels, pixels[..., 0], jnp.zeros((8, 8))):
+        assert list_images(one)[1]
+    for several in (['x.png'], [data], (pixels, pixels[..., 0]), np.stack([pixels] * 2), []):
+        listed, single = list_images(several)
+        assert (len(listed), single) == (len(several), False)
+    assert len(list_images(iter([data, data]))[0]) == 2
+    for wrong in (7, None, {'image': data}):
+        with pytest.raises(ConfigError, match='images must be paths, bytes'):
+            list_images(wrong)
+
+
+def test_loading_ahead_keeps_the_order_and_its_bounds():
+    taken, running, most = [], threading.Semaphore(3), []
+
+    def items():
+        for index in range(60):
+            taken.append(index)
+            yield index
+
+    def load(index):
+        assert running.acquire(blocking=False)  # More than three at once would fail.
+        time.sleep(0.002 * (index % 3))
+        running.release()
+        return index * index
+
+    results = load_ahead(load, items(), num_threads=3, ahead=7)
+    for count, (item, result) in enumerate(results, start=1):
+        assert (item, result) == (count - 1, (count - 1) ** 2)
+        most.append(len(taken) - count)
+    assert count == 60
+    assert max(most) <= 7
+
+
+def test_closing_ends_the_threads_and_errors_come_through():
+    before = threading.active_count()
+    results = load_ahead(lambda item: item, iter(range(10**9)), num_threads=4, ahead=8)
+    assert next(results) == (0, 0)
+    results.close()
+    assert threading.active_count() == before
+    with pytest.raises(ZeroDivisionError):
+        list(load_ahead(lambda item: 1 // item, [1, 0], num_threads=1, ahead=1))
+    assert threading.active_count() == before
+
+
+def test_names_fit_one_line():
+    assert one_line('a\nb\tc\udcff é 猫.png') == 'a\\nb\\tc\\udcff é 猫.png'
