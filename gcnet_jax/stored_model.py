@@ -200,7 +200,7 @@ def check_checksums(tree: Any, expected: Mapping[str, int], place: object) -> No
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop that answers the reads it no longer waits for."""
+    """An event loop that waits for the reads that were left behind, and keeps their errors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,6 +212,12 @@ class _PatientLoop(asyncio.SelectorEventLoop):
         except RuntimeError:
             if not self.is_closed():
                 raise
+
+    def close(self) -> None:
+        left_behind = () if self.is_closed() else asyncio.all_tasks(self)
+        if left_behind:
+            self.run_until_complete(asyncio.gather(*left_behind, return_exceptions=True))
+        super().close()
 
 
 class _PatientPolicy(asyncio.DefaultEventLoopPolicy):

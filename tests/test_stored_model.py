@@ -1,3 +1,4 @@
+import asyncio
 import dataclasses
 import gc
 import json
@@ -14,6 +15,7 @@ from gcnet_jax.stored_model import (
     ModelDescription,
     checksums,
     find_checkpoint,
+    first_error_only,
     load_variables,
     read_model_description,
     write_ported,
@@ -108,6 +110,33 @@ def test_nothing_else_is_told_of_damage(tmp_path, random_variables, monkeypatch,
     gc.collect()
     assert told == []
     assert caplog.records == []
+
+
+def test_reads_that_were_left_behind_end_in_silence(monkeypatch):
+    """As Orbax reads: all at once, and each turns what ends it into an error of its own."""
+
+    async def slow():
+        try:
+            await asyncio.sleep(0.05)
+        except BaseException as error:
+            raise ValueError from error
+        raise ValueError
+
+    async def wrong():
+        raise KeyError('the first')
+
+    async def all_at_once():
+        await asyncio.gather(wrong(), slow(), slow())
+
+    told = []
+    monkeypatch.setattr(sys, 'unraisablehook', told.append)
+    with first_error_only():
+        loop = asyncio.new_event_loop()
+        with pytest.raises(KeyError, match='the first'):
+            loop.run_until_complete(all_at_once())
+        loop.close()
+    gc.collect()
+    assert told == []
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 4, 1)])

@@ -110,7 +110,7 @@ def test_a_lost_process_is_one_line(monkeypatch):
         raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
 
 
-STEPS = 80  # As tiny_config.py says.
+STEPS = 48  # As tiny_config.py says.
 SETTINGS = (
     # So slow that the rounding of another order of the sums stays as small as it was.
     '--config.schedule.peak_learning_rate=1e-4',

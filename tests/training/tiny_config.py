@@ -22,9 +22,9 @@ def get_config() -> ConfigDict:
     config.training.batch_size = 16
     config.training.accumulation_steps = 2
     config.training.ema_decay = 0.9
-    config.training.total_steps = 80
+    config.training.total_steps = 48
     config.training.log_steps = 1
-    config.training.evaluation_steps = 40
+    config.training.evaluation_steps = 24
     config.training.checkpoint_steps = 15
     config.runtime.progress = 'lines'
     config.runtime.tensorboard = False
