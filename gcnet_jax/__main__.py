@@ -27,6 +27,7 @@ IMAGES_HELP = (
     'images, and folders of them; exit code 3: some could not be read (named on stderr), the '
     'others were done'
 )
+EXPORT_FORMATS = ('jaxexport', 'onnx', 'safetensors')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     curves.add_argument('--by', choices=('epoch', 'step'), default='epoch', help='horizontal axis')
     curves.set_defaults(run=_curves)
     _add_plan(commands)
+    _add_export(commands)
     return parser
 
 
@@ -199,6 +201,24 @@ def _add_attention(commands: argparse._SubParsersAction) -> None:
         help='of non-local blocks: a position, as parts of the height and width; several times',
     )
     attention.set_defaults(run=_attention)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser('export', help='write a network as one file that runs elsewhere')
+    export.add_argument('--checkpoint', required=True, metavar='DIR', help='trained or ported')
+    export.add_argument(
+        '--out', required=True, metavar='FILE', help='ends in .jaxexport, .onnx or .safetensors'
+    )
+    export.add_argument(
+        '--format', choices=EXPORT_FORMATS, help="default: what the file's name ends in"
+    )
+    export.add_argument('--choose', choices=('best', 'newest'), default='best')
+    export.add_argument('--size', type=int, help="of the images, in pixels; default: the network's")
+    export.add_argument(
+        '--family', help='with .safetensors: whose names, such as torchvision; default: timm'
+    )
+    export.add_argument('--overwrite', action='store_true', help='replace a file of that name')
+    export.set_defaults(run=_export)
 
 
 def _fractions(text: str) -> tuple[float, ...]:
@@ -446,6 +466,36 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps([planning.plan_to_dict(plan) for plan in plans], indent=2))
     else:
         print(planning.format_plans(plans))
+
+
+def _export(options: argparse.Namespace) -> None:
+    kind = options.format or Path(options.out).suffix.removeprefix('.')
+    common = {'choose': options.choose, 'overwrite': options.overwrite}
+    if kind == 'safetensors':
+        from gcnet_jax import porting
+
+        _refuse_flags(options, '.safetensors', ('size',))
+        report = porting.port_reverse(
+            options.checkpoint, options.family or 'timm', options.out, **common
+        )
+        print('\n'.join(report.lines()))
+    elif kind in EXPORT_FORMATS:
+        from gcnet_jax.inference import export
+
+        _refuse_flags(options, f'.{kind}', ('family',))
+        common['size'] = options.size
+        if kind == 'onnx':
+            difference = export.export_onnx(options.checkpoint, options.out, **common)
+            print(f'opset {export.OPSET}; differs from the network by {difference:.1g} at most')
+        else:
+            size = export.export_jax(options.checkpoint, options.out, **common)
+            print(f'{size / 1e6:.1f} MB for {", ".join(export.PLATFORMS)}')
+    else:
+        raise UserError(
+            f'--out {options.out}: end it in .{", .".join(EXPORT_FORMATS)}, or say which with '
+            '--format'
+        )
+    print(f'wrote {options.out}')
 
 
 def _refuse_flags(options: argparse.Namespace, command: str, names: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The README does what it says: its Python runs, what it names exists, its table is the truth."""
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from gcnet_jax.__main__ import main
 from gcnet_jax.models import create_model, list_models, model_entry
 from gcnet_jax.models.summary import summarize
+from gcnet_jax.stored_model import ModelDescription, write_ported
 from gcnet_jax.training.command import read_flags
 
 ROOT = Path(__file__).parent.parent
@@ -23,9 +25,36 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize('index', range(len(SNIPPETS)))
-def test_python_runs(index, tmp_path, monkeypatch):
+# Snippets that show another library at work need it.
+MARKS = {'import onnxruntime': pytest.mark.onnx, 'import timm': pytest.mark.torch}
+
+
+def marked(index):
+    return pytest.param(index, marks=[MARKS[text] for text in MARKS if text in SNIPPETS[index]])
+
+
+def store(directory, name, random_variables):
+    """Leaves a network that was not trained where the README's commands leave a trained one."""
+    preprocessing = dataclasses.replace(model_entry(name).preprocessing, test_size=8)
+    description = ModelDescription(name, {}, preprocessing=preprocessing)
+    images = jnp.zeros((1, 64, 64, 3))
+    write_ported(directory, description, random_variables(description.build(), images, train=False))
+
+
+@pytest.mark.parametrize('index', [marked(index) for index in range(len(SNIPPETS))])
+def test_python_runs(index, tmp_path, monkeypatch, random_variables):
     monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        if not command.startswith('python -m gcnet_jax export'):
+            continue
+        arguments = command.split()[3:]
+        checkpoint, out = (
+            arguments[arguments.index(flag) + 1] for flag in ('--checkpoint', '--out')
+        )
+        if f"'{out}'" in SNIPPETS[index]:
+            network = checkpoint.removeprefix('runs/')
+            store(checkpoint, 'gccnn' if network == 'digits' else network, random_variables)
+            assert main(arguments) == 0
     exec(compile(SNIPPETS[index], f'README snippet {index}', 'exec'), {'__name__': 'readme'})
 
 

@@ -1,13 +1,15 @@
 """Compares runs: loss and accuracy of training and evaluation, read from their metrics.jsonl."""
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gcnet_jax.errors import CheckpointError, ConfigError, unknown_name
 from gcnet_jax.inference.images import one_line
-from gcnet_jax.inference.pictures import save_figure
+from gcnet_jax.inference.pictures import png_bytes, save_figure
 from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
 
 PARTS = ('train', 'eval')
@@ -48,6 +50,49 @@ def draw_curves(runs: Sequence[str | os.PathLike], *, by: str = 'epoch') -> Any:
         raise ConfigError('name one run or more, working directories of train.py')
     lines = {name: _read(run, by) for name, run in zip(_names(runs), runs, strict=True)}
     return _draw(lines, by)
+
+
+@contextlib.contextmanager
+def watch_curves(
+    runs: Sequence[str | os.PathLike], *, seconds: float = 30.0, by: str = 'epoch'
+) -> Iterator[None]:
+    """Shows the curves in a notebook, and draws them anew while the block under it runs.
+
+        with watch_curves(['runs/digits']):
+            train(config, 'runs/digits')
+
+    Args:
+      runs: See `draw_curves`; a run need not have begun.
+      seconds: Time between two drawings.
+      by: See `draw_curves`.
+    """
+    from IPython.display import Image, display
+
+    shown = []
+    done = threading.Event()
+
+    def show() -> None:
+        try:
+            picture = Image(data=png_bytes(draw_curves(runs, by=by)))
+        except CheckpointError:  # Nothing to draw yet.
+            return
+        if shown:
+            shown[0].update(picture)
+        else:
+            shown.append(display(picture, display_id=True))
+
+    def show_until_done() -> None:
+        while not done.wait(seconds):
+            show()
+
+    thread = threading.Thread(target=show_until_done, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        show()
 
 
 def _read(run: str | os.PathLike, by: str) -> Lines:

@@ -4,6 +4,7 @@ Figures are made without pyplot, so that nothing here touches a program's own fi
 screen. matplotlib is imported when the first one is drawn.
 """
 
+import io
 import math
 import os
 import re
@@ -184,16 +185,23 @@ def save_figure(figure: Any, path: str | os.PathLike) -> Path:
     path = Path(path)
     partial = path.with_name(f'.{path.name}.partial')
     try:
-        with warnings.catch_warnings():
-            # A letter that the font lacks, in the name of a file, is drawn as a box.
-            warnings.filterwarnings('ignore', message='.*Glyph')
-            figure.savefig(partial, format='png', dpi=DPI)
+        partial.write_bytes(png_bytes(figure))
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror or error}') from error
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def png_bytes(figure: Any) -> bytes:
+    """Returns a figure as the bytes of a PNG file."""
+    data = io.BytesIO()
+    with warnings.catch_warnings():
+        # A letter that the font lacks, in the name of a file, is drawn as a box.
+        warnings.filterwarnings('ignore', message='.*Glyph')
+        figure.savefig(data, format='png', dpi=DPI)
+    return data.getvalue()
 
 
 def _values(attention: Any) -> np.ndarray:
@@ -325,4 +333,4 @@ def _name(path: str) -> str:
 
 
 def _factor(value: float) -> str:
-    return f'{value:.2g}' if value < 10 else f'{value:.0f}'
+    return f'{value:.2f}' if value < 10 else f'{value:.0f}'

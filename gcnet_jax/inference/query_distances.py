@@ -143,4 +143,4 @@ def _mean(distance: Any, images: Array) -> float:
 
 
 def _short(value: float) -> str:
-    return 'undefined' if math.isnan(value) else f'{value:.3f}'
+    return 'undefined' if math.isnan(value) else f'{value:.2g}'

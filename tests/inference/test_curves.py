@@ -1,6 +1,10 @@
 """Curves of runs, as the figure holds them, and how damaged runs are refused."""
 
 import json
+import sys
+import threading
+import time
+import types
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ from PIL import Image
 
 from gcnet_jax.__main__ import main
 from gcnet_jax.errors import ConfigError
-from gcnet_jax.inference.curves import draw_curves
+from gcnet_jax.inference.curves import draw_curves, watch_curves
 
 LINES = [
     {'step': 10, 'epoch': 0.5, 'train/loss': 2.0, 'train/accuracy': 0.25},
@@ -110,3 +114,43 @@ def test_a_directory_without_metrics_and_a_run_named_twice_are_refused(tmp_path,
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert main(['curves', run(tmp_path / 'a'), '--out', str(tmp_path / 'no' / 'x.png')]) == 1
     assert 'cannot write' in capsys.readouterr().err
+
+
+class Handle:
+    """What IPython's display returns: it remembers what is shown."""
+
+    def __init__(self, picture):
+        self.shown = [picture]
+
+    def update(self, picture):
+        self.shown.append(picture)
+
+
+def test_curves_are_shown_anew_while_a_run_goes_on(tmp_path, monkeypatch):
+    handles = []
+
+    def display(picture, display_id):
+        assert display_id
+        handles.append(Handle(picture))
+        return handles[-1]
+
+    notebook = types.SimpleNamespace(Image=lambda data: data, display=display)
+    monkeypatch.setitem(sys.modules, 'IPython.display', notebook)
+    with watch_curves([tmp_path / 'a'], seconds=0.01):
+        time.sleep(0.05)
+        assert handles == []  # The run has not begun.
+        run(tmp_path / 'a')
+        until = time.monotonic() + 60
+        while not handles and time.monotonic() < until:
+            time.sleep(0.01)
+        (handle,) = handles
+    assert len(handle.shown) >= 2  # And once more at the end.
+    assert all(picture.startswith(b'\x89PNG') for picture in handle.shown)
+
+
+def test_watching_ends_with_an_error_inside(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'IPython.display', types.SimpleNamespace(Image=0, display=0))
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), watch_curves([tmp_path / 'a']):
+        raise KeyboardInterrupt
+    assert threading.active_count() == before

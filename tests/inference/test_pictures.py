@@ -82,7 +82,7 @@ def test_a_panel_for_the_last_block_of_each_stage_with_its_name_size_and_peak():
     written = texts(figure)
     assert 'what the network saw\n40 x 60' in written
     assert 'stage2_2\ncontext_0\n4 x 6, peak 24 x uniform' in written
-    assert 'stage3_0\ncontext_0\n2 x 3, peak 1 x uniform' in written
+    assert 'stage3_0\ncontext_0\n2 x 3, peak 1.00 x uniform' in written
     assert 'a $strange_ name' in written
     assert any('multiple of uniform attention' in text for text in written)
     scales = [axes.get_xlim() for axes in figure.axes if not axes.get_images()]

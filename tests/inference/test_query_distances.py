@@ -85,7 +85,7 @@ def test_distances_of_a_block_are_those_of_its_input_output_and_maps(block):
     }
     for name, values in parts.items():
         assert getattr(found, name) == pytest.approx(np.mean(values), rel=1e-3), name
-    assert f'input {found.input:.3f}, output {found.output:.3f}' in str(found)
+    assert f'input {found.input:.2g}, output {found.output:.2g}' in str(found)
 
 
 def test_a_block_that_adds_nothing_and_has_no_softmax_says_so():

@@ -1,0 +1,292 @@
+"""A stored network as one file that runs elsewhere: a JAX export artifact, or ONNX.
+
+Both take uint8 images `[batch, size, size, 3]`, of any batch size, and return probabilities; the
+normalisation is inside. Beside FILE lies FILE.json with the label names and how images are resized
+and cropped, which is not inside.
+"""
+
+import dataclasses
+import importlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jaxtyping import Array, Float, UInt8
+
+from gcnet_jax.data.augment import normalize
+from gcnet_jax.errors import CheckpointError, ConfigError, UserError
+from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
+from gcnet_jax.stored_model import ModelDescription, find_checkpoint, load_variables
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+# Onnxruntime reads it since 1.18.
+OPSET = 21
+# Largest difference of a probability, and of its logarithm relative to the largest logarithm.
+TOLERANCE = 1e-4
+CHECKED_BATCHES = (1, 3)
+
+Images = UInt8[Array, 'batch size size 3']
+Probabilities = Float[Array, 'batch classes']
+
+
+def export_jax(
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    choose: str = 'best',
+    size: int | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Writes a serialized `jax.export` artifact for CPU, CUDA and TPU at once.
+
+    It needs nothing but jax and flatbuffers; jax of the same version or a later one:
+
+        jax.export.deserialize(bytearray(open(FILE, 'rb').read())).call(images)
+
+    Args:
+      checkpoint: A workdir, one of its checkpoints, or a ported directory.
+      out: The file.
+      choose: 'best' or 'newest', where there are several checkpoints.
+      size: Height and width of the images in pixels; None for the network's own.
+      overwrite: Replace a file of that name.
+
+    Returns:
+      The file's size in bytes.
+
+    Raises:
+      CheckpointError: It cannot be read, or holds no classifier.
+      UserError: The file exists, or cannot be written.
+    """
+    out = check_new(out, overwrite)
+    description, variables = _load(checkpoint, choose, size)
+    size = description.preprocessing.test_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    folded = fold_batch_norms(description.build(), variables, image, train=False)
+    classify = _classifier(description, folded)
+
+    def classify_folded(images: Images) -> Probabilities:
+        with folded_batch_norm():
+            return classify(images)
+
+    exporter = export.export(jax.jit(classify_folded), platforms=PLATFORMS)
+    data = exporter(_any_batch(description)).serialize()
+    _write(out, bytes(data), description)
+    return len(data)
+
+
+def export_onnx(
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    choose: str = 'best',
+    size: int | None = None,
+    overwrite: bool = False,
+) -> float:
+    """Writes an ONNX file, which computes in float32, after comparing it with the network.
+
+    Args:
+      checkpoint, out, choose, size, overwrite: See `export_jax`.
+
+    Returns:
+      The largest difference of a probability between onnxruntime and the network.
+
+    Raises:
+      CheckpointError: It cannot be read, or holds no classifier.
+      ConfigError: jax2onnx or onnxruntime is not installed.
+      UserError: The conversion failed or gives other results; the file exists, or cannot be
+        written.
+    """
+    out = check_new(out, overwrite)
+    for name in ('jax2onnx', 'onnxruntime'):
+        _import(name)
+    description, variables = _load(checkpoint, choose, size)
+    options = dict(description.options) | {'dtype': 'float32'}
+    description = dataclasses.replace(description, options=options)
+    classify = _classifier(description, variables)
+    data = _to_onnx(classify, description)
+    difference = _compare(data, classify, description.preprocessing.test_size)
+    _write(out, data, description)
+    return difference
+
+
+def check_new(out: str | os.PathLike, overwrite: bool) -> Path:
+    """Returns the path of a file to write.
+
+    Raises:
+      UserError: There is one already and `overwrite` is not set, or its directory is missing.
+    """
+    out = Path(out).expanduser()
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise UserError(f'{out} exists; name a new file or replace it with --overwrite')
+    if not out.parent.is_dir():
+        raise UserError(f'{out.parent} is not a directory; make it first')
+    return out
+
+
+def _load(
+    checkpoint: str | os.PathLike, choose: str, size: int | None
+) -> tuple[ModelDescription, Mapping[str, Any]]:
+    if size is not None and size < 1:
+        raise ConfigError(f'size must be 1 or more, got {size}')
+    description, variables = load_variables(find_checkpoint(checkpoint, choose))
+    if description.options.get('num_classes') == 0:
+        raise CheckpointError(
+            f'{checkpoint}: {description.name} was stored without a classifier, so that there are '
+            'no probabilities to export'
+        )
+    if size is not None:
+        preprocessing = dataclasses.replace(description.preprocessing, test_size=size)
+        description = dataclasses.replace(description, preprocessing=preprocessing)
+    return description, variables
+
+
+def _classifier(
+    description: ModelDescription, variables: Mapping[str, Any]
+) -> Callable[[Images], Probabilities]:
+    """Returns the function to export; the variables are constants of it."""
+    model = description.build()
+    preprocessing = description.preprocessing
+
+    def classify(images: Images) -> Probabilities:
+        images = normalize(images, preprocessing.mean, preprocessing.std)
+        logits = model.apply(variables, images, train=False)
+        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+
+    return classify
+
+
+def _any_batch(description: ModelDescription) -> jax.ShapeDtypeStruct:
+    size = description.preprocessing.test_size
+    return jax.ShapeDtypeStruct((*export.symbolic_shape('batch'), size, size, 3), jnp.uint8)
+
+
+def _to_onnx(classify: Callable[[Images], Probabilities], description: ModelDescription) -> bytes:
+    jax2onnx = _import('jax2onnx')
+
+    def convertible(images: Images) -> Probabilities:
+        with _explicit_padding():
+            return classify(images)
+
+    with _quiet('jax2onnx', 'onnx_ir'):
+        try:
+            model = jax2onnx.to_onnx(
+                convertible,
+                inputs=[_any_batch(description)],
+                model_name=description.name,
+                opset=OPSET,
+                input_names=['images'],
+                output_names=['probabilities'],
+            )
+        except Exception as error:  # What it cannot convert makes errors of any kind.
+            reason = ' '.join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f'jax2onnx cannot convert {description.name} ({reason}); export it as .jaxexport'
+            ) from error
+    # The shapes it notes of intermediate values are partly wrong; onnxruntime warns of each.
+    del model.graph.value_info[:]
+    return model.SerializeToString()
+
+
+@contextmanager
+def _explicit_padding() -> Iterator[None]:
+    """Pads before max pooling: jax2onnx's own max pooling takes 'SAME' or 'VALID' and no numbers.
+
+    (It would take numbers for 'VALID', without a word.)
+    """
+    pool = nn.max_pool
+
+    def max_pool(
+        inputs: Array, window_shape: Any, strides: Any = None, padding: Any = 'VALID'
+    ) -> Array:
+        if not isinstance(padding, str):
+            widths = ((0, 0), *padding, (0, 0))
+            inputs, padding = jnp.pad(inputs, widths, constant_values=-jnp.inf), 'VALID'
+        return pool(inputs, window_shape=window_shape, strides=strides, padding=padding)
+
+    with mock.patch.object(nn, 'max_pool', max_pool):
+        yield
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Silences what libraries log below an error."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _compare(data: bytes, classify: Callable[[Images], Probabilities], size: int) -> float:
+    """Runs both on the same images; returns the largest difference of a probability.
+
+    Raises:
+      UserError: They differ.
+    """
+    session = _import('onnxruntime').InferenceSession(data, providers=['CPUExecutionProvider'])
+    expected_of = jax.jit(classify)
+    generator = np.random.default_rng(0)
+    largest = 0.0
+    for batch in CHECKED_BATCHES:
+        images = generator.integers(0, 256, (batch, size, size, 3), np.uint8)
+        expected = np.asarray(expected_of(images), np.float64)
+        (found,) = session.run(None, {'images': images})
+        # Of many classes all probabilities are small: their logarithms show what these hide.
+        logs = [np.log(np.maximum(values, 1e-30)) for values in (expected, found)]
+        relative = np.abs(logs[0] - logs[1]).max() / max(1.0, np.abs(logs[0]).max())
+        difference = np.abs(expected - found).max()
+        if not max(difference, relative) <= TOLERANCE:  # Also where it is not a number.
+            raise UserError(
+                f'onnxruntime gives other probabilities than the network (by {difference:.2g}, '
+                f'their logarithms by {relative:.2g}, more than {TOLERANCE:g}); nothing was '
+                'written: export it as .jaxexport'
+            )
+        largest = max(largest, float(difference))
+    return largest
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f'an ONNX file needs {name}, which cannot be imported ({error}); install what the '
+            "extra 'onnx' names, in the directory of gcnet_jax: pip install '.[onnx]'"
+        ) from error
+
+
+def _write(out: Path, data: bytes, description: ModelDescription) -> None:
+    """Writes the file and the JSON beside it, each whole or not at all."""
+    fields = description.to_json()
+    notes = {
+        'network': description.name,
+        'source': description.source,
+        'input': 'images: uint8 [batch, height, width, RGB]',
+        'output': 'probabilities: float32 [batch, class]',
+        'preprocessing': fields['preprocessing'],
+        'label_names': fields['label_names'],
+    }
+    text = json.dumps(notes, indent=1, ensure_ascii=False) + '\n'
+    for path, content in ((Path(f'{out}.json'), text.encode()), (out, data)):
+        partial = path.with_name(f'.{path.name}.partial')
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except OSError as error:
+            raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+        finally:
+            partial.unlink(missing_ok=True)

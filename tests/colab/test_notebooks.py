@@ -1,0 +1,130 @@
+"""The notebooks: nothing of a run is kept in them, they parse, and they run from top to bottom."""
+
+import ast
+import base64
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / 'colab').glob('*.ipynb'))
+# What must be among the outputs of each.
+EXPECTED = {
+    'train_tpu': ['! NO TPU: jax', 'eval/accuracy', 'train/loss'],
+    'inference_and_attention': ['digits/digit_', '%'],
+    'port_from_pytorch': ['tensors', '%'],
+}
+PICTURES = {'train_tpu': 2, 'inference_and_attention': 6, 'port_from_pytorch': 1}
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def code_of(path):
+    cells = [cell for cell in read(path)['cells'] if cell['cell_type'] == 'code']
+    return [''.join(cell['source']) for cell in cells]
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return request.param
+
+
+def test_there_are_three():
+    assert {path.stem for path in NOTEBOOKS} == set(EXPECTED)
+
+
+def test_outputs_are_stripped(notebook):
+    content = read(notebook)
+    assert (content['nbformat'], content['nbformat_minor']) == (4, 5)
+    assert 'signature' not in content['metadata']
+    ids = [cell['id'] for cell in content['cells']]
+    assert len(set(ids)) == len(ids)
+    for cell in content['cells']:
+        assert cell['metadata'] == {}
+        if cell['cell_type'] == 'code':
+            assert cell['outputs'] == []
+            assert cell['execution_count'] is None
+
+
+def test_every_cell_is_plain_python(notebook):
+    for code in code_of(notebook):
+        ast.parse(code)  # No magics, no shell: what runs here runs anywhere.
+
+
+def test_it_defines_nothing_and_touches_no_package(notebook):
+    kinds = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.While)
+    for code in code_of(notebook):
+        assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(code)))
+        assert 'pip' not in re.findall(r'\w+', code)
+
+
+def test_what_it_imports_from_the_package_exists(notebook):
+    for code in code_of(notebook):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith('gcnet_jax'):
+                module = __import__(node.module, fromlist=['_'])
+                for name in node.names:
+                    assert getattr(module, name.name) is not None
+
+
+def test_every_form_field_names_its_kind(notebook):
+    kinds = {'string': str, 'integer': int, 'number': (int, float), 'boolean': bool}
+    for code in code_of(notebook):
+        for line in code.splitlines():
+            if '@param' not in line:
+                continue
+            value, form = re.fullmatch(r'\w+ = (.+)  # @param (.+)', line).groups()
+            choices, _, _ = form.partition(' {"allow-input": true}')
+            value, choices = ast.literal_eval(value), json.loads(choices)
+            if isinstance(choices, list):
+                assert value in choices, line
+            else:
+                assert isinstance(value, kinds[choices['type']]), line
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """A kernel of this very Python; another's would be found otherwise."""
+    directory = tmp_path / 'jupyter' / 'kernels' / 'python3'
+    directory.mkdir(parents=True)
+    arguments = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
+    specification = {'argv': arguments, 'display_name': 'Python 3', 'language': 'python'}
+    (directory / 'kernel.json').write_text(json.dumps(specification))
+    monkeypatch.setenv('JUPYTER_PATH', str(tmp_path / 'jupyter'))
+    monkeypatch.setenv('GCNET_JAX_SMOKE', '1')
+    monkeypatch.setenv('GCNET_JAX_SOURCE', str(ROOT))
+    monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'sets'))
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    monkeypatch.delenv('XLA_FLAGS')  # The tests' eight devices.
+    monkeypatch.delenv('PYTHONPATH', raising=False)
+
+
+@pytest.mark.notebook
+@pytest.mark.filterwarnings('default')  # Those of Jupyter's libraries.
+def test_it_runs_from_top_to_bottom(notebook, kernel, tmp_path):
+    import nbclient
+    import nbformat
+
+    content = nbformat.read(notebook, as_version=4)
+    nbformat.validate(content)
+    directory = tmp_path / 'work'
+    directory.mkdir()
+    nbclient.NotebookClient(
+        content, timeout=1800, resources={'metadata': {'path': str(directory)}}
+    ).execute()
+    outputs = [output for cell in content.cells for output in cell.get('outputs', ())]
+    text = ''.join(output.get('text', '') for output in outputs)
+    for expected in EXPECTED[notebook.stem]:
+        assert expected in text, text
+    pictures = [output['data'].get('image/png') for output in outputs if 'data' in output]
+    pictures = [base64.b64decode(data) for data in pictures if data]
+    assert len(pictures) == PICTURES[notebook.stem]
+    assert all(data.startswith(b'\x89PNG') for data in pictures)
+    assert notebook.read_bytes() == (ROOT / 'colab' / notebook.name).read_bytes()
+    assert os.listdir(directory)
