@@ -437,15 +437,15 @@ from gcnet_jax import Classifier
 
 def resident():
     status = pathlib.Path('/proc/self/status').read_text()
-    return int(re.search(r'VmRSS:\\s+(\\d+) kB', status).group(1)) / 1024
+    return int(re.search(r'RssAnon:\\s+(\\d+) kB', status).group(1)) / 1024
 
 classifier = Classifier.load(sys.argv[1], batch_size=16)
 files = sorted(pathlib.Path(sys.argv[2]).iterdir())
-paths = itertools.islice(itertools.cycle(files), 11_000)
+paths = itertools.islice(itertools.cycle(files), 12_000)
 bad = 0
 for count, (path, result) in enumerate(classifier.stream(paths), start=1):
     bad += isinstance(result, Exception)
-    if count == 1000:
+    if count == 2000:
         before = resident()
 print(count, bad, round(before), resident() - before)
 """,
@@ -454,5 +454,7 @@ print(count, bad, round(before), resident() - before)
     )
     assert result.returncode == 0, result.stderr
     count, bad, _, growth = result.stdout.split()
-    assert (count, bad) == ('11000', '1100')
-    assert float(growth) < 16, result.stdout  # MiB; one picture decoded is a third of one.
+    assert (count, bad) == ('12000', '1200')
+    # MiB. The pools of the allocator wander by some; four kilobytes lost an image would be 40, a
+    # picture an image 3,000.
+    assert float(growth) < 32, result.stdout
