@@ -180,6 +180,8 @@ def training_config(
         del config.model.context  # The file's is of another type.
         config.model.context = None if block == 'none' else ({'block': block, **place},)
     config.training.total_epochs = float(epochs)
+    # A short run from the form keeps a short warm-up.
+    config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, epochs / 4)
     config.training.batch_size = batch_size or config.training.batch_size
     config.schedule.peak_learning_rate = learning_rate or config.schedule.peak_learning_rate
     config.runtime.progress = 'lines'

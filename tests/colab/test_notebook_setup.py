@@ -131,6 +131,7 @@ def test_a_config_is_that_of_the_file_with_what_the_form_says(setup):
     digits = setup.training_config(smoke(False), dataset='digits', epochs=3)
     expected = load_config(str(ROOT / 'configs' / 'digits.py'))
     expected.training.total_epochs = 3.0
+    expected.schedule.warmup_epochs = 0.75
     expected.runtime.progress = 'lines'
     assert digits.to_dict() == expected.to_dict()
     changed = setup.training_config(
@@ -162,6 +163,7 @@ def test_a_short_run_is_of_the_digits(setup):
     config = setup.training_config(smoke(True), dataset='imagenet2012', epochs=90, image_size=224)
     assert (config.data.name, config.data.image_size) == ('digits', 8)
     assert config.training.total_epochs == 1.0
+    assert config.schedule.warmup_epochs == 0.25
 
 
 def test_a_tfds_set_is_prepared_and_a_folder_too(setup, monkeypatch, tmp_path):
