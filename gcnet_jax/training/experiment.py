@@ -199,7 +199,7 @@ def _check_divisible(config: ConfigDict, mesh: Mesh) -> None:
     if (owners != owners[..., :1]).any():
         raise ConfigError(
             f'config.mesh.spatial is {mesh.shape["spatial"]}: it would split an image over several '
-            f'processes, which have {jax.local_device_count()} devices each; lower it'
+            f'processes, which have {(owners == owners.flat[0]).sum()} devices each; lower it'
         )
     sizes = {'image_size': config.data.image_size}
     if config.data.evaluation_image_size is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gcnet_jax.errors import ConfigError
@@ -58,9 +59,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, spatial: int = 1, devices: Any = No
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(data, fsdp, spatial, len(devices))
+    # jax.make_mesh raises for a shape such as 64x2 of a v6e slice of 8x16 chips, where an axis of
+    # the mesh is part of one of the network.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     # The default became Explicit axes in jax 0.9, under which permuting a sharded batch is an
     # error.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_parts(mesh: Mesh) -> int:

@@ -43,6 +43,24 @@ def test_a_mesh_that_does_not_fit_is_refused(given, message):
         make_mesh(*given)
 
 
+class Chip:
+    """A chip of a v6e slice, as far as placing a mesh on it needs to know."""
+
+    platform, device_kind, slice_index, core_on_chip = 'tpu', 'TPU v6 lite', 0, 0
+
+    def __init__(self, row, column):
+        self.id, self.coords = 4 * row + column, (column, row, 0)
+        self.process_index = row // 2 * 2 + column // 2
+
+
+@pytest.mark.parametrize('sizes', [(16, 1, 1), (4, 4, 1), (8, 2, 1), (2, 8, 1), (4, 2, 2)])
+def test_a_mesh_can_split_the_axes_of_a_slice(sizes):
+    chips = [Chip(row, column) for row in range(4) for column in range(4)]
+    mesh = make_mesh(*sizes, devices=chips)
+    assert tuple(mesh.shape.values()) == sizes
+    assert set(mesh.devices.flat) == set(chips)
+
+
 @pytest.mark.parametrize(
     ('shape', 'spec'),
     [
