@@ -14,7 +14,7 @@ from tests.training.real_runs import complete, running, stored_sums, without_tim
 
 pytestmark = pytest.mark.slow
 
-STEPS = 200
+STEPS = 100
 SETTINGS = (
     f'--config.training.total_steps={STEPS}',
     '--config.training.checkpoint_steps=7',
@@ -60,7 +60,7 @@ def test_killed_at_ten_random_moments_it_gives_the_same_bit_for_bit(place, whole
             if number == 0:
                 run.wait_until((workdir / 'config.json').exists)
             else:
-                target = run.step() + rng.randint(2, 14)
+                target = run.step() + rng.randint(1, 6)
                 run.wait_until(lambda target=target: run.step() >= target)
             if number in (2, 5, 8):
                 run.wait_until(lambda: saving(workdir))
