@@ -1,0 +1,161 @@
+"""Candidates that take turns, and the table of what each of them took.
+
+Every candidate lives in a process of its own, so that no library's threads or memory disturb
+another's. They run one at a time, in turns: what slows the machine down slows all of them alike.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+# Makes a candidate ready (imports, weights, compilation) and returns the function to be timed,
+# which returns when its work is done.
+Setup = Callable[[], Callable[[], Any]]
+
+LIBRARIES = ('jax', 'jaxlib', 'flax', 'torch', 'torchvision', 'timm', 'tensorflow-cpu', 'grain')
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What one candidate took.
+
+    Attributes:
+      seconds: Of each run, in order.
+      peak_bytes: The most memory that its process held, libraries included.
+    """
+
+    seconds: tuple[float, ...]
+    peak_bytes: int
+
+    @property
+    def median(self) -> float:
+        """The median of the runs, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """The distance between the quartiles as a share of the median."""
+        first, _, third = statistics.quantiles(self.seconds, n=4)
+        return (third - first) / self.median
+
+
+def compare(candidates: Mapping[str, Setup], *, rounds: int, warmups: int = 2) -> dict[str, Timing]:
+    """Times candidates in turns.
+
+    Args:
+      candidates: By name; each is picklable: a module's function, or a `functools.partial` of one.
+      rounds: How often each is timed; at least 2.
+      warmups: Runs of each before the first that is timed.
+
+    Raises:
+      RuntimeError: A candidate failed; its own traceback is on standard error.
+    """
+    context = multiprocessing.get_context('spawn')
+    workers = {}
+    with contextlib.ExitStack() as stack:
+        for name, setup in candidates.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(setup, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            stack.callback(process.join)
+            stack.callback(ours.close)  # It ends when it finds the pipe closed.
+            workers[name] = ours
+            _ask(name, ours, None)  # One at a time gets ready too.
+        seconds = {name: [] for name in workers}
+        for turn in range(warmups + rounds):
+            for name, worker in workers.items():
+                taken = _ask(name, worker, 'run')
+                if turn >= warmups:
+                    seconds[name].append(taken)
+        return {
+            name: Timing(tuple(seconds[name]), _ask(name, worker, 'memory'))
+            for name, worker in workers.items()
+        }
+
+
+def _ask(name: str, worker: Any, question: str | None) -> Any:
+    try:
+        if question is not None:
+            worker.send(question)
+        return worker.recv()
+    except (EOFError, BrokenPipeError) as error:
+        raise RuntimeError(f'{name} failed, see above') from error
+
+
+def _work(setup: Setup, pipe: Any) -> None:
+    run = setup()
+    pipe.send('ready')
+    with contextlib.suppress(EOFError):
+        while True:
+            if pipe.recv() == 'memory':
+                # Linux counts in KiB.
+                pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+                continue
+            began = time.perf_counter()
+            run()
+            pipe.send(time.perf_counter() - began)
+
+
+def machine() -> dict[str, Any]:
+    """Says where and with what the figures were measured."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+        models = [line.split(':', 1)[1].strip() for line in file if line.startswith('model name')]
+        name = models[0] if models else name
+    versions = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return {
+        'processor': name,
+        'cores': len(os.sched_getaffinity(0)),
+        'python': platform.python_version(),
+        'versions': versions,
+        'date': datetime.date.today().isoformat(),
+    }
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser of the flags that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=(description or '').split('\n')[0])
+    parser.add_argument('--json', action='store_true', help='print one JSON object, no table')
+    return parser
+
+
+def report(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Prints rows, all with the same keys, as a Markdown table below the machine, or as JSON."""
+    where = machine()
+    if as_json:
+        print(json.dumps({'machine': where, 'rows': list(rows)}))
+        return
+    versions = ', '.join(f'{library} {version}' for library, version in where['versions'].items())
+    print(f'{where["date"]}: {where["processor"]}, {where["cores"]} cores')
+    print(f'Python {where["python"]}, {versions}\n')
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ['-' * width for width in widths])
+    for row in cells:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(f'| {" | ".join(padded)} |')
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return '-'
+    return (
+        f'{value:.3g}'
+        if isinstance(value, float) and abs(value) < 100
+        else (f'{value:,.0f}' if isinstance(value, float) else str(value))
+    )
