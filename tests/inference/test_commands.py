@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from gcnet_jax.__main__ import EXIT_SOME_IMAGES_FAILED, main
+from gcnet_jax.__main__ import main
+from gcnet_jax.commands.common import EXIT_SOME_IMAGES_FAILED
 from gcnet_jax.data import preprocess, sources
 from gcnet_jax.errors import DataError
 from gcnet_jax.inference.predictor import Classifier

@@ -1,0 +1,21 @@
+"""What commands share."""
+
+import argparse
+from collections.abc import Sequence
+
+from gcnet_jax.errors import UserError
+
+EXIT_ERROR = 1
+EXIT_SOME_IMAGES_FAILED = 3
+EXIT_PIPE_CLOSED = 141
+
+
+def refuse_flags(options: argparse.Namespace, command: str, names: Sequence[str]) -> None:
+    """Refuses flags that were given and that a command's other flags leave without meaning.
+
+    Raises:
+      UserError: Naming the first of them.
+    """
+    for name in names:
+        if getattr(options, name):
+            raise UserError(f'--{name.replace("_", "-")} has no meaning with {command}')
