@@ -129,7 +129,6 @@ def _draw(runs: Mapping[str, Lines], by: str) -> Any:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(10, 4.2), layout='constrained')
     axes = dict(zip(METRICS, figure.subplots(1, 2), strict=True))
@@ -150,7 +149,7 @@ def _draw(runs: Mapping[str, Lines], by: str) -> Any:
         axes['loss'].yaxis.set_major_formatter,
         axes['loss'].yaxis.set_minor_formatter,
     ):
-        formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        formatter(_log_formatter())
     axes['accuracy'].yaxis.set_major_formatter('{x:.0%}')
     handles = [Line2D([], [], color='0.3', label=part, **STYLES[part]) for part in PARTS]
     handles += [
@@ -161,6 +160,17 @@ def _draw(runs: Mapping[str, Lines], by: str) -> Any:
     for text in legend.get_texts():
         text.set_parse_math(False)  # A directory's name may look like TeX.
     return figure
+
+
+def _log_formatter() -> Any:
+    """Labels the ticks that matplotlib would, as plain numbers: 0.6, not 6e-01."""
+    from matplotlib.ticker import LogFormatter
+
+    class PlainLogFormatter(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f'{x:g}' if super().__call__(x, pos) else ''
+
+    return PlainLogFormatter(minor_thresholds=(2, 0.5))
 
 
 def _points(lines: Lines, key: str, by: str) -> tuple[list[float], list[float]]:

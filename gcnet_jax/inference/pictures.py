@@ -281,7 +281,8 @@ class _Panels:
         axes = self.show(row, column, overlay(image, attention, peak), name, text)
         scale = ScalarMappable(Normalize(0, peak * attention.size), COLORMAP)
         bar = self._axes(row, column, self._panel[1] + 0.05, 0.07)
-        self.figure.colorbar(scale, cax=bar, orientation='horizontal')
+        # Short labels: that of the end stands close to the 0 of the next panel.
+        self.figure.colorbar(scale, cax=bar, orientation='horizontal', format='%g')
         bar.tick_params(labelsize=7, length=2, pad=1)
         bar.locator_params(nbins=5)
         return axes

@@ -45,6 +45,16 @@ def test_loss_and_accuracy_of_training_and_evaluation_are_drawn(tmp_path):
         assert [(list(x), list(y)) for x, y in found] == expected
 
 
+def test_the_loss_is_labelled_with_plain_numbers(tmp_path):
+    lines = [dict(LINES[0], **{'train/loss': 30.0}), dict(LINES[1], **{'train/loss': 0.55})]
+    figure = draw_curves([run(tmp_path / 'a', lines)])
+    figure.draw_without_rendering()
+    axis = figure.axes[0].yaxis
+    labels = [label.get_text() for minor in (False, True) for label in axis.get_ticklabels(minor)]
+    assert {'1', '10', '0.6', '2'} <= set(labels)
+    assert not any('e' in label for label in labels)
+
+
 def test_the_axis_can_count_steps(tmp_path):
     loss, _ = draw_curves([run(tmp_path / 'a')], by='step').axes
     assert [list(x) for x, _ in curves(loss)] == [[10, 20], [20]]

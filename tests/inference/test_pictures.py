@@ -1,5 +1,6 @@
 """Pictures of attention, by what is in the figure: where the colours are, and what is written."""
 
+import itertools
 import subprocess
 import sys
 
@@ -87,6 +88,24 @@ def test_a_panel_for_the_last_block_of_each_stage_with_its_name_size_and_peak():
     assert any('multiple of uniform attention' in text for text in written)
     scales = [axes.get_xlim() for axes in figure.axes if not axes.get_images()]
     np.testing.assert_allclose(scales, [(0, 24), (0, 1)], rtol=1e-6)
+
+
+def test_the_numbers_of_neighbouring_scales_do_not_touch():
+    nearly_uniform = np.full((4, 6), 1 / 24, np.float32)
+    nearly_uniform[0, 0] *= 1.02
+    figure = draw_attention(GREY, {f'stage{index}/c/pool': nearly_uniform for index in (1, 2, 3)})
+    figure.draw_without_rendering()
+    labels = [
+        label
+        for axes in figure.axes
+        if not axes.get_images()
+        for label in axes.get_xticklabels()
+        if axes.get_xlim()[0] <= label.get_position()[0] <= axes.get_xlim()[1]
+    ]
+    assert labels[0].get_text() == '0'
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert len(boxes) == 3 * 5
+    assert all(left.x1 + 3 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_the_panels_show_the_maps_in_their_places():
