@@ -52,7 +52,7 @@ def test_python_runs(index, tmp_path, monkeypatch, random_variables):
             arguments[arguments.index(flag) + 1] for flag in ('--checkpoint', '--out')
         )
         if f"'{out}'" in SNIPPETS[index]:
-            network = checkpoint.removeprefix('runs/')
+            network = Path(checkpoint).name
             store(checkpoint, 'gccnn' if network == 'digits' else network, random_variables)
             assert main(arguments) == 0
     exec(compile(SNIPPETS[index], f'README snippet {index}', 'exec'), {'__name__': 'readme'})

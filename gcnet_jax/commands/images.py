@@ -190,6 +190,7 @@ def _attention(options: argparse.Namespace) -> int:
     from gcnet_jax.inference.attention_pictures import mean_distances, write_pictures
     from gcnet_jax.inference.images import one_line
     from gcnet_jax.inference.pictures import QUERIES
+    from gcnet_jax.inference.query_distances import format_distances
 
     results = write_pictures(
         options.checkpoint,
@@ -205,6 +206,6 @@ def _attention(options: argparse.Namespace) -> int:
         distances.append(drawn.distances)
         parts = (path, drawn.prediction, *drawn.files)
         print(': '.join(one_line(part) for part in parts if part))
-    for path, mean in mean_distances(distances).items():
-        print(f'{path}, mean over all pairs of positions of {stream.done} images: {mean}')
+    if means := mean_distances(distances):
+        print(format_distances(means, stream.done))
     return stream.exit_code()

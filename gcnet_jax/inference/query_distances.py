@@ -51,6 +51,25 @@ class QueryDistances:
         )
 
 
+def format_distances(distances: Mapping[str, QueryDistances], images: int) -> str:
+    """Returns the paper's table: a row for each block, averaged over `images` images."""
+    rows = [('block', 'input', 'output', 'attention', 'attention (JS)')]
+    rows += [(path, *map(_short, dataclasses.astuple(row))) for path, row in distances.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        '  '.join(
+            text.rjust(width) if column else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    title = (
+        'mean cosine distance, and Jensen-Shannon divergence (JS), of all pairs of positions; '
+        f'images: {images}'
+    )
+    return '\n'.join([title, *lines])
+
+
 def query_distances(
     model: nn.Module, variables: Mapping[str, Any], *inputs: Any, **options: Any
 ) -> dict[str, QueryDistances]:

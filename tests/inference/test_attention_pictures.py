@@ -77,7 +77,7 @@ def test_the_command_draws_every_image_of_a_folder(both, images, tmp_path, capsy
     assert sorted(path.name for path in out.iterdir()) == [
         *('0_attention.png', '0_queries.png', '1_attention.png', '1_queries.png')
     ]
-    first, second, distances = capsys.readouterr().out.splitlines()
+    first, second, title, header, row = capsys.readouterr().out.splitlines()
     model = stored.build()
     logits = np.asarray(model.apply(variables, normalised(images / '0.png'), train=False))[0]
     probabilities = np.exp(logits) / np.exp(logits).sum()
@@ -86,9 +86,16 @@ def test_the_command_draws_every_image_of_a_folder(both, images, tmp_path, capsy
     assert second.endswith(f'{out / "1_attention.png"}: {out / "1_queries.png"}')
     pixels = np.concatenate([normalised(images / f'{index}.png') for index in range(2)])
     (expected,) = query_distances(model, variables, pixels, train=False).values()
-    assert distances == (
-        f'stage2_0/context_after_conv2_1, mean over all pairs of positions of 2 images: {expected}'
+    assert title.endswith('of all pairs of positions; images: 2')
+    assert header.split() == ['block', 'input', 'output', 'attention', 'attention', '(JS)']
+    values = (
+        *(expected.input, expected.output, expected.attention),
+        expected.attention_divergence,
     )
+    assert row.split() == [
+        'stage2_0/context_after_conv2_1',
+        *(f'{value:.2g}' for value in values),
+    ]
 
 
 def test_what_is_drawn_are_the_maps_of_what_the_network_gets(both, images, monkeypatch):
