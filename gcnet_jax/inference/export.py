@@ -190,7 +190,9 @@ def _to_onnx(classify: Callable[[Images], Probabilities], description: ModelDesc
         except Exception as error:  # What it cannot convert makes errors of any kind.
             reason = ' '.join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f'jax2onnx cannot convert {description.name} ({reason}); export it as .jaxexport'
+                f'jax2onnx cannot convert {description.name} with jax {jax.__version__} '
+                f"({reason}); install what the extra 'onnx' names in an environment of its own "
+                "(pip install '.[onnx]'), or export it as .jaxexport"
             ) from error
     # The shapes it notes of intermediate values are partly wrong; onnxruntime warns of each.
     del model.graph.value_info[:]

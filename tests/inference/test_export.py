@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax import export as jax_export
@@ -164,6 +166,20 @@ def test_a_missing_converter_is_named_with_what_to_install(stored, tmp_path, cap
     printed = capsys.readouterr().err
     assert 'an ONNX file needs jax2onnx' in printed
     assert "pip install '.[onnx]'" in printed
+
+
+def test_a_converter_that_fails_is_one_line_with_what_to_do(stored, tmp_path, capsys, monkeypatch):
+    def to_onnx(*arguments, **options):
+        raise AttributeError("no attribute\n'ClosedJaxpr'")
+
+    monkeypatch.setitem(sys.modules, 'jax2onnx', types.SimpleNamespace(to_onnx=to_onnx))
+    monkeypatch.setitem(sys.modules, 'onnxruntime', types.SimpleNamespace())
+    assert run(stored.directory, tmp_path / 'network.onnx') == 1
+    printed = capsys.readouterr().err
+    assert f"with jax {jax.__version__} (no attribute 'ClosedJaxpr'); install what" in printed
+    assert "in an environment of its own (pip install '.[onnx]'), or export it" in printed
+    assert printed.count('\n') == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 PLACE = {'stages': [3, 4], 'position': 'after_conv2', 'ratio': 1 / 2}
