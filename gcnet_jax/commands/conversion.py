@@ -25,6 +25,9 @@ def add_port(commands: argparse._SubParsersAction) -> None:
     port.add_argument(
         '--drop-classifier', action='store_true', help='start a new classifier at random'
     )
+    port.add_argument(
+        '--label-names', metavar='FILE', help='a text file with the name of a class on each line'
+    )
     port.add_argument('--reverse', metavar='DIR', help='a checkpoint of ours to turn back')
     port.add_argument('--family', help='whose names: timm, torchvision, mmdetection or gccnn')
     port.add_argument('--overwrite', action='store_true', help='replace what --out names')
@@ -55,7 +58,8 @@ def _port(options: argparse.Namespace) -> None:
     if (options.checkpoint is None) == (options.reverse is None):
         raise UserError('give either a CHECKPOINT to port, or --reverse DIR')
     if options.reverse is not None:
-        refuse_flags(options, '--reverse', ('model', 'weights', 'num_classes', 'drop_classifier'))
+        flags = ('model', 'weights', 'num_classes', 'drop_classifier', 'label_names')
+        refuse_flags(options, '--reverse', flags)
         if options.family is None:
             raise UserError('--reverse needs --family, such as timm or torchvision')
         report = porting.port_reverse(
@@ -67,7 +71,7 @@ def _port(options: argparse.Namespace) -> None:
     # What is not given is left to the file; --num-classes 0 is given.
     choices = {
         name: getattr(options, name)
-        for name in ('weights', 'family', 'num_classes', 'drop_classifier')
+        for name in ('weights', 'family', 'num_classes', 'drop_classifier', 'label_names')
         if getattr(options, name) is not None and getattr(options, name) is not False
     }
     description, report = porting.port(

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gcnet_jax.errors import CheckpointError
+from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.porting.convert import Report, to_torch_arrays
 from gcnet_jax.porting.load import find_pretrained, load_named, write_safetensors
 from gcnet_jax.porting.recognise import family_of
 from gcnet_jax.stored_model import CHECKPOINTS, ModelDescription, load_variables, write_ported
+
+MAX_LABEL_BYTES = 10_000_000
 
 
 def port(
@@ -22,6 +24,7 @@ def port(
     out: str | os.PathLike[str],
     model: str | None = None,
     *,
+    label_names: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> tuple[ModelDescription, Report]:
@@ -31,6 +34,8 @@ def port(
       checkpoint: A file, or 'hf-hub:' and a repository; see `load_pretrained`.
       out: The directory; new, unless `overwrite`.
       model: The network's name; None takes it from the file.
+      label_names: A text file with the name of a class on each line, in the order of the logits:
+        PyTorch's files hold none.
       overwrite: Replace a directory of that name, if it holds a checkpoint.
       **options: See `load_torch`.
 
@@ -40,9 +45,11 @@ def port(
     Raises:
       CheckpointError: The file cannot be read or does not fit, or the directory cannot be written.
         No directory is left behind.
+      ConfigError: The label names cannot be read, or are not one for each class.
     """
     out = Path(out).expanduser().absolute()
     _check_out(out, overwrite)
+    labels = () if label_names is None else _read_label_names(Path(label_names))
     path, name = find_pretrained(checkpoint)
     loaded = load_named(path, name if model is None else model, **options)
     if loaded.name is None:
@@ -50,9 +57,16 @@ def port(
             f'{checkpoint} holds a context block, not a network: load it with '
             'gcnet_jax.porting.load_torch'
         )
+    if labels and len(labels) != loaded.network.num_classes:
+        raise ConfigError(
+            f'{label_names} has {len(labels)} lines and {loaded.name} has '
+            f'{loaded.network.num_classes} classes; write one name a line, in the order of the '
+            'classes'
+        )
     description = ModelDescription(
         name=loaded.name,
         options=dict(loaded.options),
+        label_names=labels,
         preprocessing=model_entry(loaded.name).preprocessing,
         source=f'ported from {Path(checkpoint).name} ({loaded.report.family})',
     )
@@ -92,6 +106,19 @@ def port_reverse(
     arrays, report = to_torch_arrays(variables, family_of(description.build(), family))
     write_safetensors(out, arrays)
     return report
+
+
+def _read_label_names(path: Path) -> tuple[str, ...]:
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_LABEL_BYTES:
+            raise ConfigError(f'{path} is not a file of at most {MAX_LABEL_BYTES:,} bytes of names')
+        names = tuple(line.strip() for line in path.read_text('utf-8').splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f'the label names in {path} cannot be read: {error}') from error
+    # A name may stand on two lines: ImageNet has two classes called 'crane'.
+    if not all(names) or not names:
+        raise ConfigError(f'{path} has an empty line; write one name a line')
+    return names
 
 
 def _to_jax(tree: dict[str, Any]) -> None:

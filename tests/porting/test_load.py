@@ -251,6 +251,34 @@ def test_a_ported_directory_is_a_checkpoint_and_goes_back(tmp_path, plain):
         port_reverse(tmp_path / 'ported', 'torchvision', tmp_path / 'a.pth')
 
 
+def test_label_names_are_read_from_a_file(tmp_path, plain):
+    names = tmp_path / 'names.txt'
+    expected = ('crane', *(f'Größe {index}' for index in range(8)), 'crane')
+    names.write_text('\n'.join(expected) + '\n', 'utf-8')
+    description, _ = port(plain, tmp_path / 'ported', label_names=names)
+    assert description.label_names == expected
+    assert load_variables(tmp_path / 'ported')[0].label_names == description.label_names
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'cat\ndog\n', 'has 2 lines and resnet20 has 10 classes'),
+        (b'cat\n\ndog\n', 'an empty line'),
+        (b'', 'an empty line'),
+        (b'\xff\xfe\xff', 'cannot be read'),
+        (None, 'is not a file'),
+    ],
+)
+def test_label_names_that_cannot_be_leave_no_directory(tmp_path, plain, content, message):
+    names = tmp_path / 'names.txt'
+    if content is not None:
+        names.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        port(plain, tmp_path / 'ported', label_names=names)
+    assert not (tmp_path / 'ported').exists()
+
+
 def test_an_existing_directory_is_kept(tmp_path, plain):
     out = tmp_path / 'out'
     out.mkdir()
