@@ -152,10 +152,6 @@ def report(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return '-'
-    return (
-        f'{value:.3g}'
-        if isinstance(value, float) and abs(value) < 100
-        else (f'{value:,.0f}' if isinstance(value, float) else str(value))
-    )
+    if isinstance(value, float):
+        return f'{value:.4g}' if abs(value) < 1000 else f'{value:,.0f}'
+    return '-' if value is None else str(value)

@@ -54,7 +54,7 @@ def test_median_and_spread_are_of_the_runs():
 
 def test_report_is_a_table_or_json(capsys):
     rows = [
-        {'network': 'resnet50', 'images/s': 12.345, 'ratio': None},
+        {'network': 'resnet50', 'images/s': 12.3456, 'ratio': None},
         {'network': 'x', 'images/s': 1234.5, 'ratio': 1.0},
     ]
     report(rows, as_json=False)
@@ -63,7 +63,7 @@ def test_report_is_a_table_or_json(capsys):
     assert lines[-4:] == [
         '| network  | images/s | ratio |',
         '| -------- | -------- | ----- |',
-        '| resnet50 | 12.3     | -     |',
+        '| resnet50 | 12.35    | -     |',
         '| x        | 1,234    | 1     |',
     ]
     report(rows, as_json=True)

@@ -1,0 +1,74 @@
+"""What one training step costs on a TPU v5e, from the TPU's own compiler; no TPU is needed.
+
+    python -m benchmarks.tpu
+
+The step is that of configs/imagenet.py without the moving average, for 224-pixel images in
+bfloat16. The same step trains a ResNet-50 as Flax's ImageNet example writes it, our ResNet-50, and
+our GC-ResNet-50 r16. These are figures of the compiler, not measurements.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from benchmarks.common import argument_parser, report
+from benchmarks.plain_flax import ResNet
+from gcnet_jax import planning
+from gcnet_jax.errors import UserError
+from gcnet_jax.planning.chips import topology_devices
+from gcnet_jax.planning.plan import Program, compile_step, describe
+from gcnet_jax.training.command import read_flags
+
+CONFIG = Path(__file__).parents[1] / 'configs' / 'imagenet.py'
+NETWORKS = ('flax example resnet50', 'resnet50', 'gc_resnet50')
+
+
+def compile_network(network: str, topology: str, batch_per_chip: int, size: int) -> Program:
+    """Compiles the training step of one of NETWORKS."""
+    config, _, _ = read_flags(['benchmarks.tpu', '--config', str(CONFIG)], '')
+    config.training.ema_decay = 0.0
+    config.model.num_classes = 1000
+    config.data.image_size = size
+    devices = topology_devices(topology)
+    batch = batch_per_chip * len(devices)
+    experiment = describe(config, devices, batch, with_context=network == 'gc_resnet50')
+    if network == NETWORKS[0]:
+        experiment = dataclasses.replace(experiment, model=ResNet(dtype=jnp.bfloat16))
+    return compile_step(experiment)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument('--topology', default='v5e:1x1')
+    parser.add_argument('--batch-per-chip', type=int, default=256)
+    parser.add_argument('--image-size', type=int, default=224)
+    flags = parser.parse_args(arguments)
+    planning.prepare_process()
+    rows, first = [], None
+    for network in NETWORKS:
+        program = compile_network(network, flags.topology, flags.batch_per_chip, flags.image_size)
+        first = first or program
+        rows.append(
+            {
+                'network': network,
+                'FLOPs': f'{program.flops:.4g}',
+                'FLOPs ratio': program.flops / first.flops,
+                'bytes accessed': f'{program.bytes_accessed:.4g}',
+                'accessed ratio': program.bytes_accessed / first.bytes_accessed,
+                'HBM bytes': f'{program.traffic.hbm_bytes:.4g}',
+                'HBM ratio': program.traffic.hbm_bytes / first.traffic.hbm_bytes,
+                'memory GiB': program.memory / 2**30,
+                'memory ratio': program.memory / first.memory,
+                'compile s': round(program.compile_seconds),
+            }
+        )
+    report(rows, as_json=flags.json)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f'benchmarks.tpu: {error}')
