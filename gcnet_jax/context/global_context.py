@@ -8,8 +8,12 @@ The computation is that of the official code and of mmcv's `ContextBlock`; timm'
 is reached through `rounding='nearest'` and `norm_epsilon=1e-6`. The 1x1 convolutions are dense
 layers over the channel dimension, so that one set of parameters serves a sequence, an image or a
 video.
+
+Behind a 1x1 convolution and its norm the pooling can come first (see Expanded): all three are
+linear in the positions, and the convolution's input is narrower than its output.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -25,9 +29,31 @@ from gcnet_jax.context.common import (
     hidden_size,
     masked_softmax,
 )
+from gcnet_jax.errors import ConfigError
 
 POOLINGS = ('attention', 'average')
 FUSIONS = ('add', 'scale', 'scale_add')
+
+
+@dataclasses.dataclass(frozen=True)
+class Expanded:
+    """Features `(inner @ kernel - mean) * scale + shift` that need not be computed to be pooled.
+
+    With `w` the attention's weights, the logits are `inner . (kernel @ (scale * w))` up to a
+    constant that the softmax removes, and the context is that map of the pooled `inner`, as the
+    attention sums to one. In exact arithmetic the result is that of the plain order.
+
+    Attributes:
+      inner: `[batch, *spatial, inner_channel]`.
+      kernel: `[inner_channel, channel]`.
+      mean, scale, shift: `[channel]`, in float32.
+    """
+
+    inner: Float[Array, 'batch *spatial inner_channel']
+    kernel: Float[Array, 'inner_channel channel']
+    mean: Float[Array, ' channel']
+    scale: Float[Array, ' channel']
+    shift: Float[Array, ' channel']
 
 
 class AttentionPool(nn.Module):
@@ -44,22 +70,45 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(
         self,
-        features: Float[Array, 'batch *spatial channel'],
+        features: Float[Array, 'batch *spatial channel'] | Expanded,
         mask: Bool[Array, 'batch *spatial'] | None = None,
     ) -> Float[Array, 'batch channel']:
         """Returns the context; a masked position (False) has exactly zero weight."""
+        if isinstance(features, Expanded):
+            return self._pool_expanded(features, mask)
         check_features(features, mask, 'AttentionPool')
         positions, valid = flatten_positions(features, mask)
-        logits = nn.Dense(
-            1,
-            dtype=self.dtype or features.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.he_normal(),
-            name='logits',
-        )(positions)
+        logits = self._logits(features.dtype)(positions)
         attention = masked_softmax(logits[..., 0], valid)
         self.sow('intermediates', 'attention', attention.reshape(features.shape[:-1]))
         return weighted_sum(positions, attention)
+
+    def _logits(self, dtype: Dtype) -> nn.Dense:
+        return nn.Dense(
+            1,
+            dtype=self.dtype or dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.he_normal(),
+            name='logits',
+        )
+
+    def _pool_expanded(
+        self, features: Expanded, mask: Bool[Array, 'batch *spatial'] | None
+    ) -> Float[Array, 'batch channel']:
+        """Pools before the expansion; the parameters exist, or there is nothing to expand with."""
+        inner, kernel = features.inner, features.kernel
+        check_features(inner, mask, 'AttentionPool')
+        positions, valid = flatten_positions(inner, mask)
+        weights = self._logits(inner.dtype).get_variable('params', 'kernel')[:, 0]
+        wide = jnp.promote_types(inner.dtype, jnp.float32)
+        direction = kernel.astype(wide) @ (features.scale * weights)
+        logits = jnp.dot(positions, direction.astype(inner.dtype), preferred_element_type=wide)
+        attention = masked_softmax(logits, valid)
+        self.sow('intermediates', 'attention', attention.reshape(inner.shape[:-1]))
+        # Not a product of matrices: that would have the TPU lay every map out anew.
+        pooled = jnp.sum(positions.astype(wide) * attention[..., None], axis=1)
+        context = (pooled @ kernel.astype(wide) - features.mean) * features.scale + features.shift
+        return context.astype(inner.dtype)
 
 
 class ContextTransform(nn.Module):
@@ -145,16 +194,22 @@ class GlobalContext(nn.Module):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
+    @property
+    def can_pool_first(self) -> bool:
+        """Whether it takes Expanded features."""
+        return self.pooling == 'attention' and self.fusion == 'add'
+
     @nn.compact
     def __call__(
         self,
-        features: Float[Array, 'batch *spatial channel'],
+        features: Float[Array, 'batch *spatial channel'] | Expanded,
         mask: Bool[Array, 'batch *spatial'] | None = None,
-    ) -> Float[Array, 'batch *spatial channel']:
-        """Returns features of the same shape.
+    ) -> Float[Array, 'batch *spatial channel'] | Float[Array, 'batch channel']:
+        """Returns features of the same shape; for Expanded ones only the update to be added.
 
         Args:
-          features: Floating point, with any number of spatial dimensions.
+          features: Floating point, with any number of spatial dimensions. Expanded features are
+            for `pooling='attention'` and `fusion='add'`.
           mask: True where a position is valid. The others get no attention, so that padding never
             changes an image's context.
 
@@ -162,10 +217,17 @@ class GlobalContext(nn.Module):
           TypeError: `features` is not floating point or `mask` is not boolean.
           ValueError: A wrong rank or shape, or an option out of range.
         """
-        check_features(features, mask, 'GlobalContext')
         check_choice('pooling', self.pooling, POOLINGS)
         check_choice('fusion', self.fusion, FUSIONS)
-        channels = features.shape[-1]
+        expanded = isinstance(features, Expanded)
+        if not expanded:
+            check_features(features, mask, 'GlobalContext')
+        elif not self.can_pool_first:
+            raise ConfigError(
+                f"GlobalContext: features that are not computed yet are for pooling='attention' "
+                f"and fusion='add', got {self.pooling!r} and {self.fusion!r}"
+            )
+        channels = features.kernel.shape[-1] if expanded else features.shape[-1]
         hidden = hidden_size(channels, self.ratio, self.hidden_channels, self.rounding)
         options = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
 
@@ -185,6 +247,8 @@ class GlobalContext(nn.Module):
                 **options,
             )(context)
 
+        if expanded:
+            return transform('add')
         return ContextFusion(name='fusion')(
             features,
             scale=transform('scale') if 'scale' in self.fusion else None,

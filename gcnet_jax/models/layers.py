@@ -87,12 +87,69 @@ class BatchNorm(nn.BatchNorm):
 
     @nn.compact
     def __call__(
-        self, features: Float[Array, 'batch *spatial channel'], *, train: bool
-    ) -> Float[Array, 'batch *spatial channel']:
+        self,
+        features: Float[Array, 'batch *spatial channel'],
+        *,
+        train: bool,
+        normalize: bool = True,
+    ) -> Float[Array, 'batch *spatial channel'] | tuple[Float[Array, ' channel'], ...]:
+        """Returns the normalised features.
+
+        Args:
+          features: What the statistics are of.
+          train: Use the statistics of the batch, and let the running ones follow.
+          normalize: False leaves the normalising `(features - mean) * scale + shift` to the caller,
+            and returns mean, scale and shift in float32; not with a group size.
+        """
         running = self.frozen or not train
+        if not normalize:
+            return self._affine(features, running)
         if running or self.group_size is None or self.is_initializing():
             return super().__call__(features, use_running_average=running)
         return self._by_group(features)
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether one mean, scale and shift serve the whole batch."""
+        return self.group_size is None
+
+    @nn.nowrap
+    def _affine(
+        self, features: Float[Array, 'batch *spatial channel'], running: bool
+    ) -> tuple[Float[Array, ' channel'], ...]:
+        """Returns mean, scale and shift; what flax's own computes on the way."""
+        if running:
+            mean = self.get_variable('batch_stats', 'mean')
+            variance = self.get_variable('batch_stats', 'var')
+        else:
+            mean, variance = self._statistics(features, tuple(range(features.ndim - 1)))
+            self._follow(mean, variance)
+        scale, shift = self._parameters(features.shape[-1])
+        return mean, jax.lax.rsqrt(variance + self.epsilon) * scale, shift
+
+    @nn.nowrap
+    def _statistics(
+        self, features: Float[Array, '*any channel'], axes: tuple[int, ...]
+    ) -> tuple[Array, Array]:
+        """Mean and biased variance over axes, which stay where they are not all but the last."""
+        values = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        keep = len(axes) < features.ndim - 1
+        mean = values.mean(axes, keepdims=keep)
+        return mean, jnp.maximum(0.0, jnp.square(values).mean(axes, keepdims=keep) - mean**2)
+
+    @nn.nowrap
+    def _follow(self, mean: Array, variance: Array) -> None:
+        """Moves the running statistics towards the mean over all groups."""
+        for name, new in (('mean', mean), ('var', variance)):
+            # Initialised by flax's own; here it exists.
+            running = self.variable('batch_stats', name, jnp.zeros, new.shape[-1:], jnp.float32)
+            new = new.reshape(-1, new.shape[-1]).mean(axis=0)
+            running.value = self.momentum * running.value + (1 - self.momentum) * new
+
+    @nn.nowrap
+    def _parameters(self, channels: int) -> tuple[Array, Array]:
+        scale = self.param('scale', self.scale_init, (channels,), self.param_dtype)
+        return scale, self.param('bias', self.bias_init, (channels,), self.param_dtype)
 
     def _by_group(
         self, features: Float[Array, 'batch *spatial channel']
@@ -105,18 +162,10 @@ class BatchNorm(nn.BatchNorm):
                 'are computed at a time'
             )
         grouped = features.reshape(-1, self.group_size, *features.shape[1:])
-        values = grouped.astype(jnp.promote_types(features.dtype, jnp.float32))
-        axes = tuple(range(1, values.ndim - 1))
-        mean = values.mean(axes, keepdims=True)
-        variance = jnp.maximum(0.0, jnp.square(values).mean(axes, keepdims=True) - mean**2)
-        for name, new in (('mean', mean), ('var', variance)):
-            # Initialised by flax's own; here it exists.
-            running = self.variable('batch_stats', name, jnp.zeros, (channels,), jnp.float32)
-            new = new.reshape(-1, channels).mean(axis=0)
-            running.value = self.momentum * running.value + (1 - self.momentum) * new
-        scale = self.param('scale', self.scale_init, (channels,), self.param_dtype)
-        bias = self.param('bias', self.bias_init, (channels,), self.param_dtype)
-        output = (values - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+        mean, variance = self._statistics(grouped, tuple(range(1, grouped.ndim - 1)))
+        self._follow(mean, variance)
+        scale, bias = self._parameters(channels)
+        output = (grouped - mean) * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
         dtype = nn.dtypes.canonicalize_dtype(features, scale, bias, dtype=self.dtype)
         return output.reshape(features.shape).astype(dtype)
 

@@ -148,7 +148,17 @@ def apply_placements(
 
     The modules are named `context_<position>_<index>`, counted within the position.
     """
-    here = [placement for placement in placements if placement.position == position]
-    for index, placement in enumerate(here):
-        features = placement.build(dtype=dtype, name=f'context_{position}_{index}')(features)
+    for module in placed_modules(placements, position, dtype):
+        features = module(features)
     return features
+
+
+def placed_modules(
+    placements: Sequence[Placement], position: str, dtype: Dtype | None
+) -> list[nn.Module]:
+    """Makes the context blocks of one position, in order; call it inside a compact method."""
+    here = [placement for placement in placements if placement.position == position]
+    return [
+        placement.build(dtype=dtype, name=f'context_{position}_{index}')
+        for index, placement in enumerate(here)
+    ]

@@ -110,6 +110,21 @@ def test_frozen_statistics_are_used_and_kept_in_training_while_scale_and_bias_le
     np.testing.assert_allclose(gradient['bias'], np.full(6, size), rtol=1e-6)
 
 
+@pytest.mark.parametrize('frozen', [False, True])
+@pytest.mark.parametrize('train', [False, True])
+def test_the_normalisation_can_be_left_to_the_caller(frozen, train, random_variables):
+    norm = BatchNorm(frozen=frozen)
+    features = np.random.default_rng(0).normal(3.0, 2.0, (4, 3, 5, 6)).astype(np.float32)
+    variables = random_variables(norm, features, train=False)
+    options = {'train': train, 'mutable': ['batch_stats']}
+    expected, expected_statistics = norm.apply(variables, features, **options)
+    (mean, scale, shift), statistics = norm.apply(variables, features, normalize=False, **options)
+    assert mean.shape == scale.shape == shift.shape == (6,)
+    np.testing.assert_allclose((features - mean) * scale + shift, expected, rtol=1e-5, atol=1e-6)
+    for leaf, other in zip(*map(jax.tree.leaves, (statistics, expected_statistics)), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-6)
+
+
 @pytest.mark.parametrize('groups', [1, 2, 6])
 @pytest.mark.parametrize('train', [True, False])
 def test_group_normalization_sees_one_image_at_a_time(groups, train):
