@@ -98,16 +98,21 @@ class AttentionPool(nn.Module):
         """Pools before the expansion; the parameters exist, or there is nothing to expand with."""
         inner, kernel = features.inner, features.kernel
         check_features(inner, mask, 'AttentionPool')
-        positions, valid = flatten_positions(inner, mask)
-        weights = self._logits(inner.dtype).get_variable('params', 'kernel')[:, 0]
+        batch, *spatial, _ = inner.shape
+        if mask is not None:
+            inner = jnp.where(mask[..., None], inner, 0)
+            mask = mask.reshape(batch, -1)
         wide = jnp.promote_types(inner.dtype, jnp.float32)
-        direction = kernel.astype(wide) @ (features.scale * weights)
-        logits = jnp.dot(positions, direction.astype(inner.dtype), preferred_element_type=wide)
-        attention = masked_softmax(logits, valid)
-        self.sow('intermediates', 'attention', attention.reshape(inner.shape[:-1]))
-        # Not a product of matrices: that would have the TPU lay every map out anew.
-        pooled = jnp.sum(positions.astype(wide) * attention[..., None], axis=1)
-        context = (pooled @ kernel.astype(wide) - features.mean) * features.scale + features.shift
+        kernel = kernel.astype(wide)
+        weights = self._logits(inner.dtype).get_variable('params', 'kernel')[:, 0]
+        direction = (kernel @ (features.scale * weights)).astype(inner.dtype)
+        logits = jnp.dot(inner, direction, preferred_element_type=wide)
+        attention = masked_softmax(logits.reshape(batch, -1), mask).reshape(batch, *spatial)
+        self.sow('intermediates', 'attention', attention)
+        # Neither reshaped nor a product of matrices: the TPU would lay every map out anew for it.
+        axes = tuple(range(1, inner.ndim - 1))
+        pooled = jnp.sum(inner.astype(wide) * attention[..., None], axis=axes)
+        context = (pooled @ kernel - features.mean) * features.scale + features.shift
         return context.astype(inner.dtype)
 
 
