@@ -6,6 +6,7 @@ read the output stopped (`| head`).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -14,9 +15,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from gcnet_jax.errors import UserError
 
@@ -27,6 +25,7 @@ IMAGES_HELP = (
     'images, and folders of them; exit code 3: some could not be read (named on stderr), the '
     'others were done'
 )
+CACHING_COMMANDS = ('predict', 'evaluate', 'features', 'attention')
 EXPORT_FORMATS = ('jaxexport', 'onnx', 'safetensors')
 
 
@@ -39,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(rest) > (len(options.settings) if options.command == 'plan' else 0):
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
     try:
-        code = options.run(options) or 0
+        with _cache(options.command):
+            code = options.run(options) or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -49,6 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f'gcnet_jax {options.command}: {error}', file=sys.stderr)
         return EXIT_ERROR
+
+
+def _cache(command: str) -> contextlib.AbstractContextManager:
+    """Lets the commands that run a network keep what they compile, among the user's own files."""
+    if command not in CACHING_COMMANDS:
+        return contextlib.nullcontext()
+    from gcnet_jax.compilation_cache import compilation_cache, user_directory
+
+    return compilation_cache(user_directory())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -260,6 +269,8 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _summary(options: argparse.Namespace) -> None:
+    import jax
+
     from gcnet_jax.models import create_model, model_entry
     from gcnet_jax.models.summary import format_summary, summarize
 
@@ -269,7 +280,7 @@ def _summary(options: argparse.Namespace) -> None:
         size = options.size
     if size < 1:
         raise UserError(f'--size must be 1 or more, got {size}')
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, size, size, 3), 'float32')
     print(format_summary(options.name, images.shape, summarize(model, images, train=False)))
 
 

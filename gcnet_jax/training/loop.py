@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from gcnet_jax.compilation_cache import compilation_cache
 from gcnet_jax.errors import CheckpointError, UserError
 from gcnet_jax.stored_model import load_variables
 from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
@@ -50,6 +51,8 @@ from gcnet_jax.training.workdir import prepare_workdir
 
 __all__ = ['TrainingError', 'assemble', 'train']
 
+COMPILATION_CACHE = 'compilation_cache'
+
 
 class TrainingError(UserError):
     """A run that cannot go on."""
@@ -60,7 +63,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     Args:
       config: Every setting, see `gcnet_jax.training.config`.
-      workdir: Directory of the run: config.json, metrics.jsonl, TensorBoard events and checkpoints.
+      workdir: Directory of the run: config.json, metrics.jsonl, TensorBoard events, checkpoints,
+        and compiled programs.
 
     Returns:
       The last values of everything in metrics.jsonl, and 'seconds', the time this call took. Of
@@ -78,8 +82,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir).absolute()
     initial = _read_initial(experiment)
     prepare_workdir(workdir, experiment.config, experiment.description, state_bytes(experiment))
+    # In the run's own directory, which is trusted as such: what is compiled there is run again.
+    cache = compilation_cache(workdir / COMPILATION_CACHE, experiment.run.compilation_cache)
     with (
         explain_lost_process(),
+        cache,
         Preemption() as preemption,
         contextlib.closing(_Run(experiment, workdir, initial, preemption)) as run,
     ):
@@ -101,7 +108,7 @@ def _read_initial(experiment: Experiment) -> dict | None:
     if place is None:
         return None
     _, variables = load_variables(place, choose='best')
-    fresh = jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    fresh = jax.eval_shape(experiment.initialize, jax.random.key(0))
     merge_initial(
         {'params': fresh.params, 'batch_stats': fresh.batch_stats},
         variables,
@@ -169,7 +176,7 @@ class _Run:
 
     def _start(self, initial: dict | None, say: Any) -> tuple[TrainState, TrainState]:
         """Restores the newest whole checkpoint, or makes the state of step 0."""
-        initialize = self.experiment.initializer()
+        initialize = self.experiment.initialize
         shapes = jax.eval_shape(initialize, jax.random.key(0))
         shardings = state_shardings(shapes, self.mesh)
         target = jax.tree.map(
