@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gcnet_jax.compilation_cache import compilation_cache
 from gcnet_jax.errors import CheckpointError, UserError
 from gcnet_jax.stored_model import load_variables
 from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
@@ -47,11 +46,9 @@ from gcnet_jax.training.steps import (
     make_evaluation_step,
     make_train_step,
 )
-from gcnet_jax.training.workdir import prepare_workdir
+from gcnet_jax.training.workdir import keep_compiled, prepare_workdir
 
 __all__ = ['TrainingError', 'assemble', 'train']
-
-COMPILATION_CACHE = 'compilation_cache'
 
 
 class TrainingError(UserError):
@@ -63,8 +60,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     Args:
       config: Every setting, see `gcnet_jax.training.config`.
-      workdir: Directory of the run: config.json, metrics.jsonl, TensorBoard events, checkpoints,
-        and compiled programs.
+      workdir: Directory of the run: config.json, metrics.jsonl, TensorBoard events and checkpoints.
 
     Returns:
       The last values of everything in metrics.jsonl, and 'seconds', the time this call took. Of
@@ -82,11 +78,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     workdir = Path(workdir).absolute()
     initial = _read_initial(experiment)
     prepare_workdir(workdir, experiment.config, experiment.description, state_bytes(experiment))
-    # In the run's own directory, which is trusted as such: what is compiled there is run again.
-    cache = compilation_cache(workdir / COMPILATION_CACHE, experiment.run.compilation_cache)
     with (
         explain_lost_process(),
-        cache,
+        keep_compiled(workdir, experiment.run.compilation_cache),
         Preemption() as preemption,
         contextlib.closing(_Run(experiment, workdir, initial, preemption)) as run,
     ):

@@ -355,7 +355,7 @@ def test_compiled_programs_are_kept_in_the_workdir_or_where_the_config_says(tmp_
         asked.append((default, setting))
         raise UserError('enough')
 
-    monkeypatch.setattr(loop, 'compilation_cache', remember)
+    monkeypatch.setattr('gcnet_jax.training.workdir.compilation_cache', remember)
     config = tiny_config()
     with pytest.raises(UserError, match='enough'):
         train(config, tmp_path)
