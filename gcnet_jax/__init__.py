@@ -1,12 +1,18 @@
 """Global-context networks in Flax: blocks, models, training, inference and PyTorch checkpoints."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from gcnet_jax.context import GlobalContext, NonLocal, SimplifiedNonLocal, SqueezeExcite, insert
-from gcnet_jax.models import create_model, list_models
-
 if TYPE_CHECKING:
+    from gcnet_jax.context import (
+        GlobalContext,
+        NonLocal,
+        SimplifiedNonLocal,
+        SqueezeExcite,
+        insert,
+    )
     from gcnet_jax.inference.predictor import Classifier
+    from gcnet_jax.models import create_model, list_models
 
 __version__ = '0.1.0'
 
@@ -23,9 +29,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Only on demand: it brings Orbax and the image decoders, which the blocks do not need.
+    # Only on demand: the blocks need neither Orbax nor image decoders, and `--help` not even JAX.
+    if name not in __all__:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    place = 'gcnet_jax.context'
     if name == 'Classifier':
-        from gcnet_jax.inference.predictor import Classifier
-
-        return Classifier
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        place = 'gcnet_jax.inference.predictor'
+    elif name in ('create_model', 'list_models'):
+        place = 'gcnet_jax.models'
+    return getattr(importlib.import_module(place), name)

@@ -6,6 +6,7 @@ read the output stopped (`| head`).
 """
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -29,6 +30,7 @@ COMMANDS = (
     training.add_plan,
     conversion.add_export,
 )
+CACHING_COMMANDS = ('predict', 'evaluate', 'features', 'attention')
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(rest) > (len(options.settings) if options.command == 'plan' else 0):
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
     try:
-        code = options.run(options) or 0
+        with _cache(options.command):
+            code = options.run(options) or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -50,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f'gcnet_jax {options.command}: {error}', file=sys.stderr)
         return EXIT_ERROR
+
+
+def _cache(command: str) -> contextlib.AbstractContextManager:
+    """Lets the commands that run a network keep what they compile, among the user's own files."""
+    if command not in CACHING_COMMANDS:
+        return contextlib.nullcontext()
+    from gcnet_jax.compilation_cache import compilation_cache, user_directory
+
+    return compilation_cache(user_directory())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
     )
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# What one test compiled must not help another; those about the cache turn it on.
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 
 import math
 

@@ -100,7 +100,10 @@ class Classifier:
         self._model = self.description.build()
         self._backbone = dataclasses.replace(self.description, options=options | {'num_classes': 0})
         self._backbone = self._backbone.build()
-        self.num_classes, self.layers = self._check(variables)
+        self._shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(variables)
+        )
+        self.num_classes = self._check()
 
         size = description.preprocessing.test_size
         images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -245,37 +248,43 @@ class Classifier:
         batch = jax.device_put(np.pad(images, padding), self._by_batch)
         return self._compiled(layer)(self._variables, batch)
 
-    def _check(self, variables: Mapping[str, Any]) -> tuple[int, dict[str, tuple[int, ...]]]:
-        """Returns the number of classes and the shape of each layer, without computing."""
+    @functools.cached_property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """The shape of what `features` returns of one image, by the name of the layer."""
+        maps = self._trace(self._model, method='features')
+        # Tracing has sorted them; the stem comes first.
+        order = sorted(maps, key=lambda name: (name != 'stem', name))
+        shapes = {name: maps[name].shape[1:] for name in order}
+        shapes[POOLED] = self._trace(self._backbone).shape[1:]
+        return shapes | ({LOGITS: (self.num_classes,)} if self.num_classes else {})
+
+    def _trace(self, network: nn.Module, **options: Any) -> Any:
+        """Returns the shapes of a network's output for one image, without computing."""
         size = self.description.preprocessing.test_size
         images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        apply = functools.partial(network.apply, train=False, **options)
+        return jax.eval_shape(apply, self._shapes, images)
 
-        def layers(variables, images):
-            maps = self._model.apply(variables, images, train=False, method='features')
-            pooled = self._backbone.apply(variables, images, train=False)
-            return maps, pooled, self._model.apply(variables, images, train=False)
-
+    def _check(self) -> int:
+        """Returns the number of classes; refuses variables that do not fit."""
         try:
-            maps, pooled, output = jax.eval_shape(layers, variables, images)
+            output = self._trace(self._model)
         except flax_errors.FlaxError as error:
             raise CheckpointError(
                 f'its variables are not those of {self.description.name}: '
                 f'{" ".join(str(error).split())[:200]}'
             ) from error
-        # eval_shape has sorted them; the stem comes first.
-        order = sorted(maps, key=lambda name: (name != 'stem', name))
-        shapes = {name: maps[name].shape[1:] for name in order} | {POOLED: pooled.shape[1:]}
-        has_classifier = self.description.options.get('num_classes') != 0
-        names = len(self.description.label_names)
-        if not has_classifier:
-            return 0, shapes
-        classes = output.shape[-1]
+        if self.description.options.get('num_classes') == 0:
+            return 0
+        names, classes = len(self.description.label_names), output.shape[-1]
         if names not in (0, classes):
             raise CheckpointError(f'it has {names} label names and {classes} classes')
-        return classes, shapes | {LOGITS: (classes,)}
+        return classes
 
     def _check_layer(self, layer: str) -> None:
-        if layer == LOGITS and LOGITS not in self.layers:
+        if layer == LOGITS and self.num_classes:
+            return  # The other layers' shapes take a trace of the network each.
+        if layer == LOGITS:
             raise ConfigError(
                 f'{self.description.name} was stored without a classifier: it gives features '
                 f'({", ".join(self.layers)}), not labels'

@@ -203,7 +203,7 @@ def compile_step(experiment: Experiment) -> Program:
     """
     mesh, options = experiment.mesh, experiment.train_options
     step = make_train_step(experiment.model, experiment.optimizer, experiment.step_options, mesh)
-    state = jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     shardings = state_shardings(state, mesh)
     size, image_size = options['global_batch_size'], options['image_size']
     batch = {
@@ -288,7 +288,7 @@ def add_twin(plan: Plan, config: ConfigDict) -> Plan:
 
 
 def _parameters(experiment: Experiment) -> int:
-    state = jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 

@@ -183,6 +183,10 @@ def _runtime() -> dict:
         'progress': 'auto',
         # Write TensorBoard events beside metrics.jsonl.
         'tensorboard': True,
+        # Where compiled programs are kept, so that the next start need not compile them again: a
+        # directory, which runs may share, or 'off'. None: JAX_COMPILATION_CACHE_DIR if it is set,
+        # else `compilation_cache` in the workdir.
+        'compilation_cache': placeholder(str),
         # Batches that are sent to the devices ahead of their step.
         'prefetch_batches': 2,
         # Several processes, one a host or one a GPU, all started with this same command. A TPU pod

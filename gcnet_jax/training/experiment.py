@@ -1,6 +1,7 @@
 """From a config to everything that a run needs, with every check that needs no compilation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class RunOptions:
       seed: Of everything random.
       init_from: Checkpoint that the weights start from, or None.
       new_classifier: Whether a classifier of another size starts at random.
-      progress, tensorboard, prefetch_batches: See the config.
+      progress, tensorboard, compilation_cache, prefetch_batches: See the config.
       processes: How the run's processes are connected.
     """
 
@@ -52,6 +53,7 @@ class RunOptions:
     new_classifier: bool
     progress: str
     tensorboard: bool
+    compilation_cache: str | None
     prefetch_batches: int
     processes: ProcessOptions
 
@@ -88,8 +90,12 @@ class Experiment:
     mesh: Mesh
     run: RunOptions
 
-    def initializer(self) -> Callable:
-        """Returns the pure function from a random key to the state at step 0."""
+    @functools.cached_property
+    def initialize(self) -> Callable:
+        """The pure function from a random key to the state at step 0.
+
+        It is one and the same each time, so that JAX traces it once.
+        """
         size = self.train_options['image_size']
         return state_initializer(
             self.model,
@@ -171,7 +177,7 @@ def assemble(
 
 def check_shapes(experiment: Experiment) -> None:
     """Traces the network without computing: an image too small for it is told here."""
-    jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    jax.eval_shape(experiment.initialize, jax.random.key(0))
 
 
 def _check_divisible(config: ConfigDict, mesh: Mesh) -> None:
@@ -292,6 +298,7 @@ def _run_options(config: ConfigDict, examples: int) -> RunOptions:
         new_classifier=training.new_classifier,
         progress=config.runtime.progress,
         tensorboard=config.runtime.tensorboard,
+        compilation_cache=config.runtime.compilation_cache,
         prefetch_batches=config.runtime.prefetch_batches,
         processes=process_options(config),
     )
@@ -314,5 +321,5 @@ def _schedule(config: ConfigDict, examples: int, total_steps: int) -> Callable[[
 
 def state_bytes(experiment: Experiment) -> int:
     """Returns the size of a state, which is about that of a checkpoint."""
-    state = jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(state))

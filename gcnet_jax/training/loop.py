@@ -46,7 +46,7 @@ from gcnet_jax.training.steps import (
     make_evaluation_step,
     make_train_step,
 )
-from gcnet_jax.training.workdir import prepare_workdir
+from gcnet_jax.training.workdir import keep_compiled, prepare_workdir
 
 __all__ = ['TrainingError', 'assemble', 'train']
 
@@ -80,6 +80,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     prepare_workdir(workdir, experiment.config, experiment.description, state_bytes(experiment))
     with (
         explain_lost_process(),
+        keep_compiled(workdir, experiment.run.compilation_cache),
         Preemption() as preemption,
         contextlib.closing(_Run(experiment, workdir, initial, preemption)) as run,
     ):
@@ -101,7 +102,7 @@ def _read_initial(experiment: Experiment) -> dict | None:
     if place is None:
         return None
     _, variables = load_variables(place, choose='best')
-    fresh = jax.eval_shape(experiment.initializer(), jax.random.key(0))
+    fresh = jax.eval_shape(experiment.initialize, jax.random.key(0))
     merge_initial(
         {'params': fresh.params, 'batch_stats': fresh.batch_stats},
         variables,
@@ -169,7 +170,7 @@ class _Run:
 
     def _start(self, initial: dict | None, say: Any) -> tuple[TrainState, TrainState]:
         """Restores the newest whole checkpoint, or makes the state of step 0."""
-        initialize = self.experiment.initializer()
+        initialize = self.experiment.initialize
         shapes = jax.eval_shape(initialize, jax.random.key(0))
         shardings = state_shardings(shapes, self.mesh)
         target = jax.tree.map(

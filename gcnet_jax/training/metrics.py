@@ -6,6 +6,7 @@ that was killed and continued has the same lines.
 """
 
 import collections
+import functools
 import json
 import os
 import sys
@@ -68,17 +69,16 @@ class MetricsWriter:
         # Unbuffered: a line is one write, so a killed run leaves whole lines.
         self._file = path.open('ab', buffering=0)
         self._events = None
+        self._open_events = None
         if tensorboard:
-            import tensorboardX
-
-            # What an earlier run wrote after this step is hidden from then on.
-            self._events = tensorboardX.SummaryWriter(
-                str(workdir), purge_step=step + 1 if step else None
-            )
+            self._open_events = functools.partial(_open_events, workdir, step)
 
     def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Writes one line; every value must be a finite number."""
         self._file.write(_to_line({'step': step, 'epoch': epoch, **values}).encode())
+        # A file of its own for each start, so not before there is something to write.
+        if self._events is None and self._open_events is not None:
+            self._events = self._open_events()
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
@@ -88,6 +88,13 @@ class MetricsWriter:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def _open_events(workdir: Path, step: int) -> Any:
+    import tensorboardX
+
+    # What an earlier run wrote after this step is hidden from then on.
+    return tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
 
 
 def _to_line(line: Mapping[str, Any]) -> str:

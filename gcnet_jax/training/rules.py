@@ -105,6 +105,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'mesh.spatial': _AXIS,
     'runtime.progress': _choice('auto', 'bar', 'lines', 'none'),
     'runtime.tensorboard': _FLAG,
+    'runtime.compilation_cache': (
+        lambda value: isinstance(value, str) and value != '',
+        "a directory, 'off', or None",
+    ),
     'runtime.prefetch_batches': _COUNT,
     'runtime.distributed': _FLAG,
     'runtime.coordinator_address': (_is_address, 'HOST:PORT'),

@@ -86,4 +86,9 @@ def create_state(
     """
     key = jax.random.key(seed)
     shardings = state_shardings(jax.eval_shape(initialize, key), mesh)
-    return jax.jit(initialize, out_shardings=shardings)(key), shardings
+    options = None
+    if mesh.devices.flat[0].platform == 'cpu':
+        # It runs once: to optimise it takes far longer than that saves.
+        options = {'xla_backend_optimization_level': 0}
+    draw = jax.jit(initialize, out_shardings=shardings, compiler_options=options)
+    return draw(key), shardings

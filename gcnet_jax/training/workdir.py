@@ -8,11 +8,13 @@ from pathlib import Path
 
 import jax
 
+from gcnet_jax.compilation_cache import compilation_cache
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.stored_model import ModelDescription, read_item, step_directories
 from gcnet_jax.training.config import changed_keys
 
 CONFIG_FILE = 'config.json'
+COMPILATION_CACHE = 'compilation_cache'
 
 
 def check_workdir(workdir: Path, config: dict, description: ModelDescription) -> None:
@@ -88,3 +90,12 @@ def prepare_workdir(
         raise CheckpointError(
             f'--workdir {workdir} cannot be written: {error.strerror or error}; choose another one'
         ) from error
+
+
+def keep_compiled(workdir: Path, setting: str | None) -> contextlib.AbstractContextManager:
+    """Keeps what is compiled meanwhile in the working directory, or where the setting says.
+
+    What is there is run again by the next start, and by nothing else: a directory that one
+    continues a run in is one's own, while a checkpoint that is only read may come from anybody.
+    """
+    return compilation_cache(workdir / COMPILATION_CACHE, setting)

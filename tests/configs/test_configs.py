@@ -91,6 +91,7 @@ def other(key, value):
         'mesh.fsdp': 2,
         'mesh.spatial': 2,
         'runtime.progress': 'none',
+        'runtime.compilation_cache': 'off',
         'runtime.coordinator_address': 'first:1234',
         'runtime.num_processes': 4,
         'runtime.process_id': 1,

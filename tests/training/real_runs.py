@@ -44,15 +44,14 @@ class Run:
         self.workdir = workdir
         environment = os.environ | {
             'JAX_PLATFORMS': 'cpu',
-            'JAX_COMPILATION_CACHE_DIR': str(place / 'compiled'),
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-            'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+            'JAX_ENABLE_COMPILATION_CACHE': 'true',
             'PYTHONPATH': str(ROOT),
             'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
             '--xla_backend_optimization_level=0',
         }
         command = [sys.executable, str(program), f'--config={CONFIG}', f'--workdir={workdir}']
-        command += [f'--config.data.data_dir={place / "data"}', *settings]
+        command += [f'--config.data.data_dir={place / "data"}']
+        command += [f'--config.runtime.compilation_cache={place / "compiled"}', *settings]
         port = _free_port()
         self.outputs = [place / f'{workdir.name}-{port}-{index}' for index in range(processes)]
         self.processes = []

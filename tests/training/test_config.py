@@ -47,6 +47,7 @@ def test_the_defaults_are_allowed():
         ('schedule.end_factor', 2.0, r'\[0, 1\]'),
         ('mesh.fsdp', 0, 'or -1'),
         ('runtime.progress', 'loud', "'lines'"),
+        ('runtime.compilation_cache', '', "a directory, 'off', or None"),
         ('runtime.heartbeat_timeout_seconds', 0, 'whole number from 1'),
         ('runtime.num_processes', 2, 'distributed is False'),
         ('runtime.coordinator_address', 'first', 'must be HOST:PORT'),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcnet_jax.errors import CheckpointError, ConfigError
+from gcnet_jax.errors import CheckpointError, ConfigError, UserError
 from gcnet_jax.stored_model import find_checkpoint, load_variables, write_ported
 from gcnet_jax.training import experiment, loop
 from gcnet_jax.training.checkpoints import CheckpointStore
@@ -55,6 +55,7 @@ def fake_data(monkeypatch):
 def compile_once(tmp_path_factory):
     """Lets runs of the same network share their compiled steps."""
     names = {
+        'jax_enable_compilation_cache': True,
         'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
         'jax_persistent_cache_min_compile_time_secs': 0,
         'jax_persistent_cache_min_entry_size_bytes': -1,
@@ -210,7 +211,10 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, monkeypatch, whole_run, st
 def test_a_run_that_is_complete_is_left_as_it_is(whole_run, capsys):
     workdir, final = whole_run
     before = (workdir / 'metrics.jsonl').read_bytes()
-    again = train(tiny_config(), workdir)
+    config = tiny_config()
+    config.runtime.tensorboard = True
+    again = train(config, workdir)
+    assert not list(workdir.glob('events.*'))
     assert (workdir / 'metrics.jsonl').read_bytes() == before
     assert 'was complete already' in capsys.readouterr().out
     assert again['eval/accuracy'] == final['eval/accuracy']
@@ -342,3 +346,21 @@ def test_fine_tuning_adds_the_context_to_a_plain_network(tmp_path, whole_run, ca
     np.testing.assert_allclose(kernel, block['conv1']['kernel'], rtol=1e-6)  # It was averaged.
     assert 'context_after_conv2_0' in tuned['params']['stage1_0']
     assert np.isfinite(final['eval/loss'])
+
+
+def test_compiled_programs_are_kept_in_the_workdir_or_where_the_config_says(tmp_path, monkeypatch):
+    asked = []
+
+    def remember(default, setting):
+        asked.append((default, setting))
+        raise UserError('enough')
+
+    monkeypatch.setattr('gcnet_jax.training.workdir.compilation_cache', remember)
+    config = tiny_config()
+    with pytest.raises(UserError, match='enough'):
+        train(config, tmp_path)
+    config.runtime.compilation_cache = str(tmp_path / 'shared')
+    with pytest.raises(UserError, match='enough'):
+        train(config, tmp_path)
+    default = tmp_path / 'compilation_cache'
+    assert asked == [(default, None), (default, str(tmp_path / 'shared'))]

@@ -60,6 +60,11 @@ def test_tensorboard_events_are_written(tmp_path):
     assert b'train/loss' in events.read_bytes()
 
 
+def test_there_is_no_events_file_without_events(tmp_path):
+    MetricsWriter(tmp_path, 7, tensorboard=True).close()
+    assert [path.name for path in tmp_path.iterdir()] == ['metrics.jsonl']
+
+
 def test_plain_lines_where_there_is_no_terminal(capsys):
     progress = Progress('auto', 0, 20)
     progress.report(10, 0.5, {'train/loss': 1.23456, 'train/accuracy': 0.5}, rate=0.1)

@@ -54,9 +54,11 @@ def the_same(workdir, whole):
 def test_killed_at_ten_random_moments_it_gives_the_same_bit_for_bit(place, whole):
     """Three times during a save, once before anything was saved, else at any moment."""
     workdir, rng = place / 'killed', random.Random(1)
+    # Compiled programs of its own, which the kills may cut short too.
+    settings = (*SETTINGS, f'--config.runtime.compilation_cache={workdir / "compilation_cache"}')
     during_a_save, reached = 0, []
     for number in range(KILLS):
-        with running(workdir, *SETTINGS, place=place) as run:
+        with running(workdir, *settings, place=place) as run:
             if number == 0:
                 run.wait_until((workdir / 'config.json').exists)
             else:
@@ -73,8 +75,9 @@ def test_killed_at_ten_random_moments_it_gives_the_same_bit_for_bit(place, whole
     assert during_a_save >= 3
     assert reached[0] == 0
     assert reached[-1] < STEPS
-    run = complete(workdir, *SETTINGS, place=place)
+    run = complete(workdir, *settings, place=place)
     assert 'continuing from step' in run.printed()
+    assert list(workdir.glob('compilation_cache/*/jit_step-*'))
     print(f'killed after the lines of steps {reached}, {during_a_save} times during a save')
     the_same(workdir, whole)
 

@@ -1,0 +1,148 @@
+"""Compiled programs kept in a directory, so that the next start does not compile them again.
+
+This is JAX's persistent compilation cache with a place, a bound and some housekeeping. What is in
+it is machine code that JAX runs: a directory that others can write to is one through which they
+can run programs. So the place is never inside a checkpoint that somebody may have handed on.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import platform
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from gcnet_jax.errors import ConfigError
+
+OFF = 'off'
+# Far above what one run needs: the digits' programs take 1 MB, a ResNet-50's step some MB.
+MAX_BYTES = 2**30
+_CHECKED = '.checked'
+_ZSTANDARD = b'\x28\xb5\x2f\xfd'
+
+
+def user_directory() -> Path:
+    """Returns where commands keep what they compile: `gcnet_jax/compiled` in the user's cache."""
+    caches = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(caches) / 'gcnet_jax' / 'compiled'
+
+
+@contextlib.contextmanager
+def compilation_cache(default: Path, setting: str | None = None) -> Iterator[None]:
+    """Keeps what is compiled meanwhile, and takes from there what an earlier process compiled.
+
+    JAX's own settings win: with JAX_ENABLE_COMPILATION_CACHE=false nothing is kept, and a
+    JAX_COMPILATION_CACHE_DIR stays as it is unless `setting` says otherwise. They are as before
+    afterwards. Of several processes only the first one writes.
+
+    Args:
+      default: The directory if nobody asked for another one; without a cache if it cannot be used.
+      setting: 'off', a directory, or None.
+
+    Raises:
+      ConfigError: `setting` is a directory that cannot be used.
+    """
+    enabled, given = jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
+    if not enabled or (given and setting is None):
+        yield
+        return
+    place = None if setting == OFF else _prepare(Path(setting or default), setting is not None)
+    settings = {
+        'jax_compilation_cache_dir': None if place is None else str(place),
+        # Everything: a start compiles few programs, and the small ones add up.
+        'jax_persistent_cache_min_compile_time_secs': 0.0,
+        'jax_persistent_cache_min_entry_size_bytes': -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        _apply(settings)
+        yield
+    finally:
+        _apply(before)
+
+
+def _apply(settings: dict) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()  # It looks at the settings once, when the first program is compiled.
+
+
+def _prepare(directory: Path, asked_for: bool) -> Path | None:
+    """Makes the part of a directory that is for this kind of machine, and tidies it up."""
+    place = directory.expanduser().absolute() / _machine()
+    try:
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, 'it belongs to somebody else')
+    except OSError as error:
+        if asked_for:
+            raise ConfigError(
+                f'config.runtime.compilation_cache {directory} cannot be used: '
+                f'{error.strerror or error}; name another directory, or {OFF!r}'
+            ) from error
+        return None
+    if jax.process_index() == 0:
+        tidy(place)
+    return place
+
+
+def _machine() -> str:
+    """Names the kind of machine that programs are compiled for.
+
+    JAX tells accelerators apart, not processors: a program compiled for one that knows more
+    instructions would end the process on another. And programs are split for so many cores.
+    """
+    backend = jax.default_backend()
+    if backend != 'cpu':
+        return backend
+    features = f'{platform.machine()} {platform.processor()} {os.cpu_count()}'
+    if hasattr(os, 'sched_getaffinity'):
+        features += f' {len(os.sched_getaffinity(0))}'
+    with contextlib.suppress(OSError):  # On Linux.
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        names = ('vendor_id', 'cpu family', 'model', 'stepping', 'flags', 'Features')
+        features += ' '.join(sorted({line for line in lines if line.split('\t')[0] in names}))
+    return f'cpu-{hashlib.sha256(features.encode()).hexdigest()[:12]}'
+
+
+def tidy(place: Path, max_bytes: int = MAX_BYTES) -> None:
+    """Removes the entries that were written in part, and the oldest ones beyond a bound.
+
+    JAX warns of an entry that a kill or a full disk cut short, compiles, and never writes it again.
+    (Its own bound needs a file beside each entry and fails for good once a kill has left one out.)
+    """
+    checked = place / _CHECKED
+    since = checked.stat().st_mtime if checked.exists() else 0.0
+    entries = []
+    # Another process may remove them at the same time.
+    for entry in place.glob('*-cache'):
+        with contextlib.suppress(OSError):
+            status = entry.stat()
+            if status.st_mtime >= since and _is_damaged(entry.read_bytes()):
+                entry.unlink()
+            else:
+                entries.append((status.st_mtime, status.st_size, entry))
+    total = sum(size for _, size, _ in entries)
+    for _, size, entry in sorted(entries):
+        if total <= max_bytes:
+            break
+        total -= size
+        with contextlib.suppress(OSError):
+            entry.unlink()
+    with contextlib.suppress(OSError):
+        checked.touch()
+
+
+def _is_damaged(content: bytes) -> bool:
+    if content.startswith(_ZSTANDARD):  # Where that package is installed; left to JAX.
+        return False
+    try:
+        zlib.decompress(content)
+    except zlib.error:
+        return True
+    return False
