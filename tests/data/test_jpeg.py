@@ -119,7 +119,7 @@ def test_resize_is_close_to_pillows_on_noise(scale):
             expected = expected.resize((200, 200), Image.Resampling.BILINEAR, box)
         distance = np.abs(jpeg.resize_part(image, box, 200).astype(int) - np.asarray(expected))
         # Without the antialiasing it is 9 at 1.2, 17 at 1.5 and 26 at 1.9.
-        limit = 0.5 if scale <= 1 else 9 if scale < 1.9 else 2
+        limit = 2 if scale <= 1 else 9 if scale < 1.9 else 2
         assert distance[4:-4, 4:-4].mean() < limit
 
 
