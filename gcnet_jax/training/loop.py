@@ -255,7 +255,9 @@ class _Run:
         while True:
             while len(queue) < self.options.prefetch_batches and failure is None:
                 try:
-                    batch = to_global(next(batches), shardings)
+                    with self.clock.waiting():
+                        batch = next(batches)
+                    batch = to_global(batch, shardings)
                 except Exception as error:  # What was read before is still used.
                     failure = error
                     break
@@ -282,6 +284,7 @@ class _Run:
         self.clock.start()  # The first step was compiled until now.
         self.progress.advance()
         if step % self.options.log_steps == 0 or step == self.options.total_steps:
+            waited = self.clock.waited_fraction()
             rate = self.clock.rate()
             self._add_up_skipped()
             values = self.window.means()
@@ -289,6 +292,7 @@ class _Run:
             values['train/images_per_second'] = (
                 rate * self.experiment.train_options['global_batch_size']
             )
+            values['train/data_wait_fraction'] = waited
             self._write(step, values, rate)
             self.window = Window()
 

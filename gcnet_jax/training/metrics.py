@@ -6,12 +6,13 @@ that was killed and continued has the same lines.
 """
 
 import collections
+import contextlib
 import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import tqdm
 from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
 
 # Depends on the machine, so it differs from run to run.
-TIMING = ('train/images_per_second', 'eval/seconds')
+TIMING = ('train/images_per_second', 'train/data_wait_fraction', 'eval/seconds')
 
 
 class Window:
@@ -179,6 +180,7 @@ class Clock:
         self._started = None
         self._steps = 0
         self._seconds = 0.0
+        self._waited = 0.0
 
     def start(self) -> None:
         """Begins to measure, or goes on."""
@@ -196,12 +198,29 @@ class Clock:
         if self._started is not None:
             self._steps += 1
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of the block as waited for data, if the clock runs."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._started is not None:
+                self._waited += time.perf_counter() - began
+
+    def waited_fraction(self) -> float:
+        """Returns the share of the time since the last call of `rate` that was waited for data."""
+        seconds = self._seconds
+        if self._started is not None:
+            seconds += time.perf_counter() - self._started
+        return self._waited / seconds if seconds else 0.0
+
     def rate(self) -> float:
         """Returns the steps a second since the last call, 0 if there were none."""
         running = self._started is not None
         self.stop()
         rate = self._steps / self._seconds if self._steps and self._seconds else 0.0
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
         if running:
             self.start()
         return rate

@@ -192,7 +192,7 @@ def test_decoding_and_cropping_in_one_equals_doing_both(make, scene, noise):
     for data in (make.encode(scene, 'JPEG'), make.encode(noise)):
         for seed in range(5):
             fused = preprocess.decode_resized_crop(
-                data, 32, np.random.default_rng(seed), draft=False
+                data, 32, np.random.default_rng(seed), fast=False
             )
             plain = preprocess.random_resized_crop(
                 preprocess.decode(data), 32, np.random.default_rng(seed)
@@ -200,8 +200,13 @@ def test_decoding_and_cropping_in_one_equals_doing_both(make, scene, noise):
             np.testing.assert_array_equal(fused, plain)
 
 
+def progressive(make, scene):
+    """A JPEG that takes Pillow's way, whose draft is tested here; test_jpeg.py has the others."""
+    return make.encode(scene, 'JPEG', quality=95, progressive=True)
+
+
 def test_draft_shows_the_same_part_and_decodes_less(make, scene, monkeypatch):
-    data = make.encode(scene, 'JPEG', quality=95)
+    data = progressive(make, scene)
     sizes = []
     to_rgb = preprocess.to_rgb
     monkeypatch.setattr(
@@ -210,10 +215,10 @@ def test_draft_shows_the_same_part_and_decodes_less(make, scene, monkeypatch):
     for seed in range(20):
         options = {'scale': (0.3, 1.0), 'interpolation': 'bilinear'}
         draft = preprocess.decode_resized_crop(
-            data, 32, np.random.default_rng(seed), **options, draft=True
+            data, 32, np.random.default_rng(seed), **options, fast=True
         )
         exact = preprocess.decode_resized_crop(
-            data, 32, np.random.default_rng(seed), **options, draft=False
+            data, 32, np.random.default_rng(seed), **options, fast=False
         )
         assert draft.shape == (32, 32, 3)
         # Another part, or one mirrored, would differ by about 60.
@@ -228,7 +233,7 @@ def test_draft_never_decodes_below_the_size_wanted(make, scene, monkeypatch):
     monkeypatch.setattr(
         preprocess, 'to_rgb', lambda image: sizes.append(image.size) or to_rgb(image)
     )
-    data = make.encode(scene, 'JPEG')
+    data = progressive(make, scene)
     for seed in range(30):
         preprocess.decode_resized_crop(data, 64, np.random.default_rng(seed), scale=(0.5, 1.0))
         left, top, right, bottom = preprocess.sample_crop(

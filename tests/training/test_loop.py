@@ -12,7 +12,7 @@ from PIL import Image
 
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError
 from gcnet_jax.stored_model import find_checkpoint, load_variables, write_ported
-from gcnet_jax.training import experiment, loop
+from gcnet_jax.training import experiment, loop, metrics
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.loop import TrainingError, train
@@ -119,6 +119,7 @@ def test_a_run_leaves_everything_behind(whole_run):
         (12, True),
     ]
     train_keys = {'loss', 'accuracy', 'gradient_norm', 'learning_rate', 'images_per_second'}
+    train_keys.add('data_wait_fraction')
     assert {f'train/{key}' for key in train_keys} <= set(lines[0])
     assert {'eval/loss', 'eval/accuracy', 'eval/top5'} <= set(lines[1])
     assert lines[1]['eval/examples'] == 13
@@ -128,6 +129,21 @@ def test_a_run_leaves_everything_behind(whole_run):
     assert config['model']['context']['ratio'] == 0.5
     steps = sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
     assert steps == [3, 6, 8, 9, 12]
+
+
+def test_the_time_that_is_waited_for_data_is_told(tmp_path, monkeypatch):
+    """By a clock that only moves while an image is read: all of the time is waited for."""
+    now, read = [0.0], FakeSource.__getitem__
+
+    def read_slowly(self, index):
+        now[0] += 1
+        return read(self, index)
+
+    monkeypatch.setattr(FakeSource, '__getitem__', read_slowly)
+    monkeypatch.setattr(metrics.time, 'perf_counter', lambda: now[0])
+    train(tiny_config(), tmp_path)
+    lines = [line for line in read_metrics(tmp_path) if 'train/loss' in line]
+    assert [line['train/data_wait_fraction'] for line in lines] == [1.0, 1.0, 1.0]
 
 
 def test_a_checkpoint_rebuilds_the_network_with_nothing_else(whole_run):

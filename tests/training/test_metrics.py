@@ -98,3 +98,24 @@ def test_the_clock_leaves_out_what_it_was_stopped_for(monkeypatch):
     now[0] += 100
     assert clock.rate() == 2.0
     assert clock.rate() == 0.0
+
+
+def test_clock_tells_the_share_that_was_waited_for_data(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr('time.perf_counter', lambda: now[0])
+    clock = Clock()
+    with clock.waiting():  # Before the first step is done: nothing is measured yet.
+        now[0] += 7
+    assert clock.waited_fraction() == 0.0
+    clock.start()
+    now[0] += 3
+    with clock.waiting():
+        now[0] += 1
+    assert clock.waited_fraction() == 0.25
+    clock.stop()
+    now[0] += 100
+    with clock.waiting():
+        now[0] += 9
+    assert clock.waited_fraction() == 0.25
+    clock.rate()
+    assert clock.waited_fraction() == 0.0
