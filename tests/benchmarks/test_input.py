@@ -32,7 +32,12 @@ def test_ours_is_measured_and_what_is_missing_is_named(folder, capsys, monkeypat
     assert [(row['images'], row['candidate']) for row in rows] == [
         (images, candidate)
         for images in ('as they are', '500 px')
-        for candidate in ('gcnet_jax', 'timm (not installed)', 'tf.data (not installed)')
+        for candidate in (
+            'gcnet_jax',
+            'timm (not installed)',
+            'tf.data (not installed)',
+            'tf.data, antialiased (not installed)',
+        )
     ]
     assert rows[0]['images/s/core'] > 0
     assert rows[0]['ours / this'] == 1
