@@ -10,11 +10,16 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from gcnet_jax.models import convolution
 from gcnet_jax.models.convolution import convolve, max_pool, plain_operations
 
 # Image size, input channels, output channels, kernel size, stride, groups.
 CONVOLUTIONS = [
     (8, 6, 10, 1, 1, 1),
+    (2, 5, 7, 3, 1, 1),
+    (4, 5, 7, 3, 2, 1),
+    (1, 4, 3, 3, 1, 1),
+    (8, 66, 4, 3, 1, 1),
     (9, 6, 4, 1, 2, 1),
     (8, 5, 7, 3, 1, 1),
     (8, 6, 4, 3, 2, 1),
@@ -95,7 +100,7 @@ def test_convolutions_and_their_gradients_are_those_of_xla(shapes):
         assert_close(actual, wanted, 1e-4)
 
 
-@pytest.mark.parametrize('shapes', CONVOLUTIONS[:5])
+@pytest.mark.parametrize('shapes', CONVOLUTIONS[:9])
 def test_bfloat16_stays_bfloat16_and_accumulates_in_float32(shapes):
     *_, stride, groups = shapes
     features, weights = case(*shapes)
@@ -112,7 +117,7 @@ def test_bfloat16_stays_bfloat16_and_accumulates_in_float32(shapes):
 
 def test_float64_stays_float64():
     with wide_numbers():
-        for shapes in CONVOLUTIONS[:4]:
+        for shapes in CONVOLUTIONS[:8]:
             *_, stride, groups = shapes
             pair = case(*shapes, dtype=np.float64)
             results = jax.vjp(lambda *pair, s=stride, g=groups: convolve(*pair, s, g), *pair)
@@ -129,7 +134,7 @@ def test_float64_stays_float64():
         assert output.dtype == backward(output)[0].dtype == np.float64
 
 
-@pytest.mark.parametrize('shapes', CONVOLUTIONS[:4])
+@pytest.mark.parametrize('shapes', CONVOLUTIONS[:8])
 def test_convolutions_can_be_mapped(shapes):
     *_, stride, groups = shapes
     features, weights = case(*shapes)
@@ -190,6 +195,14 @@ def lowered(platform):
     gradients = jax.jit(jax.grad(lambda *three: network(*three).sum(), (0, 1, 2)))
     arguments = (features, first, values(1, 1, 8, 6))
     return gradients.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_images_are_taken_in_parts_where_they_are_many(monkeypatch):
+    monkeypatch.setattr(convolution, 'POSITIONS_AT_ONCE', 200)
+    features, weights = case(8, 5, 7, 3, 1, 1, batch=6)
+    actual = value_and_gradients(convolve, features, weights)
+    expected = value_and_gradients(lambda *pair: reference(*pair, 1, 1), features, weights)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), actual, expected)
 
 
 def test_other_platforms_get_the_plain_forms():
