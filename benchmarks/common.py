@@ -127,6 +127,47 @@ def machine() -> dict[str, Any]:
     }
 
 
+def throughput_rows(
+    columns: Mapping[str, Any], timings: Mapping[str, Timing], batch: int, reference: str
+) -> list[dict[str, Any]]:
+    """Makes one row a candidate.
+
+    Args:
+      columns: What the candidates have in common, in front.
+      timings: Of each candidate, for `batch` images.
+      batch: Number of images a run.
+      reference: The candidate that the others are compared with; its name is in the heading.
+    """
+    base = timings[reference].median if reference in timings else None
+    return [
+        {
+            **columns,
+            'candidate': name,
+            'images/s': batch / timing.median,
+            'spread': timing.spread,
+            f'ratio to {reference}': base / timing.median if base else None,
+            'peak MiB': timing.peak_bytes / 2**20,
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def random_variables(shapes: Mapping[str, Any]) -> Any:
+    """Draws variables of these shapes, without compiling an initialisation."""
+    import jax
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        values = generator.uniform(0.5, 1.5, leaf.shape)
+        if path[-1].key == 'kernel':
+            values = (values - 1) / np.sqrt(np.prod(leaf.shape[:-1]))
+        return values.astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Returns a parser of the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=(description or '').split('\n')[0])

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from benchmarks.common import argument_parser, report
-from benchmarks.plain_flax import ResNet
+from benchmarks.plain_flax import NETWORKS as PLAIN_NETWORKS
 from gcnet_jax import planning
 from gcnet_jax.errors import UserError
 from gcnet_jax.planning.chips import topology_devices
@@ -35,7 +35,8 @@ def compile_network(network: str, topology: str, batch_per_chip: int, size: int)
     batch = batch_per_chip * len(devices)
     experiment = describe(config, devices, batch, with_context=network == 'gc_resnet50')
     if network == NETWORKS[0]:
-        experiment = dataclasses.replace(experiment, model=ResNet(dtype=jnp.bfloat16))
+        plain = PLAIN_NETWORKS['resnet50'].clone(dtype=jnp.bfloat16)
+        experiment = dataclasses.replace(experiment, model=plain)
     return compile_step(experiment)
 
 

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, UInt8
 from gcnet_jax.data.augment import normalize
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
+from gcnet_jax.models.convolution import plain_operations
 from gcnet_jax.stored_model import ModelDescription, find_checkpoint, load_variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -174,7 +175,7 @@ def _to_onnx(classify: Callable[[Images], Probabilities], description: ModelDesc
     jax2onnx = _import('jax2onnx')
 
     def convertible(images: Images) -> Probabilities:
-        with _explicit_padding():
+        with _explicit_padding(), plain_operations():
             return classify(images)
 
     with _quiet('jax2onnx', 'onnx_ir'):

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
 from gcnet_jax.errors import ConfigError, unknown_name
+from gcnet_jax.models.convolution import convolve
+from gcnet_jax.models.convolution import max_pool as max_pool
 
 # The initialisation of torchvision's and the official GCNet's networks.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -44,7 +46,7 @@ class Conv(nn.Module):
     def __call__(
         self, features: Float[Array, 'batch height width channel']
     ) -> Float[Array, 'batch out_height out_width features']:
-        size, padding = self.kernel_size, (self.kernel_size - 1) // 2
+        size = self.kernel_size
         kernel = self.param(
             'kernel',
             self.kernel_init,
@@ -55,14 +57,7 @@ class Conv(nn.Module):
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), self.param_dtype)
         features, kernel, bias = nn.dtypes.promote_dtype(features, kernel, bias, dtype=self.dtype)
-        output = jax.lax.conv_general_dilated(
-            features,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=((padding, padding), (padding, padding)),
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-            feature_group_count=self.groups,
-        )
+        output = convolve(features, kernel, self.stride, self.groups)
         return output if bias is None else output + bias
 
 
@@ -261,13 +256,6 @@ class StochasticDepth(nn.Module):
         shape = (features.shape[0],) + (1,) * (features.ndim - 1)
         kept = jax.random.bernoulli(self.make_rng('dropout'), keep, shape)
         return jnp.where(kept, features / jnp.asarray(keep, features.dtype), 0)
-
-
-def max_pool(
-    features: Float[Array, 'batch height width channel'],
-) -> Float[Array, 'batch half_height half_width channel']:
-    """Maximum over 3x3 windows at stride 2, padded by one on each side."""
-    return nn.max_pool(features, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 def global_average_pool(

@@ -1,0 +1,253 @@
+"""Convolution and max pooling, each in the form that the device it is compiled for does best.
+
+XLA's own convolutions are as good as anything on a TPU or GPU. On a CPU some of them, and the
+gradient of its pooling, take several times what the same sums take written another way. Which form
+is taken is decided at lowering, by the device that is compiled for and not by the one at hand, so
+that what is exported or planned for a TPU is the plain one. The results agree to rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Features = Float[Array, 'batch height width channel']
+Kernel = Float[Array, 'size size in_channel out_channel']
+
+# Found by measuring ResNet-20, ResNet-50 and the digits' network: the height or width
+# below which XLA's 3x3 convolution is slow, the input channels up to which its kernel's gradient
+# is, and the positions that the latter's replacement takes at once.
+TINY = 5
+NARROW = 64
+POSITIONS_AT_ONCE = 6_400
+
+_plain_only = ContextVar('plain_only', default=False)
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Under it every platform gets the plain forms: for converters that know no platforms."""
+    token = _plain_only.set(True)
+    try:
+        yield
+    finally:
+        _plain_only.reset(token)
+
+
+def convolve(features: Features, kernel: Kernel, stride: int = 1, groups: int = 1) -> Features:
+    """Convolves with PyTorch's padding, `(size - 1) // 2` on both sides.
+
+    Args:
+      features: The input.
+      kernel: With `in_channel = channel / groups`, in the features' type.
+      stride: Step in both directions; the output is `ceil(size / stride)` high and wide.
+      groups: Number of groups that input and output channels are split into.
+    """
+    if _plain_only.get():
+        return plain_convolution(features, kernel, stride, groups)
+    return _convolve(features, kernel, stride, groups)
+
+
+def max_pool(features: Features) -> Float[Array, 'batch half_height half_width channel']:
+    """Maximum over 3x3 windows at stride 2, padded by one on each side."""
+    return plain_max_pool(features) if _plain_only.get() else _max_pool(features)
+
+
+def plain_convolution(features: Features, kernel: Kernel, stride: int, groups: int) -> Features:
+    """The convolution as XLA has it."""
+    padding = (kernel.shape[0] - 1) // 2
+    return jax.lax.conv_general_dilated(
+        features,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=groups,
+    )
+
+
+def plain_max_pool(features: Features) -> Features:
+    """The maximum as XLA has it."""
+    return nn.max_pool(features, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def _by_platform(cpu: Callable, plain: Callable, *arguments: Any) -> Any:
+    return jax.lax.platform_dependent(*arguments, cpu=cpu, default=plain)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(features: Features, kernel: Kernel, stride: int, groups: int) -> Features:
+    plain = partial(plain_convolution, stride=stride, groups=groups)
+    if groups > 1 or kernel.shape[0] > 3:
+        return plain(features, kernel)
+    if kernel.shape[0] == 1:
+        return _by_platform(partial(_product, stride=stride), plain, features, kernel)
+    if min(features.shape[1:3]) < TINY:
+        return _by_platform(partial(_window_product, stride=stride), plain, features, kernel)
+    return plain(features, kernel)
+
+
+def _convolve_forward(features: Features, kernel: Kernel, stride: int, groups: int):
+    return _convolve(features, kernel, stride, groups), (features, kernel)
+
+
+def _convolve_backward(stride: int, groups: int, inputs: tuple[Features, Kernel], gradient: Array):
+    def gradients(form):
+        return lambda features, kernel, gradient: jax.vjp(form, features, kernel)[1](gradient)
+
+    def products(features, kernel, gradient):
+        by_features = jax.vjp(lambda values: _product(values, kernel, stride), features)[1]
+        of_kernel = _sum_of_products(features[:, ::stride, ::stride], gradient)
+        return by_features(gradient)[0], of_kernel[None, None].astype(kernel.dtype)
+
+    def narrow(features, kernel, gradient):
+        of_kernel = _narrow_kernel_gradient(features, kernel, gradient, stride)
+        return plain(features, kernel, gradient)[0], of_kernel
+
+    features, kernel = inputs
+    plain = gradients(partial(plain_convolution, stride=stride, groups=groups))
+    if groups > 1 or kernel.shape[0] > 3:
+        return plain(*inputs, gradient)
+    if kernel.shape[0] == 1:
+        return _by_platform(products, plain, *inputs, gradient)
+    if min(features.shape[1:3]) < TINY:
+        windows = gradients(partial(_window_product, stride=stride))
+        return _by_platform(windows, plain, *inputs, gradient)
+    if kernel.shape[2] <= NARROW:
+        return _by_platform(narrow, plain, *inputs, gradient)
+    return plain(*inputs, gradient)
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _product(features: Features, kernel: Kernel, stride: int) -> Features:
+    """A 1x1 convolution: the product of every position's channels with one matrix."""
+    return jax.lax.dot_general(
+        features[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ()))
+    )
+
+
+def _window_product(features: Features, kernel: Kernel, stride: int) -> Features:
+    """A 3x3 convolution: the product of all that a window sees with one matrix.
+
+    Of a map that is hardly larger than the kernel, XLA exchanges the two, which is very slow.
+    """
+    padded = jnp.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = (-(-size // stride) for size in features.shape[1:3])
+    seen = [_row_windows(padded, row, stride, height, width) for row in range(3)]
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    return jax.lax.dot_general(jnp.concatenate(seen, -1), matrix, (((3,), (0,)), ((), ())))
+
+
+def _row_windows(
+    padded: Features, row: int, stride: int, height: int, width: int
+) -> Float[Array, 'batch height width seen']:
+    """Puts side by side the channels of three neighbours in a row, for every output position."""
+    rows = padded[:, row : row + stride * (height - 1) + 1 : stride]
+    columns = stride * (width - 1) + 1
+    return jnp.concatenate(
+        [rows[:, :, column : column + columns : stride] for column in range(3)], axis=-1
+    )
+
+
+def _narrow_kernel_gradient(
+    features: Features, kernel: Kernel, gradient: Features, stride: int
+) -> Kernel:
+    """A 3x3 kernel's gradient: the product of what each window saw with the output's gradient.
+
+    XLA makes a convolution of it whose channels are the images, for which both sides are transposed
+    and what they were made from is computed anew. The windows take three times the memory, so some
+    images are done at a time.
+    """
+    images, height, width, outputs = gradient.shape
+    together = max(1, POSITIONS_AT_ONCE // (height * width))
+    while images % together:
+        together -= 1
+    padded = jnp.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    parts = [array.reshape(-1, together, *array.shape[1:]) for array in (padded, gradient)]
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+
+    def add(total: Array, part: tuple[Features, Features]) -> tuple[Array, None]:
+        over = (((0, 1, 2), (0, 1, 2)), ((), ()))
+        sums = [
+            jax.lax.dot_general(
+                part[1],
+                _row_windows(part[0], row, stride, height, width),
+                over,
+                preferred_element_type=dtype,
+            )
+            for row in range(3)
+        ]
+        return total + jnp.stack(sums), None
+
+    start = jnp.zeros((3, outputs, 3 * kernel.shape[2]), dtype)
+    total, _ = jax.lax.scan(add, start, tuple(parts))
+    return total.transpose(0, 2, 1).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _sum_of_products(left: Features, right: Features) -> Float[Array, 'left_channel right_channel']:
+    """Sums `left[c] * right[d]` over images and positions.
+
+    Positions are flattened first: XLA then reads both as they are. Of maps it writes a transposed
+    copy, and computes what they were made from anew for it.
+    """
+    left, right = (side.reshape(-1, side.shape[-1]) for side in (left, right))
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((0,), (0,)), ((), ())),
+        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
+    )
+
+
+@jax.custom_vjp
+def _max_pool(features: Features) -> Features:
+    return plain_max_pool(features)
+
+
+def _max_pool_backward(features: Features, gradient: Features) -> tuple[Features]:
+    def plain(features, gradient):
+        return jax.vjp(plain_max_pool, features)[1](gradient)[0]
+
+    return (_by_platform(_max_pool_gradient, plain, features, gradient),)
+
+
+_max_pool.defvjp(lambda features: (_max_pool(features), features), _max_pool_backward)
+
+
+def _max_pool_gradient(features: Features, gradient: Features) -> Features:
+    """Gives each window's gradient to the first of its maxima, as XLA does.
+
+    The nine places of a window are compared one after the other, for all windows at once; XLA's
+    scatter, which goes from window to window, takes about ten times as long.
+    """
+    height, width = features.shape[1:3]
+    out_height, out_width = gradient.shape[1:3]
+    lowest = -jnp.inf
+    # As large as the windows reach, and one more so that its gradient has the same size.
+    edges = [(1, 2 * out - size + 1) for out, size in ((out_height, height), (out_width, width))]
+    padded = jnp.pad(features, ((0, 0), *edges, (0, 0)), constant_values=lowest)
+    places = [
+        padded[:, row : row + 2 * out_height - 1 : 2, column : column + 2 * out_width - 1 : 2]
+        for row in range(3)
+        for column in range(3)
+    ]
+    highest, chosen = places[0], jnp.zeros(gradient.shape, jnp.int8)
+    for index, place in enumerate(places[1:], start=1):
+        chosen = jnp.where(place > highest, jnp.int8(index), chosen)
+        highest = jnp.maximum(highest, place)
+    total = jnp.zeros_like(padded)
+    zero = jnp.zeros((), gradient.dtype)
+    for index in range(9):
+        # Back to where the place was taken from.
+        edges = [(first, 3 - first, 1) for first in divmod(index, 3)]
+        share = jnp.where(chosen == index, gradient, zero)
+        total += jax.lax.pad(share, zero, [(0, 0, 0), *edges, (0, 0, 0)])
+    return total[:, 1 : height + 1, 1 : width + 1]

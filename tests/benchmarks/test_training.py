@@ -1,0 +1,54 @@
+"""The table of training steps has a row for each case and candidate; all train the same network."""
+
+import json
+
+import flax
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import training
+from benchmarks.plain_flax import NETWORKS
+from gcnet_jax.models import create_model
+
+
+def rows_of(capsys, *flags):
+    training.main(['--cases', 'digits', '--batch', '2', '--rounds', '2', '--json', *flags])
+    return json.loads(capsys.readouterr().out)['rows']
+
+
+def test_ours_and_plain_flax_need_no_torch(capsys):
+    rows = rows_of(capsys, '--candidates', 'gcnet_jax', 'plain Flax')
+    assert [(row['network'], row['candidate']) for row in rows] == [
+        ('gccnn', 'gcnet_jax'),
+        ('gccnn', 'plain Flax'),
+    ]
+    assert all(row['images/s'] > 0 and row['batch'] == 2 for row in rows)
+
+
+@pytest.mark.torch
+def test_torch_stands_beside_them(capsys):
+    rows = rows_of(capsys, '--candidates', 'torch')
+    assert [row['ratio to torch'] for row in rows] == [1]
+
+
+def parameter_count(model, size):
+    images = jnp.zeros((1, size, size, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    return sum(leaf.size for leaf in flax.traverse_util.flatten_dict(shapes['params']).values())
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_the_plain_network_is_the_same_network(name):
+    size = 64 if 'resnet50' in name else 8
+    assert parameter_count(NETWORKS[name], size) == parameter_count(create_model(name), size)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('name', NETWORKS)
+def test_the_peer_is_the_same_network(name):
+    from benchmarks.torch_peers import build
+
+    size = 64 if 'resnet50' in name else 8
+    count = sum(leaf.numel() for leaf in build(name).parameters())
+    assert count == parameter_count(create_model(name), size)
