@@ -97,11 +97,17 @@ class BatchNorm(nn.BatchNorm):
             and returns mean, scale and shift in float32; not with a group size.
         """
         running = self.frozen or not train
-        if not normalize:
-            return self._affine(features, running)
-        if running or self.group_size is None or self.is_initializing():
+        if self.is_initializing():
             return super().__call__(features, use_running_average=running)
-        return self._by_group(features)
+        if self.group_size is not None and not running:
+            return self._by_group(features)
+        mean, scale, shift = self._affine(features, running)
+        if not normalize:
+            return mean, scale, shift
+        # Not `(features - mean) * scale + shift`: for the gradient of the scale a CPU would store
+        # the difference beside the features.
+        dtype = nn.dtypes.canonicalize_dtype(features, scale, shift, dtype=self.dtype)
+        return (features * scale + (shift - mean * scale)).astype(dtype)
 
     @property
     def is_affine(self) -> bool:
@@ -112,7 +118,7 @@ class BatchNorm(nn.BatchNorm):
     def _affine(
         self, features: Float[Array, 'batch *spatial channel'], running: bool
     ) -> tuple[Float[Array, ' channel'], ...]:
-        """Returns mean, scale and shift; what flax's own computes on the way."""
+        """Returns mean, scale and shift, of the batch or the running ones."""
         if running:
             mean = self.get_variable('batch_stats', 'mean')
             variance = self.get_variable('batch_stats', 'var')
@@ -146,6 +152,7 @@ class BatchNorm(nn.BatchNorm):
         scale = self.param('scale', self.scale_init, (channels,), self.param_dtype)
         return scale, self.param('bias', self.bias_init, (channels,), self.param_dtype)
 
+    @nn.nowrap
     def _by_group(
         self, features: Float[Array, 'batch *spatial channel']
     ) -> Float[Array, 'batch *spatial channel']:

@@ -147,8 +147,8 @@ def _add_pooled_first(
     # For each image and channel both, for the gradients' sake: the sums behind those of scale and
     # shift then have one shape, and one pass makes them both. The barrier keeps it so.
     scale = jnp.broadcast_to(scale, update.shape)
-    scale, shift = jax.lax.optimization_barrier((scale, shift + update))
-    branch = (branch - mean) * scale[:, None, None] + shift[:, None, None]
+    scale, shift = jax.lax.optimization_barrier((scale, shift + update - mean * scale))
+    branch = branch * scale[:, None, None] + shift[:, None, None]
     return (branch + shortcut).astype(shortcut.dtype)
 
 

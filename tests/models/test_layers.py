@@ -153,11 +153,11 @@ def test_statistics_are_float32_whatever_the_type_of_the_computation(model):
 def norms_of(name, norm, **options):
     """The variables' shapes, and every norm that a training step of a network calls."""
     model = create_model(name, norm=norm, num_classes=3, **SMALL[name], **options)
-    found = []
+    found = {}  # By path: super().__call__ comes by a second time.
 
     def watch(call, arguments, keywords, context):
         if isinstance(context.module, (nn.BatchNorm, nn.GroupNorm)):
-            found.append(context.module)
+            found[context.module.path] = context.module
         return call(*arguments, **keywords)
 
     images = jnp.zeros((4, 32, 32, 3))
@@ -166,14 +166,14 @@ def norms_of(name, norm, **options):
         jax.eval_shape(
             lambda held: model.apply(held, images, train=True, mutable=['batch_stats']), shapes
         )
-    return shapes, found
+    return shapes, list(found.values())
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_every_norm_of_a_network_is_the_one_that_was_asked_for(name):
     plain, norms = norms_of(name, None)
     assert {(norm.group_size, norm.frozen) for norm in norms} == {(None, False)}
-    assert len(norms) >= 6
+    assert len(norms) >= 3
     for norm, expected in (
         ({'kind': 'batch', 'group_size': 2}, (2, False)),
         ({'kind': 'frozen', 'group_size': None}, (None, True)),
