@@ -1,11 +1,12 @@
 """Each context block alone, forward and backward: time and memory from 7x7 to 128x128 positions.
 
-    python -m benchmarks.context [--sides ...] [--channels N] [--batch N] [--json]
+    python -m benchmarks.context [--maps 28x512 ...] [--batch N] [--json]
 
-The block acts on the output of a bottleneck stage, of `channels` channels. Beside it stand that
-stage's convolutions at the same size: the 1x1, 3x3 and 1x1 of one residual block, timed alike. The
-global context must grow as the number of positions does, and stay under 5% of the convolutions.
-Memory is what XLA allocates beside arguments and results.
+A map of 28x512 has 28x28 positions and 512 channels. The block acts on the output of a bottleneck.
+Beside it stand the convolutions of one such residual block at the same size, timed alike, and of a
+whole stage of them: as many as ResNet-50 has at that width. The global context must grow as the
+number of positions does, and stay under 5% of its stage's convolutions. Memory is what XLA
+allocates beside arguments and results.
 """
 
 import functools
@@ -18,7 +19,10 @@ from benchmarks import common
 
 BLOCKS = ('GlobalContext', 'SqueezeExcite', 'SimplifiedNonLocal', 'NonLocal')
 CONVOLUTIONS = 'convolutions'
-SIDES = (7, 14, 28, 56, 128)
+FIGURES = ('ms', 'spread', 'of a block', 'of a stage', 'MiB')
+# One width for how it grows, and what ResNet-50 has at 224 pixels.
+MAPS = ('7x512', '14x512', '28x512', '56x512', '128x512', '56x256', '14x1024', '7x2048')
+STAGE_SIZES = {256: 3, 512: 4, 1024: 6, 2048: 3}
 # A map of the attention of every position for every other may not be larger, in bytes.
 LARGEST_ATTENTION = 2**30
 
@@ -66,9 +70,9 @@ def setup(name: str, batch: int, side: int, channels: int, backward: bool) -> Ca
     return lambda: jax.block_until_ready(function(*arguments))
 
 
-def rows_of(side: int, backward: bool, flags: Any) -> list[dict[str, Any]]:
+def rows_of(side: int, channels: int, backward: bool, flags: Any) -> list[dict[str, Any]]:
     """Times all blocks at one size."""
-    sizes = (flags.batch, side, flags.channels, backward)
+    sizes = (flags.batch, side, channels, backward)
     attention = 4 * flags.batch * side**4
     skipped = ['NonLocal'] if attention > LARGEST_ATTENTION else []
     names = [name for name in (CONVOLUTIONS, *flags.blocks) if name not in skipped]
@@ -78,17 +82,19 @@ def rows_of(side: int, backward: bool, flags: Any) -> list[dict[str, Any]]:
     whole = timings[CONVOLUTIONS].median
     rows = []
     for name in (CONVOLUTIONS, *flags.blocks):
-        row = {'pass': 'forward+backward' if backward else 'forward', 'positions': f'{side}x{side}'}
+        row = {'pass': 'forward+backward' if backward else 'forward'}
+        row |= {'positions': f'{side}x{side}', 'channels': channels}
         if name in skipped:
             note = f'skipped: its attention maps alone take {attention / 2**30:.3g} GiB'
-            figures = dict.fromkeys(('ms', 'spread', 'share of convolutions', 'MiB'))
+            figures = dict.fromkeys(FIGURES)
         else:
             memory = compiled(name, *sizes)[0].memory_analysis().temp_size_in_bytes
             note, timing = '', timings[name]
             figures = {
                 'ms': timing.median * 1e3,
                 'spread': timing.spread,
-                'share of convolutions': timing.median / whole,
+                'of a block': timing.median / whole,
+                'of a stage': timing.median / whole / STAGE_SIZES.get(channels, 1),
                 'MiB': memory / 2**20,
             }
         rows.append({**row, 'block': name, **figures, 'note': note})
@@ -99,15 +105,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Times every block at every size."""
     parser = common.argument_parser(__doc__)
     parser.add_argument('--blocks', nargs='+', default=BLOCKS, choices=BLOCKS)
-    parser.add_argument('--sides', nargs='+', type=int, default=SIDES, metavar='PIXELS')
-    parser.add_argument('--channels', type=int, default=512)
+    parser.add_argument('--maps', nargs='+', default=MAPS, metavar='SIDExCHANNELS')
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=15, help='runs of each that are timed')
     flags = parser.parse_args(arguments)
     rows = []
     for backward in (False, True):
-        for side in flags.sides:
-            rows += rows_of(side, backward, flags)
+        for name in flags.maps:
+            side, channels = map(int, name.split('x'))
+            rows += rows_of(side, channels, backward, flags)
     common.report(rows, as_json=flags.json)
 
 
