@@ -32,7 +32,11 @@ _plain_only = ContextVar('plain_only', default=False)
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """Under it every platform gets the plain forms: for converters that know no platforms."""
+    """Under it every platform gets the plain forms.
+
+    For converters that know no platforms, and for forward-mode differentiation (`jax.jvp`), which
+    gradients written by hand do not have. It acts while a function is traced.
+    """
     token = _plain_only.set(True)
     try:
         yield

@@ -10,7 +10,7 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gcnet_jax.models import convolution
+from gcnet_jax.models import convolution, create_model
 from gcnet_jax.models.convolution import convolve, max_pool, plain_operations
 
 # Image size, input channels, output channels, kernel size, stride, groups.
@@ -238,3 +238,24 @@ def test_plain_operations_are_plain_on_a_cpu_too():
     text = str(jax.make_jaxpr(network)(features, first, second))
     assert 'platform_index' in text
     assert_close(network(features, first, second), plain, 1e-5)
+
+
+def test_plain_operations_have_forward_mode(random_variables):
+    model = create_model(
+        'gc_resnet50', stage_sizes=(1, 1, 1, 1), widths=(4, 8, 8, 8), num_classes=3
+    )
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    variables = random_variables(model, images, train=False)
+    direction = np.ones_like(images)
+
+    def logits(images):
+        return model.apply(variables, images, train=False)
+
+    with plain_operations():
+        _, tangent = jax.jvp(logits, (images,), (direction,))
+    # The same number from both ends: w . (J d) and (w J) . d.
+    weights = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
+    (backward,) = jax.vjp(logits, images)[1](weights)
+    np.testing.assert_allclose(np.sum(weights * tangent), np.sum(backward * direction), rtol=1e-3)
+    with pytest.raises(TypeError, match='forward-mode'):
+        jax.jvp(logits, (images,), (direction,))
