@@ -60,7 +60,10 @@ def compare(candidates: Mapping[str, Setup], *, rounds: int, warmups: int = 2) -
 
     Raises:
       RuntimeError: A candidate failed; its own traceback is on standard error.
+      ValueError: There are too few rounds to tell a spread.
     """
+    if rounds < 2:
+        raise ValueError(f'rounds is {rounds}; it must be 2 or more')
     context = multiprocessing.get_context('spawn')
     workers = {}
     with contextlib.ExitStack() as stack:

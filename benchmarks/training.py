@@ -85,8 +85,8 @@ def plain_flax(network: str, batch: int, size: int) -> Callable:
     images = inputs['image'].astype(jnp.float32) / 127.5 - 1
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     variables = jax.device_put(common.random_variables(dict(shapes)))
-    state = (*(variables[name] for name in ('params', 'batch_stats')), None)
-    state = (*state[:2], optimizer.init(state[0]))
+    params, batch_stats = variables['params'], variables['batch_stats']
+    state = (params, batch_stats, optimizer.init(params))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, images, labels):

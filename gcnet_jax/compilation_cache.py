@@ -23,12 +23,16 @@ OFF = 'off'
 # Far above what one run needs: the digits' programs take 1 MB, a ResNet-50's step some MB.
 MAX_BYTES = 2**30
 _CHECKED = '.checked'
+_CHECKING = '.checking'
 _ZSTANDARD = b'\x28\xb5\x2f\xfd'
 
 
 def user_directory() -> Path:
-    """Returns where commands keep what they compile: `gcnet_jax/compiled` in the user's cache."""
-    caches = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    """Returns where commands keep what they compile: `gcnet_jax/compiled` in the user's cache.
+
+    A '~' is left to whoever uses it: not every user has a home, which must not end a command.
+    """
+    caches = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     return Path(caches) / 'gcnet_jax' / 'compiled'
 
 
@@ -41,7 +45,8 @@ def compilation_cache(default: Path, setting: str | None = None) -> Iterator[Non
     afterwards. Of several processes only the first one writes.
 
     Args:
-      default: The directory if nobody asked for another one; without a cache if it cannot be used.
+      default: The directory if nobody asked for another one; without a cache if it cannot be used,
+        or if others can write to it.
       setting: 'off', a directory, or None.
 
     Raises:
@@ -74,21 +79,32 @@ def _apply(settings: dict) -> None:
 
 def _prepare(directory: Path, asked_for: bool) -> Path | None:
     """Makes the part of a directory that is for this kind of machine, and tidies it up."""
-    place = directory.expanduser().absolute() / _machine()
+    machine = _machine()
     try:
+        place = directory.expanduser().absolute() / machine
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, 'it belongs to somebody else')
-    except OSError as error:
+        if not asked_for and not _is_ours_alone(place):
+            return None
+    except (OSError, RuntimeError) as error:  # A RuntimeError: a '~' of somebody without a home.
         if asked_for:
             raise ConfigError(
                 f'config.runtime.compilation_cache {directory} cannot be used: '
-                f'{error.strerror or error}; name another directory, or {OFF!r}'
+                f'{getattr(error, "strerror", None) or error}; name another directory, or {OFF!r}'
             ) from error
         return None
     if jax.process_index() == 0:
         tidy(place)
     return place
+
+
+def _is_ours_alone(place: Path) -> bool:
+    """Whether nobody else could have put programs there."""
+    if not hasattr(os, 'geteuid'):  # On Windows, where the mode says nothing.
+        return True
+    status = place.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _machine() -> str:
@@ -118,6 +134,10 @@ def tidy(place: Path, max_bytes: int = MAX_BYTES) -> None:
     """
     checked = place / _CHECKED
     since = checked.stat().st_mtime if checked.exists() else 0.0
+    # Dated before the entries are looked at: what is written meanwhile is for the next time.
+    checking = place / _CHECKING
+    with contextlib.suppress(OSError):
+        checking.touch()
     entries = []
     # Another process may remove them at the same time.
     for entry in place.glob('*-cache'):
@@ -135,7 +155,7 @@ def tidy(place: Path, max_bytes: int = MAX_BYTES) -> None:
         with contextlib.suppress(OSError):
             entry.unlink()
     with contextlib.suppress(OSError):
-        checked.touch()
+        os.replace(checking, checked)
 
 
 def _is_damaged(content: bytes) -> bool:

@@ -170,6 +170,52 @@ def test_a_place_that_cannot_be_used(tmp_path):
         compilation_cache(tmp_path, str(blocked)).__enter__()
 
 
+def test_a_user_without_a_home_computes_without_a_cache(tmp_path, monkeypatch):
+    def homeless(self):
+        raise RuntimeError('Could not determine home directory.')
+
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    monkeypatch.setattr(Path, 'expanduser', homeless)
+    with compilation_cache(user_directory()):
+        assert jax.config.jax_compilation_cache_dir is None
+    with pytest.raises(ConfigError, match='~nobody/x cannot be used: Could not determine home'):
+        compilation_cache(tmp_path, '~nobody/x').__enter__()
+
+
+def test_a_place_that_others_can_write_to_is_used_by_those_who_ask_for_it(tmp_path, monkeypatch):
+    place = tmp_path / module._machine()
+    place.mkdir(0o700)
+
+    def used(setting=None):
+        with compilation_cache(tmp_path, setting):
+            return jax.config.jax_compilation_cache_dir is not None
+
+    assert used()
+    for mode in (0o720, 0o702):
+        place.chmod(mode)
+        assert not used()
+    assert used(str(tmp_path))
+    place.chmod(0o700)
+    monkeypatch.setattr(os, 'geteuid', lambda: place.stat().st_uid + 1)
+    assert not used()
+
+
+def test_an_entry_that_is_cut_short_during_the_check_is_found_by_the_next(tmp_path, monkeypatch):
+    (tmp_path / 'whole-cache').write_bytes(zlib.compress(b'program'))
+    cut, is_damaged = tmp_path / 'cut-cache', module._is_damaged
+
+    def write_meanwhile(content):
+        cut.write_bytes(b'progr')
+        return is_damaged(content)
+
+    monkeypatch.setattr(module, '_is_damaged', write_meanwhile)
+    tidy(tmp_path)
+    monkeypatch.undo()
+    assert cut.exists()
+    tidy(tmp_path)
+    assert [path.name for path in entries(tmp_path)] == ['whole-cache']
+
+
 def test_a_command_keeps_it_among_the_users_files_and_not_in_the_checkpoint(
     tmp_path, monkeypatch, capsys, random_variables
 ):
@@ -194,7 +240,7 @@ def test_a_command_keeps_it_among_the_users_files_and_not_in_the_checkpoint(
     assert place.stat().st_mode & 0o077 == 0  # Who can write there can run programs.
     assert jax.config.jax_compilation_cache_dir is None
     monkeypatch.delenv('XDG_CACHE_HOME')
-    assert user_directory() == Path.home() / '.cache' / 'gcnet_jax' / 'compiled'
+    assert user_directory().expanduser() == Path.home() / '.cache' / 'gcnet_jax' / 'compiled'
 
 
 def test_the_library_sets_no_cache():

@@ -2,12 +2,18 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from gcnet_jax.errors import UserError
 
 EXIT_ERROR = 1
 EXIT_SOME_IMAGES_FAILED = 3
 EXIT_PIPE_CLOSED = 141
+
+
+def is_given(value: Any) -> bool:
+    """Whether a flag was given; a 0 was."""
+    return value is not None and value is not False
 
 
 def refuse_flags(options: argparse.Namespace, command: str, names: Sequence[str]) -> None:
@@ -17,5 +23,5 @@ def refuse_flags(options: argparse.Namespace, command: str, names: Sequence[str]
       UserError: Naming the first of them.
     """
     for name in names:
-        if getattr(options, name):
+        if is_given(getattr(options, name)):
             raise UserError(f'--{name.replace("_", "-")} has no meaning with {command}')

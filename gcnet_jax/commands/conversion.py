@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from gcnet_jax.commands.common import refuse_flags
+from gcnet_jax.commands.common import is_given, refuse_flags
 from gcnet_jax.errors import UserError
 
 EXPORT_FORMATS = ('jaxexport', 'onnx', 'safetensors')
@@ -68,12 +68,9 @@ def _port(options: argparse.Namespace) -> None:
         print('\n'.join(report.lines()))
         print(f'wrote {options.out}')
         return
-    # What is not given is left to the file; --num-classes 0 is given.
-    choices = {
-        name: getattr(options, name)
-        for name in ('weights', 'family', 'num_classes', 'drop_classifier', 'label_names')
-        if getattr(options, name) is not None and getattr(options, name) is not False
-    }
+    # What is not given is left to the file.
+    names = ('weights', 'family', 'num_classes', 'drop_classifier', 'label_names')
+    choices = {name: getattr(options, name) for name in names if is_given(getattr(options, name))}
     description, report = porting.port(
         options.checkpoint, options.out, options.model, overwrite=options.overwrite, **choices
     )

@@ -27,6 +27,8 @@ OTHER_FRAMES = (0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF
 CONTEXT_ROWS = 8
 # Bytes that a thread keeps for the pixels of an image; larger images get new memory.
 ROOM = 2**22
+# Bytes that are searched for the size; profiles and previews stand in front of it.
+LONGEST_HEADER = 2**20
 
 
 class Frame(NamedTuple):
@@ -52,7 +54,8 @@ def read_frame(data: bytes) -> Frame | None:
     if not (data.startswith(b'\xff\xd8\xff') and data.endswith(b'\xff\xd9')):
         return None
     place = 2
-    while place + 10 <= len(data) and data[place] == MARKER:
+    end = min(len(data), LONGEST_HEADER)
+    while place + 10 <= end and data[place] == MARKER:
         kind, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
         if kind in BASELINE:
             height = int.from_bytes(data[place + 5 : place + 7])

@@ -120,8 +120,7 @@ class BatchNorm(nn.BatchNorm):
     ) -> tuple[Float[Array, ' channel'], ...]:
         """Returns mean, scale and shift, of the batch or the running ones."""
         if running:
-            mean = self.get_variable('batch_stats', 'mean')
-            variance = self.get_variable('batch_stats', 'var')
+            mean, variance = (kept.value for kept in self._running(features.shape[-1]))
         else:
             mean, variance = self._statistics(features, tuple(range(features.ndim - 1)))
             self._follow(mean, variance)
@@ -133,7 +132,7 @@ class BatchNorm(nn.BatchNorm):
         self, features: Float[Array, '*any channel'], axes: tuple[int, ...]
     ) -> tuple[Array, Array]:
         """Mean and biased variance over axes, which stay where they are not all but the last."""
-        values = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        values = jnp.asarray(features, jnp.promote_types(features.dtype, jnp.float32))
         keep = len(axes) < features.ndim - 1
         mean = values.mean(axes, keepdims=keep)
         return mean, jnp.maximum(0.0, jnp.square(values).mean(axes, keepdims=keep) - mean**2)
@@ -141,11 +140,16 @@ class BatchNorm(nn.BatchNorm):
     @nn.nowrap
     def _follow(self, mean: Array, variance: Array) -> None:
         """Moves the running statistics towards the mean over all groups."""
-        for name, new in (('mean', mean), ('var', variance)):
-            # Initialised by flax's own; here it exists.
-            running = self.variable('batch_stats', name, jnp.zeros, new.shape[-1:], jnp.float32)
+        kept = self._running(mean.shape[-1])
+        for running, new in zip(kept, (mean, variance), strict=True):
             new = new.reshape(-1, new.shape[-1]).mean(axis=0)
             running.value = self.momentum * running.value + (1 - self.momentum) * new
+
+    @nn.nowrap
+    def _running(self, channels: int) -> tuple[nn.Variable, nn.Variable]:
+        """The running mean and variance, as flax's own makes them; its error if there are none."""
+        mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), jnp.float32)
+        return mean, self.variable('batch_stats', 'var', jnp.ones, (channels,), jnp.float32)
 
     @nn.nowrap
     def _parameters(self, channels: int) -> tuple[Array, Array]:

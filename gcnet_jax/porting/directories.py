@@ -112,7 +112,8 @@ def _read_label_names(path: Path) -> tuple[str, ...]:
     try:
         if not path.is_file() or path.stat().st_size > MAX_LABEL_BYTES:
             raise ConfigError(f'{path} is not a file of at most {MAX_LABEL_BYTES:,} bytes of names')
-        names = tuple(line.strip() for line in path.read_text('utf-8').splitlines())
+        # Windows' editors put a byte order mark in front.
+        names = tuple(line.strip() for line in path.read_text('utf-8-sig').splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f'the label names in {path} cannot be read: {error}') from error
     # A name may stand on two lines: ImageNet has two classes called 'crane'.

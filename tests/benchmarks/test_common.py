@@ -70,3 +70,8 @@ def test_report_is_a_table_or_json(capsys):
     told = json.loads(capsys.readouterr().out)
     assert told['rows'] == rows
     assert told['machine']['versions']['jax']
+
+
+def test_a_spread_needs_two_rounds():
+    with pytest.raises(ValueError, match='2 or more'):
+        compare({'first': functools.partial(sleeper, 0.0)}, rounds=1)

@@ -232,3 +232,11 @@ def test_images_larger_than_the_room_that_a_thread_keeps_are_read(make, photo, m
     monkeypatch.setattr(jpeg, '_scratch', jpeg._Scratch())
     for (fast, _), other in zip(crops(data, 96), expected, strict=True):
         np.testing.assert_array_equal(fast, other)
+
+
+def test_the_search_for_the_size_ends_in_a_very_long_header(make, photo):
+    data = make.encode(photo, 'JPEG')
+    segment = b'\xff\xe1\x40\x00' + bytes(0x3FFE)
+    assert jpeg.read_frame(data[:2] + segment + data[2:]).width == photo.shape[1]
+    longer = data[:2] + segment * (jpeg.LONGEST_HEADER // len(segment) + 1) + data[2:]
+    assert jpeg.read_frame(longer) is None

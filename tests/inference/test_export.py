@@ -118,6 +118,7 @@ def test_a_file_is_replaced_only_on_demand(stored, tmp_path, capsys):
         ('network.jaxexport', ['--size', '-1'], 'size must be 1 or more, got -1'),
         ('network.jaxexport', ['--family', 'timm'], '--family has no meaning with .jaxexport'),
         ('network.safetensors', ['--size', '8'], '--size has no meaning with .safetensors'),
+        ('network.safetensors', ['--size', '0'], '--size has no meaning with .safetensors'),
         ('network.safetensors', ['--family', 'keras'], 'keras'),
     ],
 )

@@ -1,5 +1,6 @@
 """The kinds of norm, against numpy, and that every network takes them everywhere."""
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,14 @@ def test_frozen_statistics_are_used_and_kept_in_training_while_scale_and_bias_le
     jax.tree.map(np.testing.assert_array_equal, changed['batch_stats'], stats)
     np.testing.assert_allclose(gradient['scale'], plain.sum((0, 1, 2)), rtol=1e-4)
     np.testing.assert_allclose(gradient['bias'], np.full(6, size), rtol=1e-6)
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_statistics_that_are_not_there_are_told_by_flax(frozen):
+    features = np.ones((4, 6), np.float32)
+    params = {'params': {'scale': np.ones(6), 'bias': np.zeros(6)}}
+    with pytest.raises(flax.errors.ScopeCollectionNotFound, match='mean'):
+        BatchNorm(frozen=frozen).apply(params, features, train=frozen)
 
 
 @pytest.mark.parametrize('frozen', [False, True])

@@ -251,10 +251,11 @@ def test_a_ported_directory_is_a_checkpoint_and_goes_back(tmp_path, plain):
         port_reverse(tmp_path / 'ported', 'torchvision', tmp_path / 'a.pth')
 
 
-def test_label_names_are_read_from_a_file(tmp_path, plain):
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig'])
+def test_label_names_are_read_from_a_file(tmp_path, plain, encoding):
     names = tmp_path / 'names.txt'
     expected = ('crane', *(f'Größe {index}' for index in range(8)), 'crane')
-    names.write_text('\n'.join(expected) + '\n', 'utf-8')
+    names.write_text('\n'.join(expected) + '\n', encoding)
     description, _ = port(plain, tmp_path / 'ported', label_names=names)
     assert description.label_names == expected
     assert load_variables(tmp_path / 'ported')[0].label_names == description.label_names
