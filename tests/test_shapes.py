@@ -35,6 +35,18 @@ for name in ('gc_resnet18', 'nl_resnet50_c4', 'gcresnext26ts', 'gc_efficientnetv
     model = create_model(name, dropout_rate=0.1)
     keys = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
     jax.eval_shape(lambda images: model.init(keys, images, train=True), images)
+for name in ('gc_resnet50', 'gccnn'):
+    place = {'block': 'global_context', 'stages': 1, 'ratio': 1 / 4}
+    place['position'] = 'after_conv3' if name == 'gc_resnet50' else 'after_conv2'
+    model = create_model(name, stage_sizes=(1, 1), widths=(8, 16), context=place)
+    images = jnp.ones((2, 16, 16, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+
+    def loss(variables, images):
+        logits, _ = model.apply(variables, images, train=True, mutable=['batch_stats'])
+        return logits.sum()
+
+    jax.eval_shape(jax.grad(loss), variables, images)
 options = steps.StepOptions(num_classes=4, mean=(0.5,) * 3, std=(0.2,) * 3, mixup_alpha=0.2)
 images, labels = jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros((4,), jnp.int32)
 jax.eval_shape(lambda key: steps.prepare(images, labels, key, options), jax.random.key(0))

@@ -103,16 +103,19 @@ class AttentionPool(nn.Module):
             inner = jnp.where(mask[..., None], inner, 0)
             mask = mask.reshape(batch, -1)
         wide = jnp.promote_types(inner.dtype, jnp.float32)
-        kernel = kernel.astype(wide)
+        # In the type of the convolution: the kernel's gradients are then added up on each device,
+        # and one sum over the devices does for all of them.
+        kernel = kernel.astype(inner.dtype)
         weights = self._logits(inner.dtype).get_variable('params', 'kernel')[:, 0]
-        direction = (kernel @ (features.scale * weights)).astype(inner.dtype)
+        direction = kernel @ (features.scale * weights).astype(inner.dtype)
         logits = jnp.dot(inner, direction, preferred_element_type=wide)
         attention = masked_softmax(logits.reshape(batch, -1), mask).reshape(batch, *spatial)
         self.sow('intermediates', 'attention', attention)
         # Neither reshaped nor a product of matrices: the TPU would lay every map out anew for it.
         axes = tuple(range(1, inner.ndim - 1))
         pooled = jnp.sum(inner.astype(wide) * attention[..., None], axis=axes)
-        context = (pooled @ kernel - features.mean) * features.scale + features.shift
+        expanded = pooled.astype(inner.dtype) @ kernel
+        context = (expanded - features.mean) * features.scale + features.shift
         return context.astype(inner.dtype)
 
 

@@ -19,6 +19,8 @@ from jaxtyping import Array, Float
 
 Features = Float[Array, 'batch height width channel']
 Kernel = Float[Array, 'size size in_channel out_channel']
+Output = Float[Array, 'batch out_height out_width out_channel']
+Pooled = Float[Array, 'batch half_height half_width channel']
 
 # Found by measuring ResNet-20, ResNet-50 and the digits' network: the height or width
 # below which XLA's 3x3 convolution is slow, the input channels up to which its kernel's gradient
@@ -44,7 +46,7 @@ def plain_operations() -> Iterator[None]:
         _plain_only.reset(token)
 
 
-def convolve(features: Features, kernel: Kernel, stride: int = 1, groups: int = 1) -> Features:
+def convolve(features: Features, kernel: Kernel, stride: int = 1, groups: int = 1) -> Output:
     """Convolves with PyTorch's padding, `(size - 1) // 2` on both sides.
 
     Args:
@@ -58,12 +60,12 @@ def convolve(features: Features, kernel: Kernel, stride: int = 1, groups: int = 
     return _convolve(features, kernel, stride, groups)
 
 
-def max_pool(features: Features) -> Float[Array, 'batch half_height half_width channel']:
+def max_pool(features: Features) -> Pooled:
     """Maximum over 3x3 windows at stride 2, padded by one on each side."""
     return plain_max_pool(features) if _plain_only.get() else _max_pool(features)
 
 
-def plain_convolution(features: Features, kernel: Kernel, stride: int, groups: int) -> Features:
+def plain_convolution(features: Features, kernel: Kernel, stride: int, groups: int) -> Output:
     """The convolution as XLA has it."""
     padding = (kernel.shape[0] - 1) // 2
     return jax.lax.conv_general_dilated(
@@ -76,7 +78,7 @@ def plain_convolution(features: Features, kernel: Kernel, stride: int, groups: i
     )
 
 
-def plain_max_pool(features: Features) -> Features:
+def plain_max_pool(features: Features) -> Pooled:
     """The maximum as XLA has it."""
     return nn.max_pool(features, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
@@ -86,7 +88,7 @@ def _by_platform(cpu: Callable, plain: Callable, *arguments: Any) -> Any:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(features: Features, kernel: Kernel, stride: int, groups: int) -> Features:
+def _convolve(features: Features, kernel: Kernel, stride: int, groups: int) -> Output:
     plain = partial(plain_convolution, stride=stride, groups=groups)
     if groups > 1 or kernel.shape[0] > 3:
         return plain(features, kernel)
@@ -131,14 +133,14 @@ def _convolve_backward(stride: int, groups: int, inputs: tuple[Features, Kernel]
 _convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _product(features: Features, kernel: Kernel, stride: int) -> Features:
+def _product(features: Features, kernel: Kernel, stride: int) -> Output:
     """A 1x1 convolution: the product of every position's channels with one matrix."""
     return jax.lax.dot_general(
         features[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ()))
     )
 
 
-def _window_product(features: Features, kernel: Kernel, stride: int) -> Features:
+def _window_product(features: Features, kernel: Kernel, stride: int) -> Output:
     """A 3x3 convolution: the product of all that a window sees with one matrix.
 
     Of a map that is hardly larger than the kernel, XLA exchanges the two, which is very slow.
@@ -152,7 +154,7 @@ def _window_product(features: Features, kernel: Kernel, stride: int) -> Features
 
 def _row_windows(
     padded: Features, row: int, stride: int, height: int, width: int
-) -> Float[Array, 'batch height width seen']:
+) -> Float[Array, 'batch out_height out_width seen']:
     """Puts side by side the channels of three neighbours in a row, for every output position."""
     rows = padded[:, row : row + stride * (height - 1) + 1 : stride]
     columns = stride * (width - 1) + 1
@@ -162,7 +164,7 @@ def _row_windows(
 
 
 def _narrow_kernel_gradient(
-    features: Features, kernel: Kernel, gradient: Features, stride: int
+    features: Features, kernel: Kernel, gradient: Output, stride: int
 ) -> Kernel:
     """A 3x3 kernel's gradient: the product of what each window saw with the output's gradient.
 
@@ -178,7 +180,7 @@ def _narrow_kernel_gradient(
     parts = [array.reshape(-1, together, *array.shape[1:]) for array in (padded, gradient)]
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
 
-    def add(total: Array, part: tuple[Features, Features]) -> tuple[Array, None]:
+    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         over = (((0, 1, 2), (0, 1, 2)), ((), ()))
         sums = [
             jax.lax.dot_general(
@@ -196,7 +198,10 @@ def _narrow_kernel_gradient(
     return total.transpose(0, 2, 1).reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _sum_of_products(left: Features, right: Features) -> Float[Array, 'left_channel right_channel']:
+def _sum_of_products(
+    left: Float[Array, 'batch height width left_channel'],
+    right: Float[Array, 'batch height width right_channel'],
+) -> Float[Array, 'left_channel right_channel']:
     """Sums `left[c] * right[d]` over images and positions.
 
     Positions are flattened first: XLA then reads both as they are. Of maps it writes a transposed
@@ -212,11 +217,11 @@ def _sum_of_products(left: Features, right: Features) -> Float[Array, 'left_chan
 
 
 @jax.custom_vjp
-def _max_pool(features: Features) -> Features:
+def _max_pool(features: Features) -> Pooled:
     return plain_max_pool(features)
 
 
-def _max_pool_backward(features: Features, gradient: Features) -> tuple[Features]:
+def _max_pool_backward(features: Features, gradient: Pooled) -> tuple[Features]:
     def plain(features, gradient):
         return jax.vjp(plain_max_pool, features)[1](gradient)[0]
 
@@ -226,7 +231,7 @@ def _max_pool_backward(features: Features, gradient: Features) -> tuple[Features
 _max_pool.defvjp(lambda features: (_max_pool(features), features), _max_pool_backward)
 
 
-def _max_pool_gradient(features: Features, gradient: Features) -> Features:
+def _max_pool_gradient(features: Features, gradient: Pooled) -> Features:
     """Gives each window's gradient to the first of its maxima, as XLA does.
 
     The nine places of a window are compared one after the other, for all windows at once; XLA's
