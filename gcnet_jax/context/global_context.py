@@ -46,11 +46,13 @@ class Expanded:
     Attributes:
       inner: `[batch, *spatial, inner_channel]`.
       kernel: `[inner_channel, channel]`.
+      product: `inner @ kernel`, which is not read: the gradient of what is pooled goes this way.
       mean, scale, shift: `[channel]`, in float32.
     """
 
     inner: Float[Array, 'batch *spatial inner_channel']
     kernel: Float[Array, 'inner_channel channel']
+    product: Float[Array, 'batch *spatial channel']
     mean: Float[Array, ' channel']
     scale: Float[Array, ' channel']
     shift: Float[Array, ' channel']
@@ -103,20 +105,49 @@ class AttentionPool(nn.Module):
             inner = jnp.where(mask[..., None], inner, 0)
             mask = mask.reshape(batch, -1)
         wide = jnp.promote_types(inner.dtype, jnp.float32)
-        # In the type of the convolution: the kernel's gradients are then added up on each device,
-        # and one sum over the devices does for all of them.
         kernel = kernel.astype(inner.dtype)
         weights = self._logits(inner.dtype).get_variable('params', 'kernel')[:, 0]
         direction = kernel @ (features.scale * weights).astype(inner.dtype)
         logits = jnp.dot(inner, direction, preferred_element_type=wide)
         attention = masked_softmax(logits.reshape(batch, -1), mask).reshape(batch, *spatial)
         self.sow('intermediates', 'attention', attention)
-        # Neither reshaped nor a product of matrices: the TPU would lay every map out anew for it.
-        axes = tuple(range(1, inner.ndim - 1))
-        pooled = jnp.sum(inner.astype(wide) * attention[..., None], axis=axes)
-        expanded = pooled.astype(inner.dtype) @ kernel
+        expanded = pooled_product(features.product, inner, kernel, attention)
         context = (expanded - features.mean) * features.scale + features.shift
         return context.astype(inner.dtype)
+
+
+@jax.custom_vjp
+def pooled_product(
+    product: Float[Array, 'batch *spatial channel'],
+    inner: Float[Array, 'batch *spatial inner_channel'],
+    kernel: Float[Array, 'inner_channel channel'],
+    attention: Float[Array, 'batch *spatial'],
+) -> Float[Array, 'batch channel']:
+    """Sums `product = inner @ kernel` by weight, and reads only `inner`, in the inner type.
+
+    Its gradient goes to `product` and `attention`: on to `inner` and `kernel` it then takes the way
+    of the product's own, in the same passes and, for the kernel, in the same sum over devices.
+    """
+    axes = tuple(range(1, inner.ndim - 1))
+    # Not a product of matrices: the TPU would lay every map out anew for it.
+    pooled = jnp.sum(inner.astype(attention.dtype) * attention[..., None], axis=axes)
+    return pooled.astype(inner.dtype) @ kernel
+
+
+def _pooled_product_forward(product, inner, kernel, attention):
+    return pooled_product(product, inner, kernel, attention), (inner, kernel, attention)
+
+
+def _pooled_product_backward(residuals, gradient):
+    inner, kernel, attention = residuals
+    of_pooled = over_positions(gradient @ kernel.T, inner.ndim).astype(attention.dtype)
+    of_attention = jnp.sum(inner.astype(attention.dtype) * of_pooled, axis=-1)
+    of_product = attention[..., None] * over_positions(gradient, inner.ndim)
+    zeros = jnp.zeros_like(inner), jnp.zeros_like(kernel)
+    return of_product.astype(gradient.dtype), *zeros, of_attention
+
+
+pooled_product.defvjp(_pooled_product_forward, _pooled_product_backward)
 
 
 class ContextTransform(nn.Module):

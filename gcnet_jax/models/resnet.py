@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
 from gcnet_jax.context.global_context import Expanded, GlobalContext
-from gcnet_jax.models.convolution import convolve
 from gcnet_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -141,11 +140,10 @@ def _add_pooled_first(
     norm, context and sum do to an element is one affine map for each image and channel. On a TPU,
     whose memory bounds the step, this takes nearly all of the block's cost away.
     """
-    # Cast once for both uses, so that their gradients are added up before devices exchange them.
-    kernel = conv3.get_variable('params', 'kernel').astype(inner.dtype)
-    branch = convolve(inner, kernel)
+    branch = conv3(inner)
     mean, scale, shift = norm3(branch, train=True, normalize=False)
-    update = context(Expanded(inner, kernel[0, 0], mean, scale, shift)).astype(shift.dtype)
+    kernel = conv3.get_variable('params', 'kernel')[0, 0]
+    update = context(Expanded(inner, kernel, branch, mean, scale, shift)).astype(shift.dtype)
     # For each image and channel both, for the gradients' sake: the sums behind those of scale and
     # shift then have one shape, and one pass makes them both. The barrier keeps it so.
     scale = jnp.broadcast_to(scale, update.shape)

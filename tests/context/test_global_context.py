@@ -265,6 +265,10 @@ def expansion(shape=(2, 5, 4, 3), channels=8, dtype=np.float32):
     }
 
 
+def expanded(parts):
+    return Expanded(product=parts['inner'] @ parts['kernel'].astype(parts['inner'].dtype), **parts)
+
+
 def expand(parts):
     features = parts['inner'] @ parts['kernel'].astype(parts['inner'].dtype)
     return ((features - parts['mean']) * parts['scale'] + parts['shift']).astype(features.dtype)
@@ -287,7 +291,7 @@ def test_pooling_before_an_expansion_is_pooling_after_it(masked, random_variable
         return jnp.sum(update[:, 0, 0] * cotangent), update[:, 0, 0]
 
     def pooled_first(variables, parts):
-        update = block.apply(variables, Expanded(**parts), mask)
+        update = block.apply(variables, expanded(parts), mask)
         return jnp.sum(update * cotangent), update
 
     gradient = [
@@ -307,7 +311,7 @@ def test_pooling_before_an_expansion_in_bfloat16(random_variables):
     parts = expansion(dtype=jnp.bfloat16)
     block = GlobalContext(ratio=1 / 2)
     variables = random_variables(block, random_features((2, 5, 4, 8)))
-    update = block.apply(variables, Expanded(**parts))
+    update = block.apply(variables, expanded(parts))
     assert update.dtype == jnp.bfloat16
     exact = expand(parts | {'inner': parts['inner'].astype(np.float64)})
     whole = numpy_block(variables['params'], exact, pooling='attention', fusion='add')
@@ -323,7 +327,7 @@ def test_the_attention_before_an_expansion_is_told_too(random_variables):
     variables = random_variables(pool, expand(parts))
     told = [
         pool.apply(variables, features, mutable=['intermediates'])[1]['intermediates']
-        for features in (expand(parts), Expanded(**parts))
+        for features in (expand(parts), expanded(parts))
     ]
     np.testing.assert_allclose(told[0]['attention'][0], told[1]['attention'][0], rtol=1e-4)
 
@@ -333,4 +337,4 @@ def test_other_blocks_take_no_features_that_are_not_computed(options, random_var
     block = GlobalContext(ratio=1 / 2, **options)
     variables = random_variables(block, random_features((2, 5, 4, 8)))
     with pytest.raises(ConfigError, match='not computed yet'):
-        block.apply(variables, Expanded(**expansion()))
+        block.apply(variables, expanded(expansion()))
