@@ -46,6 +46,11 @@ def plain_operations() -> Iterator[None]:
         _plain_only.reset(token)
 
 
+def wants_plain_operations() -> bool:
+    """Whether `plain_operations` is in force."""
+    return _plain_only.get()
+
+
 def convolve(features: Features, kernel: Kernel, stride: int = 1, groups: int = 1) -> Output:
     """Convolves with PyTorch's padding, `(size - 1) // 2` on both sides.
 
@@ -55,14 +60,14 @@ def convolve(features: Features, kernel: Kernel, stride: int = 1, groups: int = 
       stride: Step in both directions; the output is `ceil(size / stride)` high and wide.
       groups: Number of groups that input and output channels are split into.
     """
-    if _plain_only.get():
+    if wants_plain_operations():
         return plain_convolution(features, kernel, stride, groups)
     return _convolve(features, kernel, stride, groups)
 
 
 def max_pool(features: Features) -> Pooled:
     """Maximum over 3x3 windows at stride 2, padded by one on each side."""
-    return plain_max_pool(features) if _plain_only.get() else _max_pool(features)
+    return plain_max_pool(features) if wants_plain_operations() else _max_pool(features)
 
 
 def plain_convolution(features: Features, kernel: Kernel, stride: int, groups: int) -> Output:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
 from gcnet_jax.context.global_context import Expanded, GlobalContext
+from gcnet_jax.models.convolution import wants_plain_operations
 from gcnet_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -124,6 +125,7 @@ class BottleneckBlock(nn.Module):
             and not self.is_initializing()
             and not self.is_mutable_collection('intermediates')
             and 'inserted' not in self.scope.flags
+            and not wants_plain_operations()
         )
 
 

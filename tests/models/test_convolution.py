@@ -240,7 +240,8 @@ def test_plain_operations_are_plain_on_a_cpu_too():
     assert_close(network(features, first, second), plain, 1e-5)
 
 
-def test_plain_operations_have_forward_mode(random_variables):
+@pytest.mark.parametrize('train', [False, True])
+def test_plain_operations_have_forward_mode(train, random_variables):
     model = create_model(
         'gc_resnet50', stage_sizes=(1, 1, 1, 1), widths=(4, 8, 8, 8), num_classes=3
     )
@@ -249,7 +250,7 @@ def test_plain_operations_have_forward_mode(random_variables):
     direction = np.ones_like(images)
 
     def logits(images):
-        return model.apply(variables, images, train=False)
+        return model.apply(variables, images, train=train, mutable=['batch_stats'])[0]
 
     with plain_operations():
         _, tangent = jax.jvp(logits, (images,), (direction,))

@@ -7,6 +7,7 @@ import pytest
 
 from gcnet_jax.context import GlobalContext, SqueezeExcite, insert
 from gcnet_jax.models import create_model
+from gcnet_jax.models.convolution import plain_operations
 
 GC = {'block': 'global_context', 'stages': (2, 3, 4), 'position': 'after_conv3', 'ratio': 1 / 16}
 SMALL = {'stage_sizes': (1, 1, 1, 1), 'widths': (4, 8, 12, 16), 'num_classes': 5}
@@ -287,6 +288,8 @@ def test_pooling_comes_first_where_nobody_could_see_a_difference():
 
     assert pools_first()
     assert pools_first(norm={'kind': 'frozen'})
+    with plain_operations():
+        assert not pools_first()
     assert not pools_first(train=False)
     assert not pools_first(gc={'fusion': 'scale_add'})
     assert not pools_first(gc={'pooling': 'average'})
