@@ -112,8 +112,9 @@ def test_a_lost_process_is_one_line(monkeypatch):
 
 STEPS = 48  # As tiny_config.py says.
 SETTINGS = (
-    # So slow that the rounding of another order of the sums stays as small as it was.
-    '--config.schedule.peak_learning_rate=1e-4',
+    # So slow that the rounding of another order of the sums stays as small as it was: at 1e-4 it
+    # grows a thousandfold where a ReLU opens for one and not for the other.
+    '--config.schedule.peak_learning_rate=1e-5',
     '--config.runtime.heartbeat_timeout_seconds=30',
 )
 RECORDING = HERE / 'record_examples.py'
@@ -144,7 +145,7 @@ def close(workdir, alone):
                 assert value == pytest.approx(two[name], rel=1e-5)
                 largest = max(largest, abs(value - two[name]))
             else:
-                assert value == pytest.approx(two[name], rel=1e-3)
+                assert value == pytest.approx(two[name], rel=1e-4)
     return largest
 
 
