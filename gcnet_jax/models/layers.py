@@ -44,8 +44,12 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, features: Float[Array, 'batch height width channel']
+        self,
+        features: Float[Array, 'batch height width channel'],
+        *,
+        scale: Float[Array, ' features'] | None = None,
     ) -> Float[Array, 'batch out_height out_width features']:
+        """Returns the convolution, times `scale` where that is given: it goes into the kernel."""
         size = self.kernel_size
         kernel = self.param(
             'kernel',
@@ -56,6 +60,8 @@ class Conv(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), self.param_dtype)
+        if scale is not None:
+            kernel, bias = kernel * scale, None if bias is None else bias * scale
         features, kernel, bias = nn.dtypes.promote_dtype(features, kernel, bias, dtype=self.dtype)
         output = convolve(features, kernel, self.stride, self.groups)
         return output if bias is None else output + bias

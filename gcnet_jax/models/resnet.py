@@ -119,14 +119,21 @@ class BottleneckBlock(nn.Module):
             len(context) == 1
             and isinstance(context[0], GlobalContext)
             and context[0].can_pool_first
-            and isinstance(norm3, BatchNorm)
-            and norm3.is_affine
             and self.stochastic_depth_rate == 0
-            and not self.is_initializing()
-            and not self.is_mutable_collection('intermediates')
-            and 'inserted' not in self.scope.flags
-            and not wants_plain_operations()
+            and _may_reorder(self, norm3)
         )
+
+
+def _may_reorder(module: nn.Module, norm: nn.Module) -> bool:
+    """Whether `norm` is one affine map a channel, and nobody looks at what is beside it."""
+    return (
+        isinstance(norm, BatchNorm)
+        and norm.is_affine
+        and not module.is_initializing()
+        and not module.is_mutable_collection('intermediates')
+        and 'inserted' not in module.scope.flags
+        and not wants_plain_operations()
+    )
 
 
 def _add_pooled_first(
@@ -245,16 +252,42 @@ class ResNet(nn.Module):
         check_images(images, type(self).__name__)
         maps = {}
         values = images.astype(self.dtype)
-        if self.stem != 'none':
+        if self.stem == 'imagenet' and train and _may_reorder(self, self.stem_norm):
+            maps['stem'], values = self._stem_pooled_first(values)
+        elif self.stem != 'none':
             values = nn.relu(self.stem_norm(self.stem_conv(values), train=train))
             maps['stem'] = values
-        if self.stem == 'imagenet':
-            values = max_pool(values)
+            values = max_pool(values) if self.stem == 'imagenet' else values
         for stage in range(1, len(self.stage_sizes) + 1):
             for block in getattr(self, f'stage{stage}'):
                 values = block(values, train=train)
             maps[f'stage{stage}'] = values
         return maps
+
+    def _stem_pooled_first(
+        self, images: Float[Array, 'batch height width channel']
+    ) -> tuple[Float[Array, 'batch _ _ width'], Float[Array, 'batch _ _ width']]:
+        """Returns the stem's map in training, and its maximum pooled before norm and ReLU.
+
+        Neither of them ever decreases where the norm's scale is positive, so the largest value of a
+        window is the same before and behind them. They are left with a quarter of the positions,
+        and the largest map of the network is not stored for their gradients. A channel whose scale
+        is negative is turned round, by way of its kernel.
+        """
+        gamma = self.stem_norm.get_variable('params', 'scale')
+        sign = jnp.where(gamma < 0, -1, 1).astype(gamma.dtype)
+        turned = self.stem_conv(images, scale=sign)
+        mean, scale, shift = self.stem_norm(
+            turned * sign.astype(turned.dtype), train=True, normalize=False
+        )
+        shift = shift - mean * scale
+        scale = scale * sign
+
+        def finish(values):
+            return nn.relu((values * scale + shift).astype(values.dtype))
+
+        # What is not used, most often the map, is not computed under jit.
+        return finish(turned), finish(max_pool(turned))
 
     def __call__(
         self, images: Float[Array, 'batch height width channel'], *, train: bool
