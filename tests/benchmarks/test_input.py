@@ -56,6 +56,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
 
 
 @pytest.mark.torch
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')  # timm leaves its files open.
 def test_timms_batches_are_bytes_of_the_same_size(folder):
     input_benchmark._copy_images(folder, folder / 'plain', large=False)
     for index in range(32):
