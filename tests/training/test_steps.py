@@ -113,19 +113,19 @@ def test_any_kind_of_norm_gives_the_same_on_any_mesh(norm, place, put, step_opti
     close(results[1], results[0])
 
 
-def test_a_context_pooled_before_the_expansion_gives_the_same_on_any_mesh(
+def test_a_stem_and_a_context_that_are_pooled_first_give_the_same_on_any_mesh(
     place, put, step_options, make_batch
 ):
     context = {'block': 'global_context', 'stages': 1, 'position': 'after_conv3', 'ratio': 1 / 4}
-    model = create_model(
-        'resnet50', widths=(4,), stage_sizes=(2,), stem='small', context=context, num_classes=4
-    )
+    model = create_model('resnet50', widths=(4,), stage_sizes=(2,), context=context, num_classes=4)
     results = []
     for shape in [(1, 1, 1), (2, 2, 2)]:
         mesh, shardings, state = place(shape, model, SGD)
         step = compiled(model, step_options, mesh, shardings)
         for seed in range(2):
-            state, metrics = step(state, put(make_batch(seed=seed), batch_shardings(mesh)))
+            state, metrics = step(
+                state, put(make_batch(image_size=32, seed=seed), batch_shardings(mesh))
+            )
         gradient = optax.tree.get(state.opt_state, 'trace')
         results.append(jax.device_get((gradient, state.batch_stats, metrics)))
     expand = results[0][0]['stage1_1']['context_after_conv3_0']['add']['expand']
