@@ -15,6 +15,10 @@ from gcnet_jax.models.convolution import convolve, max_pool, plain_operations
 
 # Image size, input channels, output channels, kernel size, stride, groups.
 CONVOLUTIONS = [
+    (7, 6, 6, 3, 1, 6),
+    (8, 5, 5, 5, 2, 5),
+    (6, 64, 96, 3, 1, 2),
+    (7, 24, 12, 3, 2, 12),
     (8, 6, 10, 1, 1, 1),
     (2, 5, 7, 3, 1, 1),
     (4, 5, 7, 3, 2, 1),
@@ -100,7 +104,7 @@ def test_convolutions_and_their_gradients_are_those_of_xla(shapes):
         assert_close(actual, wanted, 1e-4)
 
 
-@pytest.mark.parametrize('shapes', CONVOLUTIONS[:9])
+@pytest.mark.parametrize('shapes', CONVOLUTIONS[:13])
 def test_bfloat16_stays_bfloat16_and_accumulates_in_float32(shapes):
     *_, stride, groups = shapes
     features, weights = case(*shapes)
@@ -117,7 +121,7 @@ def test_bfloat16_stays_bfloat16_and_accumulates_in_float32(shapes):
 
 def test_float64_stays_float64():
     with wide_numbers():
-        for shapes in CONVOLUTIONS[:8]:
+        for shapes in CONVOLUTIONS[:12]:
             *_, stride, groups = shapes
             pair = case(*shapes, dtype=np.float64)
             results = jax.vjp(lambda *pair, s=stride, g=groups: convolve(*pair, s, g), *pair)
@@ -134,7 +138,7 @@ def test_float64_stays_float64():
         assert output.dtype == backward(output)[0].dtype == np.float64
 
 
-@pytest.mark.parametrize('shapes', CONVOLUTIONS[:8])
+@pytest.mark.parametrize('shapes', CONVOLUTIONS[:12])
 def test_convolutions_can_be_mapped(shapes):
     *_, stride, groups = shapes
     features, weights = case(*shapes)
@@ -195,6 +199,19 @@ def lowered(platform):
     gradients = jax.jit(jax.grad(lambda *three: network(*three).sum(), (0, 1, 2)))
     arguments = (features, first, values(1, 1, 8, 6))
     return gradients.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(('channels', 'groups', 'count'), [(64, 32, 4), (64, 2, 2), (8, 8, 0)])
+def test_grouped_convolutions_are_split_on_a_cpu_only(channels, groups, count):
+    features, weights = case(8, channels, channels, 3, 1, groups)
+    traced = jax.jit(lambda *pair: convolve(*pair, 1, groups)).trace(features, weights)
+    cpu, tpu = (
+        traced.lower(lowering_platforms=(platform,)).as_text() for platform in ('cpu', 'tpu')
+    )
+    assert cpu.count('stablehlo.convolution') == count
+    assert f'feature_group_count = {groups} ' not in cpu
+    assert tpu.count('stablehlo.convolution') == 1
+    assert f'feature_group_count = {groups} ' in tpu
 
 
 def test_images_are_taken_in_parts_where_they_are_many(monkeypatch):
