@@ -2,9 +2,9 @@
 
 XLA's own convolutions are as good as anything on a TPU or GPU. On a CPU some of them, the grouped
 ones most of all, and the gradient of its pooling, take several times what the same sums take
-written another way. Which form
-is taken is decided at lowering, by the device that is compiled for and not by the one at hand, so
-that what is exported or planned for a TPU is the plain one. The results agree to rounding.
+written another way. Which form is taken is decided at lowering, by the device that is compiled for
+and not by the one at hand, so that what is exported or planned for a TPU is the plain one. The
+results agree to rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,8 +25,8 @@ Pooled = Float[Array, 'batch half_height half_width channel']
 
 # Found by measuring ResNet-20, ResNet-50, ResNeXt-50 and the digits' network: the height or width
 # below which XLA's 3x3 convolution is slow, the input channels up to which its kernel's gradient
-# is, the positions that the latter's replacement takes at once, and the input channels below which
-# several groups are one convolution.
+# is, the positions that the latter's replacement takes at once, and the input channels that narrow
+# groups are put together to reach.
 TINY = 5
 NARROW = 64
 POSITIONS_AT_ONCE = 6_400
@@ -37,10 +37,11 @@ _plain_only = ContextVar('plain_only', default=False)
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """Under it every platform gets the plain forms.
+    """Under it every platform gets the plain forms, and networks have the order of their text.
 
-    For converters that know no platforms, and for forward-mode differentiation (`jax.jvp`), which
-    gradients written by hand do not have. It acts while a function is traced.
+    For converters that know no platforms, for forward-mode differentiation (`jax.jvp`), which
+    gradients written by hand do not have, and for `nn.intercept_methods` that change what a
+    convolution or norm returns in training. It acts while a function is traced.
     """
     token = _plain_only.set(True)
     try:
@@ -190,7 +191,10 @@ def _split_by_group(features: Features, kernel: Kernel, stride: int, groups: int
 def _block_diagonal(
     kernel: Float[Array, 'size size group_channel out_channel'], groups: int
 ) -> Float[Array, 'size size in_channel out_channel']:
-    """The kernel of an ordinary convolution that does what this one does to groups."""
+    """The kernel of an ordinary convolution that does what this one does to groups.
+
+    Its zeros make NaN of an infinite value in another group.
+    """
     size, _, channels, outputs = kernel.shape
     apart = kernel.reshape(size, size, 1, channels, groups, outputs // groups)
     same_group = jnp.eye(groups, dtype=kernel.dtype)[:, None, :, None]
@@ -201,14 +205,16 @@ def _depthwise(features: Features, kernel: Kernel, stride: int) -> Output:
     """A convolution of every channel by itself: a sum over the kernel's places, in one pass."""
     size = kernel.shape[0]
     padding = (size - 1) // 2
-    padded = jnp.pad(features, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    height, width = (stride * (-(-edge // stride) - 1) + 1 for edge in features.shape[1:3])
+    # In float32 from here on, so that the sums of the gradient are too.
     dtype = jnp.promote_types(features.dtype, jnp.float32)
+    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(features.astype(dtype), around)
+    height, width = (stride * (-(-edge // stride) - 1) + 1 for edge in features.shape[1:3])
     total = jnp.zeros((), dtype)
     for row in range(size):
         for column in range(size):
             seen = padded[:, row : row + height : stride, column : column + width : stride]
-            total += seen.astype(dtype) * kernel[row, column, 0].astype(dtype)
+            total += seen * kernel[row, column, 0].astype(dtype)
     return total.astype(features.dtype)
 
 

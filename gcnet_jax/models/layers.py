@@ -61,6 +61,7 @@ class Conv(nn.Module):
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), self.param_dtype)
         if scale is not None:
+            scale = scale.astype(kernel.dtype)
             kernel, bias = kernel * scale, None if bias is None else bias * scale
         features, kernel, bias = nn.dtypes.promote_dtype(features, kernel, bias, dtype=self.dtype)
         output = convolve(features, kernel, self.stride, self.groups)

@@ -125,11 +125,17 @@ class BottleneckBlock(nn.Module):
 
 
 def _may_reorder(module: nn.Module, norm: nn.Module) -> bool:
-    """Whether `norm` is one affine map a channel, and nobody looks at what is beside it."""
+    """Whether `norm` is one affine map a channel, and nobody looks at what is beside it.
+
+    `nn.intercept_methods` cannot be seen from here: see `plain_operations`.
+    """
     return (
         isinstance(norm, BatchNorm)
         and norm.is_affine
         and not module.is_initializing()
+        # Not folded into the convolution.
+        and norm.has_variable('params', 'scale')
+        and norm.has_variable('batch_stats', 'mean')
         and not module.is_mutable_collection('intermediates')
         and 'inserted' not in module.scope.flags
         and not wants_plain_operations()
@@ -151,7 +157,7 @@ def _add_pooled_first(
     """
     branch = conv3(inner)
     mean, scale, shift = norm3(branch, train=True, normalize=False)
-    kernel = conv3.get_variable('params', 'kernel')[0, 0]
+    kernel = nn.meta.unbox(conv3.get_variable('params', 'kernel'))[0, 0]
     update = context(Expanded(inner, kernel, branch, mean, scale, shift)).astype(shift.dtype)
     # For each image and channel both, for the gradients' sake: the sums behind those of scale and
     # shift then have one shape, and one pass makes them both. The barrier keeps it so.
@@ -266,15 +272,15 @@ class ResNet(nn.Module):
 
     def _stem_pooled_first(
         self, images: Float[Array, 'batch height width channel']
-    ) -> tuple[Float[Array, 'batch _ _ width'], Float[Array, 'batch _ _ width']]:
+    ) -> tuple[Float[Array, 'batch _ _ stem_width'], Float[Array, 'batch _ _ stem_width']]:
         """Returns the stem's map in training, and its maximum pooled before norm and ReLU.
 
-        Neither of them ever decreases where the norm's scale is positive, so the largest value of a
-        window is the same before and behind them. They are left with a quarter of the positions,
-        and the largest map of the network is not stored for their gradients. A channel whose scale
-        is negative is turned round, by way of its kernel.
+        Neither of them changes the order of values where the norm's scale is positive, so the
+        largest one of a window is the same before and behind them. They are left with a quarter of
+        the positions, and the gradients need one map of this size, the network's largest, and not
+        two. A channel whose scale is negative is turned round, by way of its kernel.
         """
-        gamma = self.stem_norm.get_variable('params', 'scale')
+        gamma = nn.meta.unbox(self.stem_norm.get_variable('params', 'scale'))
         sign = jnp.where(gamma < 0, -1, 1).astype(gamma.dtype)
         turned = self.stem_conv(images, scale=sign)
         mean, scale, shift = self.stem_norm(
@@ -283,8 +289,10 @@ class ResNet(nn.Module):
         shift = shift - mean * scale
         scale = scale * sign
 
+        dtype = nn.dtypes.canonicalize_dtype(turned, scale, shift, dtype=self.stem_norm.dtype)
+
         def finish(values):
-            return nn.relu((values * scale + shift).astype(values.dtype))
+            return nn.relu((values * scale + shift).astype(dtype))
 
         # What is not used, most often the map, is not computed under jit.
         return finish(turned), finish(max_pool(turned))

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,10 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.nda
     path = Path(path).expanduser()
     partial = path.with_name(path.name + '.partial')
     try:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
         save_file(dict(tensors), partial, metadata={'format': 'pt'})
+        partial.chmod(mode)  # safetensors lets nobody else read its files.
         os.replace(partial, path)
     except Exception as error:
         raise CheckpointError(f'cannot write {path}: {error}') from error

@@ -58,7 +58,7 @@ def family_of(model: nn.Module, library: str) -> Family:
     able = sorted({f.library for f in FAMILIES if isinstance(model, f.module)})
     raise CheckpointError(
         f'{library} has no network like {type(model).__name__}; '
-        f'choose {" or ".join(able) or "another network"}'
+        f'choose {"the family " + " or ".join(able) if able else "another network"}'
     )
 
 

@@ -231,3 +231,17 @@ def test_the_type_of_the_computation_stays(random_variables):
     }
     error = np.abs(actual['logits'] - expected['logits']).max()
     assert error < 0.03 * np.abs(expected['logits']).max()
+
+
+def test_a_folded_network_is_trained_too(random_variables):
+    """As for dropout at inference: a norm that is folded has no statistics to follow."""
+    options = {'stage_sizes': (1, 1), 'widths': (8, 8), 'num_classes': 3}
+    context = {'block': 'global_context', 'position': 'after_conv3', **PLACE}
+    model = create_model('resnet50', context=context, **options)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    variables = random_variables(model, images, train=False)
+    folded = fold_batch_norms(model, variables, images, train=False)
+    expected = model.apply(variables, images, train=False)
+    with folded_batch_norm():
+        logits, _ = model.apply(folded, images, train=True, mutable=['batch_stats'])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)

@@ -331,6 +331,12 @@ def test_write_safetensors_is_whole_or_absent(tmp_path):
     np.testing.assert_array_equal(load_file(path)['w'], [1, 1])
 
 
+def test_a_written_file_can_be_read_by_whoever_can_read_others(tmp_path):
+    write_safetensors(tmp_path / 'a.safetensors', {'w': np.ones(2)})
+    (tmp_path / 'other').touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 # The hub ------------------------------------------------------------------------------------------
 
 
