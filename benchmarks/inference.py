@@ -74,8 +74,13 @@ def setups(network: str, batch: int, size: int, candidates: list[str]) -> dict[s
 
 def main(arguments: list[str] | None = None) -> None:
     """Times every network at every batch size."""
+    # Not for the processes of the others, whose memory is measured.
+    from gcnet_jax.models import list_models
+
     parser = common.argument_parser(__doc__)
-    parser.add_argument('--networks', nargs='+', default=NETWORKS, metavar='NAME')
+    parser.add_argument(
+        '--networks', nargs='+', default=NETWORKS, choices=list_models(), metavar='NAME'
+    )
     parser.add_argument('--batches', nargs='+', type=int, default=(1, 8, 32), metavar='N')
     parser.add_argument('--candidates', nargs='+', default=CANDIDATES, choices=CANDIDATES)
     parser.add_argument('--size', type=int, default=224, help='height and width in pixels')

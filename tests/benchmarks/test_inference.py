@@ -25,6 +25,12 @@ def test_ours_alone_needs_no_torch(capsys):
     assert all(row['images/s'] > 0 and row['ratio to torch eager'] is None for row in rows)
 
 
+def test_an_unknown_network_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        inference.main(['--networks', 'gc_resnet5'])
+    assert "invalid choice: 'gc_resnet5' (choose from" in capsys.readouterr().err
+
+
 @pytest.mark.torch
 def test_torch_stands_beside_it(capsys):
     rows = rows_of(
