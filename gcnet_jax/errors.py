@@ -20,6 +20,26 @@ class CheckpointError(UserError, ValueError):
     """A checkpoint or a working directory that cannot be used."""
 
 
+def one_line(text: object, limit: int = 200) -> str:
+    """Returns text fit for one line of any output, whatever a file or a name contains.
+
+    Control characters, line breaks and bytes that are no text are escaped, so that a terminal
+    shows them and does not obey them. Longer text keeps its beginning and its end.
+
+    Args:
+      text: A path, a label, a tensor's name, another library's message, ...
+      limit: Number of characters at most.
+    """
+    escaped = ''.join(
+        letter if letter.isprintable() else letter.encode('unicode_escape').decode()
+        for letter in str(text)[: 2 * limit] + str(text)[2 * limit :][-limit:]
+    )
+    if len(escaped) <= limit:
+        return escaped
+    tail = limit // 3
+    return f'{escaped[: limit - tail - 3]}...{escaped[-tail:]}'
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """Returns the message for a name that does not exist, with the nearest names that do.
 
@@ -29,7 +49,8 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
       known: Every name that exists.
     """
     names = sorted(known)
-    nearest = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    shown = one_line(name)
+    nearest = difflib.get_close_matches(shown, names, n=3, cutoff=0.5)
     if nearest:
-        return f'unknown {kind} {str(name)!r}; did you mean {" or ".join(map(repr, nearest))}?'
-    return f'unknown {kind} {str(name)!r}; known: {", ".join(names) or "none"}'
+        return f'unknown {kind} {shown!r}; did you mean {" or ".join(map(repr, nearest))}?'
+    return f'unknown {kind} {shown!r}; known: {", ".join(names) or "none"}'

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gcnet_jax.commands.common import EXIT_ERROR, EXIT_SOME_IMAGES_FAILED
-from gcnet_jax.errors import UserError
+from gcnet_jax.errors import UserError, one_line
 
 IMAGES_HELP = (
     'images, and folders of them; exit code 3: some could not be read (named on stderr), the '
@@ -138,7 +138,6 @@ class _ImageStream:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from gcnet_jax.inference.images import one_line
 
     results = _load_classifier(options).stream(options.images, top_k=options.top_k)
     stream = _ImageStream(options.command, results, options.json)
@@ -188,7 +187,6 @@ def _features(options: argparse.Namespace) -> int:
 
 def _attention(options: argparse.Namespace) -> int:
     from gcnet_jax.inference.attention_pictures import mean_distances, write_pictures
-    from gcnet_jax.inference.images import one_line
     from gcnet_jax.inference.pictures import QUERIES
     from gcnet_jax.inference.query_distances import format_distances
 

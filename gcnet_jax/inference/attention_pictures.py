@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from gcnet_jax.data.augment import normalize
-from gcnet_jax.errors import ConfigError, DataError, UserError
+from gcnet_jax.errors import ConfigError, DataError, UserError, one_line
 from gcnet_jax.inference.attention_maps import no_attention, sown_values
-from gcnet_jax.inference.images import find_images, load_image, one_line
+from gcnet_jax.inference.images import find_images, load_image
 from gcnet_jax.inference.pictures import (
     QUERIES,
     Picture,

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from gcnet_jax.data.loader import evaluation_batches
 from gcnet_jax.data.sources import Source
-from gcnet_jax.errors import DataError
-from gcnet_jax.inference.images import one_line
+from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.inference.predictor import LOGITS, Classifier, check_finite
 
 REPORT_FILE = 'evaluation.json'

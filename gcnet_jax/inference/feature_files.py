@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gcnet_jax.errors import ConfigError, DataError
-from gcnet_jax.inference.images import one_line
+from gcnet_jax.errors import ConfigError, DataError, one_line
 
 SUFFIXES = ('.npz', '.safetensors')
 
@@ -96,7 +95,7 @@ def _spool(path: Path, rows: Iterable[tuple[Any, np.ndarray]]) -> tuple[list[str
             row = np.asarray(row, '<f4')
             if names and row.shape != shape:
                 raise DataError(f'{name}: features of shape {row.shape} after {shape}')
-            names.append(one_line(name))
+            names.append(one_line(name, limit=4096))
             shape = row.shape
             file.write(row.tobytes())
     return names, (len(names), *shape)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from gcnet_jax.data import preprocess
-from gcnet_jax.errors import ConfigError, DataError
+from gcnet_jax.errors import ConfigError, DataError, one_line
 from gcnet_jax.models.registry import Preprocessing
 
 # What is taken from a folder. A file that is named itself may end in anything.
@@ -27,14 +27,6 @@ SUFFIXES = (
 MAX_FILE_BYTES = 8 * preprocess.MAX_PIXELS
 MAX_THREADS = 16
 ARRAY_SHAPES = '[height, width], [height, width, 1, 3 or 4], or [batch, height, width, 1, 3 or 4]'
-
-
-def one_line(text: object) -> str:
-    """Returns a name fit for one line of any output: control characters and bad bytes escaped."""
-    return ''.join(
-        letter if letter.isprintable() else letter.encode('unicode_escape').decode()
-        for letter in str(text)
-    )
 
 
 def find_images(source: Any) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from gcnet_jax.data import preprocess
 from gcnet_jax.errors import ConfigError, DataError
-from gcnet_jax.inference.images import find_images, list_images, load_ahead, load_image, one_line
+from gcnet_jax.inference.images import find_images, list_images, load_ahead, load_image
 from gcnet_jax.models.registry import Preprocessing
 
 PREPROCESSING = Preprocessing(interpolation='bicubic', crop_fraction=0.75, test_size=12)
@@ -201,7 +201,3 @@ def test_closing_ends_the_threads_and_errors_come_through():
     with pytest.raises(ZeroDivisionError):
         list(load_ahead(lambda item: 1 // item, [1, 0], num_threads=1, ahead=1))
     assert threading.active_count() == before
-
-
-def test_names_fit_one_line():
-    assert one_line('a\nb\tc\udcff é 猫.png') == 'a\\nb\\tc\\udcff é 猫.png'
