@@ -112,3 +112,14 @@ def test_bad_options_and_input():
         BLOCK.init(jax.random.key(0), jnp.ones((1, 2, 4), jnp.int32))
     with pytest.raises(TypeError, match='SqueezeExcite: mask must be a boolean'):
         BLOCK.init(jax.random.key(0), jnp.ones((1, 2, 4)), jnp.ones((1, 2)))
+
+
+def test_defaults_are_a_sixteenth_of_the_channels_in_the_type_of_the_features():
+    features = jnp.ones((1, 3, 64), jnp.bfloat16)
+    output, variables = SqueezeExcite().init_with_output(jax.random.key(0), features)
+    assert variables['params']['reduce']['kernel'].shape == (64, 4)
+    assert output.dtype == jnp.bfloat16
+    traced = str(jax.make_jaxpr(SqueezeExcite().apply)(variables, features))
+    products = [line for line in traced.splitlines() if 'dot_general' in line]
+    assert len(products) == 2
+    assert all(':bf16[' in line for line in products)

@@ -245,3 +245,21 @@ def test_a_folded_network_is_trained_too(random_variables):
     with folded_batch_norm():
         logits, _ = model.apply(folded, images, train=True, mutable=['batch_stats'])
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_without_a_scale_is_folded(random_variables):
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            features = Conv(4, 3, name='conv')(images)
+            return nn.BatchNorm(not train, use_scale=False, name='norm')(features)
+
+    images = pixels()
+    variables = random_variables(Network(), images, train=False)
+    assert 'scale' not in variables['params']['norm']
+    folded = fold(Network(), variables, images)
+    assert folded['batch_stats'] == {}
+    with folded_batch_norm():
+        actual = Network().apply(folded, images, train=False)
+    expected = Network().apply(variables, images, train=False)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)

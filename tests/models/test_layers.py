@@ -10,7 +10,7 @@ import pytest
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models import create_model
 from gcnet_jax.models.efficientnet import EfficientStage
-from gcnet_jax.models.layers import BatchNorm, GroupNorm, parse_norm
+from gcnet_jax.models.layers import BatchNorm, GroupNorm, StochasticDepth, parse_norm
 
 SMALL = {
     'gccnn': {'widths': (8, 16), 'stage_sizes': (1, 1), 'context': None},
@@ -235,3 +235,54 @@ def test_groups_that_do_not_come_out_even_are_refused():
     model = create_model('gccnn', norm={'kind': 'group'}, **SMALL['gccnn'])
     with pytest.raises(ConfigError, match=r'must divide the 8 channels of stage1_0/.*norm'):
         model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)
+
+
+def test_stochastic_depth_drops_whole_images_at_its_rate_and_keeps_the_mean():
+    features = np.ones((4000, 3, 2), np.float32)
+    output = StochasticDepth(0.3).apply(
+        {}, features, train=True, rngs={'dropout': jax.random.key(0)}
+    )
+    images = np.asarray(output).reshape(4000, -1)
+    kept = images[:, 0] > 0
+    np.testing.assert_allclose(images, np.where(kept, 1 / 0.7, 0)[:, None].repeat(6, 1), rtol=1e-6)
+    # Four standard deviations of the binomial distribution.
+    assert abs(kept.mean() - 0.7) < 4 * np.sqrt(0.3 * 0.7 / 4000)
+    np.testing.assert_array_equal(StochasticDepth(0.3).apply({}, features, train=False), features)
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes', 'expected'),
+    [
+        ('resnet50', (1, 2, 2), [0, 0.1, 0.2, 0.3, 0.4]),
+        ('resnet18', (2, 1), [0, 0.2, 0.4]),
+        ('gcresnet50t', (1, 2, 2), [0, 0.1, 0.2, 0.3, 0.4]),
+    ],
+)
+def test_the_rate_of_stochastic_depth_grows_linearly_to_the_last_block(name, sizes, expected):
+    options = SMALL.get(name, SMALL['gccnn']) | {'stage_sizes': sizes, 'widths': (32,) * len(sizes)}
+    assert depth_rates(create_model(name, stochastic_depth_rate=0.4, **options)) == pytest.approx(
+        expected
+    )
+
+
+def test_the_rate_of_an_efficientnet_stops_one_block_short_of_the_end():
+    """timm's rule; the third block of four has no shortcut that could be dropped."""
+    stages = [EfficientStage('conv', 2, 24, 1), EfficientStage('inverted', 2, 8, 2, 2)]
+    options = SMALL['gc_efficientnetv2_rw_t'] | {'stages': stages, 'stem_width': 24}
+    model = create_model('gc_efficientnetv2_rw_t', stochastic_depth_rate=0.4, **options)
+    assert depth_rates(model) == pytest.approx([0, 0.1, 0.3])
+
+
+def depth_rates(model):
+    """The rate of every StochasticDepth that a training step calls, in order."""
+    rates = []
+
+    def watch(method, args, keywords, context):
+        if isinstance(context.module, StochasticDepth) and context.method_name == '__call__':
+            rates.append(context.module.rate)
+        return method(*args, **keywords)
+
+    rngs = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda: model.init(rngs, jnp.ones((1, 32, 32, 3)), train=True))
+    return rates
