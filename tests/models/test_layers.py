@@ -10,7 +10,15 @@ import pytest
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models import create_model
 from gcnet_jax.models.efficientnet import EfficientStage
-from gcnet_jax.models.layers import BatchNorm, GroupNorm, StochasticDepth, parse_norm
+from gcnet_jax.models.layers import (
+    BatchNorm,
+    Conv,
+    GroupNorm,
+    StochasticDepth,
+    check_images,
+    global_average_pool,
+    parse_norm,
+)
 
 SMALL = {
     'gccnn': {'widths': (8, 16), 'stage_sizes': (1, 1), 'context': None},
@@ -286,3 +294,35 @@ def depth_rates(model):
     with nn.intercept_methods(watch):
         jax.eval_shape(lambda: model.init(rngs, jnp.ones((1, 32, 32, 3)), train=True))
     return rates
+
+
+@pytest.mark.parametrize('group_size', [None, 2])
+def test_features_of_little_variance_are_normalized_by_their_own(group_size):
+    features, held = values(2, 5, 4, 6) / 50, variables()
+    model = BatchNorm(group_size=group_size)
+    actual, _ = model.apply(held, features, train=True, mutable=['batch_stats'])
+    expected = normalized(features, (0, 1, 2), held)
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_scale_of_a_convolution_multiplies_its_output_bias_included():
+    features, scale = values(2, 5, 5, 3), values(4, seed=1)
+    conv = Conv(4, 3, use_bias=True)
+    held = {'params': {'kernel': values(3, 3, 3, 4, seed=2), 'bias': values(4, seed=3)}}
+    plain = np.asarray(conv.apply(held, features))
+    np.testing.assert_allclose(
+        conv.apply(held, features, scale=jnp.asarray(scale)), plain * scale, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_mean_over_all_positions_keeps_batch_and_channel():
+    features = values(2, 3, 4, 5)
+    np.testing.assert_allclose(
+        global_average_pool(features), features.reshape(2, 12, 5).mean(axis=1), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize('shape', [(8, 8, 3), (1, 1, 8, 8, 3), (1, 0, 8, 3)])
+def test_images_are_a_batch_of_maps(shape):
+    with pytest.raises(ValueError, match=r'net: images must be .*got shape'):
+        check_images(np.zeros(shape, np.float32), 'net')
