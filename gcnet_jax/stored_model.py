@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -17,16 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
 
-from gcnet_jax.errors import CheckpointError
+from gcnet_jax.checksums import check_checksums, check_json, checksums, json_checksum
+from gcnet_jax.errors import CheckpointError, ConfigError, one_line
+from gcnet_jax.files import read_json
 from gcnet_jax.models.registry import IMAGENET, Preprocessing, create_model
+from gcnet_jax.stored_checks import check_files, check_finite, check_size
 
 FORMAT_VERSION = 1
 CHECKPOINTS = 'checkpoints'
 METRICS = 'metrics'
+# Longest label and longest note on the source.
+MAX_TEXT = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,24 @@ class ModelDescription:
     preprocessing: Preprocessing = IMAGENET
     source: str = ''
 
+    def __post_init__(self):
+        wrong = [
+            field
+            for field, is_right in {
+                'name': isinstance(self.name, str),
+                'options': isinstance(self.options, Mapping)
+                and all(isinstance(option, str) for option in self.options),
+                'label_names': isinstance(self.label_names, tuple)
+                and all(isinstance(n, str) and len(n) <= MAX_TEXT for n in self.label_names),
+                'preprocessing': isinstance(self.preprocessing, Preprocessing),
+                'source': isinstance(self.source, str) and len(self.source) <= MAX_TEXT,
+            }.items()
+            if not is_right
+        ]
+        if wrong:
+            value = one_line(repr(getattr(self, wrong[0])), 80)
+            raise ConfigError(f'{wrong[0]} of a model description cannot be {value}')
+
     def build(self) -> nn.Module:
         """Builds the network."""
         return create_model(self.name, **self.options)
@@ -63,24 +86,37 @@ class ModelDescription:
         Raises:
           CheckpointError: The format is newer than this package, or something is missing.
         """
+        if not isinstance(fields, Mapping):
+            raise CheckpointError(f'{place}: the model description is {type(fields).__name__}')
         fields = dict(fields)
         version = fields.pop('format_version', None)
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f'{place}: format version {version}; this package reads {FORMAT_VERSION}: '
-                'use the version of gcnet_jax that wrote it'
+                f'{place}: format version {one_line(version, 40)}; this package reads '
+                f'{FORMAT_VERSION}: use the version of gcnet_jax that wrote it'
+            )
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if fields.keys() != expected:
+            different = ', '.join(sorted(map(one_line, fields.keys() ^ expected)))
+            raise CheckpointError(
+                f'{place}: damaged or incomplete model description: missing or unknown {different}'
             )
         try:
-            fields['preprocessing'] = Preprocessing(
-                **{
-                    key: tuple(value) if isinstance(value, list) else value
-                    for key, value in fields['preprocessing'].items()
-                }
-            )
-            fields['label_names'] = tuple(fields['label_names'])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f'{place}: incomplete model description: {error}') from error
+            preprocessing = {k: _tuple(v) for k, v in dict(fields['preprocessing']).items()}
+            fields['preprocessing'] = Preprocessing(**preprocessing)
+            fields['label_names'] = _tuple(fields['label_names'])
+            description = cls(**fields)
+            description.build()  # Checks the name and every option.
+        except (ConfigError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f'{place}: damaged model description: {one_line(error)}'
+            ) from error
+        return description
+
+
+def _tuple(value: Any) -> Any:
+    """JSON has lists only."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def step_directories(directory: str | os.PathLike) -> dict[int, Path]:
@@ -89,7 +125,9 @@ def step_directories(directory: str | os.PathLike) -> dict[int, Path]:
     root = root / CHECKPOINTS if (root / CHECKPOINTS).is_dir() else root
     if not root.is_dir():
         return {}
-    found = {int(path.name): path for path in root.iterdir() if re.fullmatch(r'\d+', path.name)}
+    found = {
+        int(path.name): path for path in root.iterdir() if re.fullmatch('[0-9]{1,18}', path.name)
+    }
     return dict(sorted(found.items()))
 
 
@@ -120,83 +158,42 @@ def find_checkpoint(directory: str | os.PathLike, choose: str = 'newest') -> Pat
 
 def _accuracy(checkpoint: Path) -> float:
     try:
-        return read_item(checkpoint, METRICS).get('eval/accuracy', -1.0)
+        metrics = read_item(checkpoint, METRICS)
     except CheckpointError:
         return -1.0
+    accuracy = metrics.get('eval/accuracy')
+    is_number = isinstance(accuracy, (int, float)) and math.isfinite(accuracy)
+    return float(accuracy) if is_number else -1.0
 
 
-def read_item(checkpoint: Path, name: str) -> Any:
+def read_item(checkpoint: Path, name: str) -> dict[str, Any]:
     """Reads a JSON item of one checkpoint.
 
     Raises:
-      CheckpointError: It is missing or damaged.
+      CheckpointError: It is missing or damaged, or no JSON object.
     """
     # The manager itself writes the metrics, under another name than that of other items.
-    file = METRICS if name == METRICS else 'metadata'
-    try:
-        return json.loads((checkpoint / name / file).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f'{checkpoint}: cannot read {name}: {error}') from error
+    value = read_json(
+        checkpoint / name / (METRICS if name == METRICS else 'metadata'), CheckpointError
+    )
+    if not isinstance(value, dict):
+        raise CheckpointError(f'{checkpoint}: damaged: {name} is {type(value).__name__}')
+    return value
 
 
 def read_model_description(
     directory: str | os.PathLike, choose: str = 'newest'
 ) -> ModelDescription:
     """Reads which network a checkpoint holds; see `find_checkpoint` for the arguments."""
-    checkpoint = find_checkpoint(directory, choose)
-    return ModelDescription.from_json(read_item(checkpoint, 'description'), checkpoint)
+    return _read_description(find_checkpoint(directory, choose))
 
 
-def checksums(tree: Any) -> dict[str, int]:
-    """Returns a checksum of every leaf, the same on any number of devices and processes.
-
-    Every 32 bits count with their position in the whole array, so a changed bit or two swapped
-    values are seen whichever way the array is split.
-    """
-    partial = {
-        jax.tree_util.keystr(path): _leaf_sum(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        own = np.asarray(list(partial.values()), np.uint32)
-        total = np.sum(multihost_utils.process_allgather(own), axis=0, dtype=np.uint32)
-        partial = dict(zip(partial, map(int, total), strict=True))
-    return partial
-
-
-def _leaf_sum(leaf: Any) -> int:
-    """Sums the parts of an array that this process is the first to hold."""
-    if not isinstance(leaf, jax.Array):
-        leaf = np.asarray(leaf)
-        parts = [((slice(None),) * leaf.ndim, leaf)] if jax.process_index() == 0 else []
-    else:
-        shards = leaf.addressable_shards
-        parts = [(shard.index, shard.data) for shard in shards if shard.replica_id == 0]
-    total = 0
-    for index, data in parts:
-        values = np.ascontiguousarray(np.asarray(data))
-        unsigned = np.dtype(f'u{values.dtype.itemsize}')
-        bits = values.view(unsigned).astype(np.uint32)
-        position = np.zeros((), np.uint32)
-        stride = 1
-        for axis in reversed(range(leaf.ndim)):
-            start = index[axis].start or 0
-            along = np.arange(start, start + bits.shape[axis], dtype=np.uint32)
-            along = along.reshape((-1,) + (1,) * (leaf.ndim - 1 - axis))
-            position = position + along * np.uint32(stride % 2**32)
-            stride *= leaf.shape[axis]
-        total += int(np.sum(bits * (2 * position + 1), dtype=np.uint32))
-    return total % 2**32
-
-
-def check_checksums(tree: Any, expected: Mapping[str, int], place: object) -> None:
-    """Raises CheckpointError where a leaf is not what was saved."""
-    actual = checksums(tree)
-    wrong = sorted(key for key in actual if actual[key] != expected.get(key))
-    if wrong:
-        raise CheckpointError(f'{place}: damaged: {len(wrong)} arrays differ, first {wrong[0]}')
+def _read_description(checkpoint: Path) -> ModelDescription:
+    fields, sums = read_item(checkpoint, 'description'), read_item(checkpoint, 'checksums')
+    description = ModelDescription.from_json(fields, checkpoint)
+    if 'description' in sums:  # Checkpoints of early versions have none.
+        check_json(fields, sums['description'], 'description', checkpoint)
+    return description
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):
@@ -253,7 +250,8 @@ def load_variables(
       CheckpointError: There is none, it is damaged, or of a newer format.
     """
     checkpoint = find_checkpoint(directory, choose)
-    description = ModelDescription.from_json(read_item(checkpoint, 'description'), checkpoint)
+    description = _read_description(checkpoint)
+    file_bytes = check_files(checkpoint)
     # On one device, whatever devices it was written from.
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
@@ -261,18 +259,22 @@ def load_variables(
             # The handler's, because the checkpointer's logs that an item has no metadata of its
             # own.
             metadata = ocp.StandardCheckpointHandler().metadata(checkpoint / 'variables')
+            check_size(metadata, file_bytes, checkpoint)
             target = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
                 metadata,
             )
             variables = jax.device_get(checkpointer.restore(checkpoint / 'variables', target))
+    except CheckpointError:
+        raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
-        raise CheckpointError(f'{checkpoint}: cannot be read: {_one_line(error)}') from error
-    check_checksums(variables, read_item(checkpoint, 'checksums')['variables'], checkpoint)
-    return description, {
-        'params': variables['params'],
-        'batch_stats': variables.get('batch_stats', {}),
-    }
+        raise CheckpointError(f'{checkpoint}: cannot be read: {one_line(error)}') from error
+    check_checksums(variables, read_item(checkpoint, 'checksums').get('variables'), checkpoint)
+    if 'params' not in variables:
+        raise CheckpointError(f'{checkpoint}: damaged: it has no parameters')
+    variables = {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
+    check_finite(variables, checkpoint)
+    return description, variables
 
 
 def write_ported(
@@ -295,18 +297,15 @@ def write_ported(
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise CheckpointError(f'{directory} exists and is not empty; name a new directory')
     stored = {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
+    fields = description.to_json()
+    sums = {'variables': checksums(stored), 'description': json_checksum(fields)}
     with ocp.CheckpointManager(root / CHECKPOINTS) as manager:
         manager.save(
             0,
             args=ocp.args.Composite(
                 variables=ocp.args.StandardSave(stored),
-                description=ocp.args.JsonSave(description.to_json()),
-                checksums=ocp.args.JsonSave({'variables': checksums(stored)}),
+                description=ocp.args.JsonSave(fields),
+                checksums=ocp.args.JsonSave(sums),
             ),
         )
     return root / CHECKPOINTS / '0'
-
-
-def _one_line(error: BaseException) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + '...'

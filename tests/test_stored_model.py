@@ -1,7 +1,11 @@
 import asyncio
+import copy
 import dataclasses
 import gc
+import itertools
 import json
+import math
+import os
 import sys
 import time
 
@@ -9,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 
+from gcnet_jax.checksums import checksums
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models.registry import Preprocessing
+from gcnet_jax.stored_checks import check_files, check_size
 from gcnet_jax.stored_model import (
     ModelDescription,
-    checksums,
     find_checkpoint,
     first_error_only,
     load_variables,
@@ -83,6 +88,160 @@ def test_a_newer_format_is_refused(ported):
     path.write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match='incomplete'):
         load_variables(ported[0])
+
+
+def leaves_of(value, path=()):
+    """The path of everything in a JSON value that can be replaced."""
+    yield path
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from leaves_of(item, (*path, key))
+
+
+REPLACEMENTS = [
+    *(None, True, 0, -1, 10**9, 10**400, 0.5, math.nan, math.inf, -math.inf, '', 'x', '\x1b[2J\n'),
+    *([], [0], [-1, 2], [1e9] * 3, ['a'] * 3, [[]], {}, {'a': 1}, [10**6], [10**9, 4]),
+]
+
+
+def changed(fields, path, value):
+    """A copy with one thing replaced or removed."""
+    if not path:
+        return value
+    again = copy.copy(fields)
+    if len(path) == 1 and value == 'REMOVED':
+        del again[path[0]]
+    elif len(path) == 1:
+        again[path[0]] = value
+    else:
+        again[path[0]] = changed(fields[path[0]], path[1:], value)
+    return again
+
+
+def test_a_description_with_any_value_replaced_is_refused_or_means_something():
+    """Never another error than the package's own, in one printable line."""
+    whole = DESCRIPTION.to_json()
+    whole['options'] |= {
+        'context': {'stages': [1], 'position': 'after_conv2', 'ratio': 0.5, 'fusion': 'scale'},
+        'norm': {'kind': 'batch', 'group_size': 4},
+        'dropout_rate': 0.1,
+    }
+    messages = []
+    for path, value in itertools.product(list(leaves_of(whole)), (*REPLACEMENTS, 'REMOVED')):
+        if not path and value == 'REMOVED':
+            continue
+        try:
+            description = ModelDescription.from_json(changed(whole, path, value), 'here')
+        except CheckpointError as error:
+            messages.append(str(error))
+        else:
+            preprocessing = description.preprocessing
+            assert np.isfinite([*preprocessing.mean, *preprocessing.std]).all()
+            assert min(preprocessing.std) > 0
+            assert 0 < preprocessing.crop_fraction <= 1
+            description.build()
+    assert len(messages) > 500
+    assert all(message.isprintable() and message.startswith('here: ') for message in messages)
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'message'),
+    [
+        (('preprocessing', 'std', 1), 0, 'std must be three positive numbers'),
+        (('preprocessing', 'std'), [math.nan] * 3, 'std must be three positive numbers'),
+        (('preprocessing', 'mean'), [0.5, 0.5], 'mean must be three numbers'),
+        (('preprocessing', 'mean', 0), 123.7, 'on the scale where 255 is 1'),
+        (('preprocessing', 'crop_fraction'), 0, r'crop_fraction must be in \[0.05, 1\], got 0'),
+        (('preprocessing', 'test_size'), 10**9, 'test_size must be a whole number from 1 to 4096'),
+        (('preprocessing', 'interpolation'), 'bicubik', "did you mean 'bicubic'"),
+        (('options', 'widths'), [], 'widths must be 1 to 16 numbers'),
+        (('options', 'stage_sizes'), [10**6], 'at most 1,000 blocks in all, got'),
+        (('options', 'num_classes'), '3', "num_classes must be a whole number, got '3'"),
+        (('options', 'dropout_rat'), 0.1, "did you mean 'dropout_rate'"),
+        (('label_names', 0), 7, 'label_names of a model description cannot be'),
+        (('label_names',), 'abc', 'label_names of a model description cannot be'),
+        (('name',), 'gccn', "unknown model 'gccn'; did you mean 'gccnn'"),
+        (('source',), 'REMOVED', 'missing or unknown source'),
+    ],
+)
+def test_a_changed_description_says_what_is_wrong(path, value, message):
+    with pytest.raises(CheckpointError, match=message):
+        ModelDescription.from_json(changed(DESCRIPTION.to_json(), path, value), 'here')
+
+
+@pytest.mark.parametrize('text', ['[]', '3', '"x"', 'null', '{}', '[' * 10**5, '{"name": NaN}'])
+def test_an_item_that_is_no_json_object_is_refused(ported, text):
+    for item in ('description', 'checksums'):
+        path = ported[0] / 'checkpoints' / '0' / item / 'metadata'
+        before = path.read_text()
+        path.write_text(text)
+        with pytest.raises(CheckpointError) as caught:
+            load_variables(ported[0])
+        assert str(caught.value).isprintable()
+        path.write_text(before)
+
+
+def test_a_change_that_means_something_is_seen_by_the_checksum(ported):
+    path = ported[0] / 'checkpoints' / '0' / 'description' / 'metadata'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'label_names': ['b', 'a', 'c']}))
+    with pytest.raises(CheckpointError, match='damaged: the description differs'):
+        load_variables(ported[0])
+
+
+def test_a_checkpoint_without_a_checksum_of_its_description_is_read(ported):
+    path = ported[0] / 'checkpoints' / '0' / 'checksums' / 'metadata'
+    path.write_text(json.dumps({'variables': json.loads(path.read_text())['variables']}))
+    assert load_variables(ported[0])[0] == DESCRIPTION
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, random_variables):
+    model = DESCRIPTION.build()
+    variables = random_variables(model, np.zeros((1, 8, 8, 3), np.float32), train=False)
+    variables['params']['stage1_0']['conv1']['kernel'][0, 0, 0, 1:3] = np.nan
+    variables['params']['classifier']['bias'][0] = np.inf
+    write_ported(tmp_path / 'nan', DESCRIPTION, variables)
+    with pytest.raises(CheckpointError, match=r'2 of its arrays .* the first: params/classifier'):
+        load_variables(tmp_path / 'nan')
+
+
+def test_negative_variances_are_refused(tmp_path, random_variables):
+    model = DESCRIPTION.build()
+    variables = random_variables(model, np.zeros((1, 8, 8, 3), np.float32), train=False)
+    variables['batch_stats']['stage1_0']['norm1']['var'][1] *= -1
+    write_ported(tmp_path / 'negative', DESCRIPTION, variables)
+    with pytest.raises(CheckpointError, match='norm1/var has negative variances'):
+        load_variables(tmp_path / 'negative')
+
+
+@pytest.mark.parametrize('place', ['variables', 'description/metadata', 'variables/d'])
+def test_a_fifo_in_the_place_of_a_file_is_not_waited_for(ported, place):
+    path = ported[0] / 'checkpoints' / '0' / place
+    if path.is_dir():
+        path /= 'fifo'
+    else:
+        path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=r'not a regular file|neither a file nor'):
+        load_variables(ported[0])
+
+
+def test_arrays_that_the_files_cannot_hold_are_refused(ported):
+    """Missing chunks are zeros to the format: a few bytes could fill any memory."""
+    checkpoint = ported[0] / 'checkpoints' / '0'
+    leaf = jax.ShapeDtypeStruct((10**6, 10**6), np.float32)
+    with pytest.raises(CheckpointError, match=r'would take 4,000,000,000,000 bytes and its files'):
+        check_size({'x': leaf}, check_files(checkpoint), checkpoint)
+
+
+def test_every_bit_of_every_value_counts():
+    """Also the highest, and at any position: weights are odd numbers."""
+    values = np.zeros((3, 4), np.uint32)
+    for index in np.ndindex(values.shape):
+        for bit in range(32):
+            flipped = values.copy()
+            flipped[index] = np.uint32(1) << np.uint32(bit)
+            assert checksums({'x': flipped}) != checksums({'x': values}), (index, bit)
 
 
 def test_damage_is_one_line(ported):

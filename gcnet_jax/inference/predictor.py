@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import errors as flax_errors
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
@@ -269,7 +268,7 @@ class Classifier:
         """Returns the number of classes; refuses variables that do not fit."""
         try:
             output = self._trace(self._model)
-        except flax_errors.FlaxError as error:
+        except Exception as error:  # What is wrong with options or shapes has errors of many kinds.
             raise CheckpointError(
                 f'its variables are not those of {self.description.name}: '
                 f'{" ".join(str(error).split())[:200]}'
@@ -277,6 +276,11 @@ class Classifier:
         if self.description.options.get('num_classes') == 0:
             return 0
         names, classes = len(self.description.label_names), output.shape[-1]
+        if classes == 1:
+            raise CheckpointError(
+                'it has one logit, of which the probability would always be 100%: a classifier has '
+                'a logit for each class, two at least'
+            )
         if names not in (0, classes):
             raise CheckpointError(f'it has {names} label names and {classes} classes')
         return classes

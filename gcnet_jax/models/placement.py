@@ -13,6 +13,7 @@ from gcnet_jax.context.global_context import GlobalContext
 from gcnet_jax.context.nonlocal_blocks import NonLocal, SimplifiedNonLocal
 from gcnet_jax.context.squeeze_excite import SqueezeExcite
 from gcnet_jax.errors import ConfigError, unknown_name
+from gcnet_jax.models.options import check_options, module_options
 
 BLOCKS: dict[str, type[nn.Module]] = {
     'global_context': GlobalContext,
@@ -77,21 +78,22 @@ def _parse_entry(entry: Any) -> Placement:
         raise ConfigError(f'context: each entry must be a mapping, got {entry!r}')
     options = dict(entry.items())
     kind = options.pop('block', 'global_context')
-    if kind not in BLOCKS:
+    if not isinstance(kind, str) or kind not in BLOCKS:
         raise ConfigError(unknown_name('context block', kind, BLOCKS))
     missing = [key for key in ('stages', 'position') if key not in options]
     if missing:
         raise ConfigError(f'context: {kind} needs {" and ".join(missing)}; got {options}')
     stages = _integers('stages', options.pop('stages'))
     position = options.pop('position')
-    if position not in POSITIONS:
+    if not isinstance(position, str) or position not in POSITIONS:
         raise ConfigError(unknown_name('context position', position, POSITIONS))
     blocks = options.pop('blocks', None)
-    known = module_options(BLOCKS[kind]) - {'dtype', 'param_dtype'}
+    known = module_options(BLOCKS[kind]).keys() - {'dtype', 'param_dtype'}
     for option in options:
         if option not in known:
             known_keys = known | {'block', 'stages', 'position', 'blocks'}
             raise ConfigError(unknown_name(f'option of context block {kind}', option, known_keys))
+    check_options(f'context block {kind}', BLOCKS[kind], options)
     return Placement(
         build=partial(BLOCKS[kind], **options),
         stages=stages,
@@ -102,15 +104,10 @@ def _parse_entry(entry: Any) -> Placement:
 
 def _integers(key: str, value: Any) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else value
-    if isinstance(values, str) or not all(isinstance(item, int) for item in values):
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list or not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
         raise ConfigError(f'context.{key} must be whole numbers such as (2, 3, 4), got {value!r}')
     return tuple(values)
-
-
-def module_options(module: type[nn.Module]) -> set[str]:
-    """Names of the attributes that a module class is configured by."""
-    names = {field.name for field in dataclasses.fields(module) if field.init}
-    return names - {'parent', 'name'}
 
 
 def check_placements(

@@ -13,15 +13,21 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gcnet_jax.errors import ConfigError, unknown_name
+from gcnet_jax.errors import ConfigError, one_line, unknown_name
 from gcnet_jax.models.byobnet import ByobNet
-from gcnet_jax.models.efficientnet import EfficientNet
+from gcnet_jax.models.efficientnet import EfficientNet, EfficientStage
 from gcnet_jax.models.layers import parse_norm
-from gcnet_jax.models.placement import module_options, parse_context
+from gcnet_jax.models.options import check_options
+from gcnet_jax.models.placement import parse_context
 from gcnet_jax.models.resnet import BasicBlock, BottleneckBlock, ResNet
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic')
+# Bounds of what a network may ask of its images. A mean of 123.7 is meant for pixels up to 255 and
+# would classify on in silence.
+MAX_PIXEL, MIN_STD = 10.0, 1e-4
+MIN_CROP_FRACTION, MAX_SIZE = 0.05, 4096
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
@@ -42,6 +48,36 @@ class Preprocessing:
     crop_fraction: float = 0.875
     train_size: int = 224
     test_size: int = 224
+
+    def __post_init__(self):
+        for name in ('mean', 'std'):
+            values = getattr(self, name)
+            if not (
+                isinstance(values, tuple)
+                and len(values) == 3
+                and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+                and all(abs(value) <= MAX_PIXEL for value in values)  # False for a NaN too.
+                and (name == 'mean' or all(value >= MIN_STD for value in values))
+            ):
+                raise ConfigError(
+                    f'{name} must be three {"positive " if name == "std" else ""}numbers on the '
+                    f'scale where 255 is 1, got {one_line(repr(values), 80)}'
+                )
+        if not isinstance(self.interpolation, str) or self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(unknown_name('interpolation', self.interpolation, INTERPOLATIONS))
+        fraction = self.crop_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+            raise ConfigError(f'crop_fraction must be a number, got {fraction!r:.80}')
+        if not MIN_CROP_FRACTION <= fraction <= 1:
+            raise ConfigError(
+                f'crop_fraction must be in [{MIN_CROP_FRACTION}, 1], got {fraction!r}'
+            )
+        for name in ('train_size', 'test_size'):
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
+                raise ConfigError(
+                    f'{name} must be a whole number from 1 to {MAX_SIZE}, got {size!r:.80}'
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,30 +222,45 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
       ConfigError: An unknown name or option (names the nearest), or a value out of range.
     """
     entry = model_entry(name)
-    known = module_options(entry.module.func)
-    for option in overrides:
-        if option not in known:
-            raise ConfigError(unknown_name(f'option of {name}', option, known))
+    check_options(name, entry.module.func, overrides)
     options = entry.module.keywords | overrides
-    _check_options(name, options)
+    _check_together(name, options, overrides)
     if 'context' in options:
         options['context'] = parse_context(options['context'])
     if 'norm' in options:
         options['norm'] = parse_norm(options['norm'])
-    if isinstance(options.get('dtype'), str):
-        options['dtype'] = jnp.dtype(options['dtype'])
+    try:
+        options |= {'dtype': jnp.dtype(options['dtype'])} if 'dtype' in options else {}
+    except TypeError:
+        raise ConfigError(
+            f'{name}: dtype must be one of {DTYPES}, got {options["dtype"]!r:.80}'
+        ) from None
     return entry.module.func(**options)
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    classes = options.get('num_classes', 0)
-    if not isinstance(classes, int) or classes < 0:
-        raise ConfigError(
-            f'{name}: num_classes must be 0 (pooled features) or more, got {classes!r}'
-        )
-    for rate in ('dropout_rate', 'stochastic_depth_rate'):
-        if not 0 <= options.get(rate, 0.0) < 1:
-            raise ConfigError(f'{name}: {rate} must be in [0, 1), got {options[rate]!r}')
+def _check_together(name: str, options: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Refuses options that contradict each other, and those that this network does not read."""
     dtype = options.get('dtype')
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ConfigError(unknown_name('dtype', dtype, DTYPES))
+    if options.get('block') is BasicBlock:
+        for option, plain in (('groups', 1), ('base_width', 64)):
+            if overrides.get(option, plain) != plain:
+                raise ConfigError(
+                    f'{name}: {option} is {overrides[option]}, but its blocks have two ordinary '
+                    'convolutions, which do not read it; choose a network of bottlenecks, such as '
+                    'resnet50 or resnext50_32x4d'
+                )
+    sizes, widths = options.get('stage_sizes'), options.get('widths')
+    if sizes is not None and widths is not None and len(widths) < len(sizes):
+        raise ConfigError(
+            f'{name}: stage_sizes has {len(sizes)} stages and widths {len(widths)}; '
+            'give a width for each stage'
+        )
+    stages = overrides.get('stages', ())
+    if not isinstance(stages, (list, tuple)) or not all(
+        isinstance(stage, EfficientStage) for stage in stages
+    ):
+        raise ConfigError(f'{name}: stages must be a list of EfficientStage, got {stages!r:.80}')
+    if not isinstance(options.get('block', BasicBlock), type):
+        raise ConfigError(f'{name}: block must be a module class, got {options["block"]!r:.80}')

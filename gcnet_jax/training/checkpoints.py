@@ -8,10 +8,8 @@ one. Orbax writes them together or not at all.
 
 import contextlib
 import errno
-import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
-from gcnet_jax.errors import CheckpointError
+from gcnet_jax.checksums import check_checksums, check_json, checksums, json_checksum
+from gcnet_jax.errors import CheckpointError, one_line
+from gcnet_jax.stored_checks import check_files
 from gcnet_jax.stored_model import (
     CHECKPOINTS,
     METRICS,
     ModelDescription,
-    check_checksums,
-    checksums,
     first_error_only,
     load_variables,
     read_item,
@@ -67,10 +65,6 @@ def _join(items: Mapping[str, Any]) -> TrainState:
         opt_state=training['opt_state'],
         ema=variables if 'trained' in training else None,
     )
-
-
-def _json_checksum(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 class CheckpointStore:
@@ -140,7 +134,12 @@ class CheckpointStore:
         metrics = dict(metrics)
         with self.explain_errors():
             sums = {name: checksums(item) for name, item in items.items()}
-            sums |= {'position': _json_checksum(position), METRICS: _json_checksum(metrics)}
+            items_of_json = {
+                'position': position,
+                METRICS: metrics,
+                'description': self._description,
+            }
+            sums |= {name: json_checksum(value) for name, value in items_of_json.items()}
             self._manager.save(
                 position['step'],
                 args=ocp.args.Composite(
@@ -198,12 +197,13 @@ class CheckpointStore:
             reason = ' '.join(str(problem or 'another process cannot read its part').split())
             raise CheckpointError(reason[:200] or type(problem).__name__) from problem
         for name in restored:
-            check_checksums(restored[name], sums[name], place)
+            check_checksums(restored[name], sums.get(name), place)
         return _join(restored), position
 
     def _read(self, step: int, target: TrainState) -> tuple[dict, dict, dict]:
         """Reads this process's part of one checkpoint: the items, all checksums, the position."""
         place = self._root / str(step)
+        check_files(place)
         items = _split(target)
         with first_error_only():
             restored = self._manager.restore(
@@ -214,9 +214,9 @@ class CheckpointStore:
                 ),
             )
         sums, position = read_item(place, 'checksums'), read_item(place, 'position')
-        for name, value in (('position', position), (METRICS, read_item(place, METRICS))):
-            if sums[name] != _json_checksum(value):
-                raise CheckpointError(f'{place}: damaged: the {name} differs')
+        check_json(position, sums.get('position'), 'position', place)
+        _check_position(position, step, place)
+        check_json(read_item(place, METRICS), sums.get(METRICS), METRICS, place)
         return {name: restored[name] for name in items}, sums, position
 
     def _say_damaged(self, step: int, reason: str) -> None:
@@ -270,6 +270,20 @@ class CheckpointStore:
                     'make room and run the same command again'
                 ) from error
             raise
+
+
+def _check_position(position: Mapping[str, Any], step: int, place: Path) -> None:
+    """Refuses a position that the loop could not go on from."""
+    counts = [value for name, value in position.items() if name != 'window']
+    window = position.get('window', {})
+    is_right = (
+        all(type(value) is int and value >= 0 for value in counts)
+        and position.get('step') == step
+        and isinstance(window, dict)
+        and all(isinstance(value, (int, float)) for value in window.values())
+    )
+    if not is_right:
+        raise CheckpointError(f'{place}: damaged: its position is {one_line(position, 120)}')
 
 
 def no_space_left(error: BaseException | None) -> bool:

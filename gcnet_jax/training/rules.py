@@ -53,7 +53,7 @@ _SEED = (lambda value: _whole(0)[0](value) and value < 2**32), 'a whole number f
 _AXIS = (lambda value: _COUNT[0](value) or value == -1), 'a whole number from 1, or -1 for the rest'
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'model.name': _NAME,
-    'model.num_classes': _COUNT,
+    'model.num_classes': _whole(2),  # A softmax over one class is always 1.
     'model.dtype': _choice('float32', 'bfloat16'),
     'data.name': _NAME,
     'data.data_dir': _NAME,

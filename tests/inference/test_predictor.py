@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import gcnet_jax
+from gcnet_jax.checksums import json_checksum
 from gcnet_jax.data import preprocess
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError
 from gcnet_jax.inference import predictor
@@ -284,9 +285,8 @@ def test_the_best_checkpoint_is_taken_unless_the_newest_is_asked_for(stored, pic
     for step, accuracy in [(1, 0.9), (2, 0.5)]:
         place = tmp_path / 'checkpoints' / str(step)
         shutil.copytree(stored.directory / 'checkpoints' / '0', place)
-        path = place / 'description' / 'metadata'
         names = [f'{name}{step}' for name in stored.description.label_names]
-        path.write_text(json.dumps(json.loads(path.read_text()) | {'label_names': names}))
+        change_description(place, label_names=names)
         (place / 'metrics').mkdir()
         (place / 'metrics' / 'metrics').write_text(json.dumps({'eval/accuracy': accuracy}))
     one = {'devices': stored.one_device}
@@ -297,9 +297,14 @@ def test_the_best_checkpoint_is_taken_unless_the_newest_is_asked_for(stored, pic
         Classifier.load(tmp_path, choose='last')
 
 
-def change_description(directory, **changes):
-    path = directory / 'checkpoints' / '0' / 'description' / 'metadata'
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def change_description(checkpoint, **changes):
+    """As another program would write it, with the checksum that belongs to it."""
+    description, sums = (checkpoint / item / 'metadata' for item in ('description', 'checksums'))
+    fields = json.loads(description.read_text()) | changes
+    description.write_text(json.dumps(fields))
+    sums.write_text(
+        json.dumps(json.loads(sums.read_text()) | {'description': json_checksum(fields)})
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,7 +318,7 @@ def change_description(directory, **changes):
 )
 def test_a_checkpoint_that_does_not_fit_is_one_line(stored, tmp_path, changes, message):
     shutil.copytree(stored.directory, tmp_path / 'changed')
-    change_description(tmp_path / 'changed', **changes)
+    change_description(tmp_path / 'changed' / 'checkpoints' / '0', **changes)
     with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
         Classifier.load(tmp_path / 'changed')
     assert '\n' not in str(caught.value)

@@ -43,7 +43,7 @@ def test_dtype_by_name_is_the_dtype():
             "option of resnet50 'num_clases'; did you mean 'num_classes'",
         ),
         ('resnet50', {'num_classes': -1}, 'num_classes must be 0 .* got -1'),
-        ('resnet50', {'num_classes': 2.5}, 'num_classes must be 0 .* got 2.5'),
+        ('resnet50', {'num_classes': 2.5}, 'num_classes must be a whole number, got 2.5'),
         ('resnet50', {'dropout_rate': 1.0}, r'dropout_rate must be in \[0, 1\), got 1.0'),
         ('resnet50', {'stochastic_depth_rate': -0.1}, 'stochastic_depth_rate must be in'),
         ('resnet50', {'dtype': 'bfloat'}, "unknown dtype 'bfloat'; did you mean 'bfloat16'"),

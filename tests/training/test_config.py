@@ -38,7 +38,7 @@ def test_the_defaults_are_allowed():
         ('data.interpolation', 'cubic', "'bicubic'"),
         ('data.erasing_probability', 2.0, r'\[0, 1\]'),
         ('model.dtype', 'float64', "'bfloat16'"),
-        ('model.num_classes', 0, 'whole number from 1'),
+        ('model.num_classes', 1, 'whole number from 2'),
         ('optimizer.name', 'adam', "did you mean 'adamw'"),
         ('optimizer.momentum', 1.0, r'\[0, 1\)'),
         ('optimizer.beta1', 0.9, 'sgd does not have it'),
