@@ -207,7 +207,11 @@ def prepare_tfds(name: str, data_dir: str = '') -> None:
     TFDS needs TensorFlow for that. Beside jax it would replace libraries of the runtime, and take
     the TPU for itself.
     """
-    place = Path(tempfile.gettempdir()) / 'tensorflow_environment'
+    from gcnet_jax.private_directories import private_directory
+
+    # Never a place that others can write to: what is found there is run.
+    caches = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    place = private_directory(caches / 'gcnet_jax' / 'tensorflow')
     python = place / 'bin' / 'python'
     if not python.exists():
         subprocess.run([sys.executable, '-m', 'venv', str(place)], check=True)

@@ -17,11 +17,14 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from gcnet_jax.errors import ConfigError
+from gcnet_jax.errors import ConfigError, one_line
+from gcnet_jax.private_directories import is_own_file, who_else_can_write
 
 OFF = 'off'
 # Far above what one run needs: the digits' programs take 1 MB, a ResNet-50's step some MB.
 MAX_BYTES = 2**30
+# Of one program, without compression; those of the largest networks have some tens of MB.
+MAX_PROGRAM_BYTES = 2**29
 _CHECKED = '.checked'
 _CHECKING = '.checking'
 _ZSTANDARD = b'\x28\xb5\x2f\xfd'
@@ -85,8 +88,12 @@ def _prepare(directory: Path, asked_for: bool) -> Path | None:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, 'it belongs to somebody else')
-        if not asked_for and not _is_ours_alone(place):
-            return None
+        if reason := who_else_can_write(place):
+            raise PermissionError(errno.EACCES, f'its programs would be run, and {reason}')
+        if jax.process_index() == 0:
+            tidy(place)
+        if strangers := [entry for entry in place.glob('*-cache') if not _is_own(entry)]:
+            raise PermissionError(errno.EACCES, f'{one_line(strangers[0])} is not your own file')
     except (OSError, RuntimeError) as error:  # A RuntimeError: a '~' of somebody without a home.
         if asked_for:
             raise ConfigError(
@@ -94,17 +101,14 @@ def _prepare(directory: Path, asked_for: bool) -> Path | None:
                 f'{getattr(error, "strerror", None) or error}; name another directory, or {OFF!r}'
             ) from error
         return None
-    if jax.process_index() == 0:
-        tidy(place)
     return place
 
 
-def _is_ours_alone(place: Path) -> bool:
-    """Whether nobody else could have put programs there."""
-    if not hasattr(os, 'geteuid'):  # On Windows, where the mode says nothing.
+def _is_own(entry: Path) -> bool:
+    try:
+        return is_own_file(entry)
+    except FileNotFoundError:  # Another process has removed it.
         return True
-    status = place.stat()
-    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _machine() -> str:
@@ -127,7 +131,7 @@ def _machine() -> str:
 
 
 def tidy(place: Path, max_bytes: int = MAX_BYTES) -> None:
-    """Removes the entries that were written in part, and the oldest ones beyond a bound.
+    """Removes entries that are damaged or somebody else's, and the oldest ones beyond a bound.
 
     JAX warns of an entry that a kill or a full disk cut short, compiles, and never writes it again.
     (Its own bound needs a file beside each entry and fails for good once a kill has left one out.)
@@ -142,8 +146,8 @@ def tidy(place: Path, max_bytes: int = MAX_BYTES) -> None:
     # Another process may remove them at the same time.
     for entry in place.glob('*-cache'):
         with contextlib.suppress(OSError):
-            status = entry.stat()
-            if status.st_mtime >= since and _is_damaged(entry.read_bytes()):
+            status = entry.lstat()
+            if not is_own_file(entry) or (status.st_mtime >= since and _is_damaged(entry)):
                 entry.unlink()
             else:
                 entries.append((status.st_mtime, status.st_size, entry))
@@ -158,11 +162,19 @@ def tidy(place: Path, max_bytes: int = MAX_BYTES) -> None:
         os.replace(checking, checked)
 
 
-def _is_damaged(content: bytes) -> bool:
-    if content.startswith(_ZSTANDARD):  # Where that package is installed; left to JAX.
-        return False
-    try:
-        zlib.decompress(content)
-    except zlib.error:
-        return True
-    return False
+def _is_damaged(entry: Path) -> bool:
+    """Whether JAX could not read it, or it would take more than `MAX_PROGRAM_BYTES`."""
+    with entry.open('rb') as file:
+        start = file.read(len(_ZSTANDARD))
+        if start == _ZSTANDARD:  # Where that package is installed; left to JAX.
+            return False
+        file.seek(0)
+        decompressor, size = zlib.decompressobj(), 0
+        try:
+            while chunk := decompressor.unconsumed_tail or file.read(2**20):
+                size += len(decompressor.decompress(chunk, 2**20))
+                if size > MAX_PROGRAM_BYTES:
+                    return True
+        except zlib.error:
+            return True
+    return not decompressor.eof

@@ -182,31 +182,66 @@ def test_a_user_without_a_home_computes_without_a_cache(tmp_path, monkeypatch):
         compilation_cache(tmp_path, '~nobody/x').__enter__()
 
 
-def test_a_place_that_others_can_write_to_is_used_by_those_who_ask_for_it(tmp_path, monkeypatch):
-    place = tmp_path / module._machine()
-    place.mkdir(0o700)
+def test_a_place_that_others_can_write_to_is_not_used(tmp_path, monkeypatch):
+    """Its programs would be run; so it is with every directory above it."""
+    parent = tmp_path / 'parent'
+    place = parent / module._machine()
+    place.mkdir(0o700, parents=True)
 
-    def used(setting=None):
-        with compilation_cache(tmp_path, setting):
+    def used():
+        with compilation_cache(parent):
             return jax.config.jax_compilation_cache_dir is not None
 
     assert used()
-    for mode in (0o720, 0o702):
-        place.chmod(mode)
+    for directory in (place, parent):
+        directory.chmod(0o702)
         assert not used()
-    assert used(str(tmp_path))
-    place.chmod(0o700)
+        with pytest.raises(ConfigError, match=r'its programs would be run, and others can write'):
+            compilation_cache(tmp_path, str(parent)).__enter__()
+        directory.chmod(0o700)
+    assert used()
     monkeypatch.setattr(os, 'geteuid', lambda: place.stat().st_uid + 1)
-    assert not used()
+    if place.stat().st_uid:  # What belongs to root is trusted.
+        assert not used()
+
+
+@pytest.mark.parametrize('plant', ['link', 'fifo', 'writable', 'directory'])
+def test_an_entry_that_is_not_the_users_own_file_is_never_read(tmp_path, plant, hits):
+    with compilation_cache(tmp_path):
+        compute()
+    (entry,) = entries(tmp_path)
+    elsewhere = tmp_path / 'elsewhere'
+    entry.rename(elsewhere)
+    if plant == 'link':
+        entry.symlink_to(elsewhere)
+    elif plant == 'fifo':
+        os.mkfifo(entry)
+    elif plant == 'directory':
+        entry.mkdir()
+    else:
+        entry.write_bytes(elsewhere.read_bytes())
+        entry.chmod(0o666)
+    with compilation_cache(tmp_path):
+        assert compute()[1] == 4.0
+    assert hits() == 0
+
+
+def test_an_entry_that_swells_is_removed_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'MAX_PROGRAM_BYTES', 10**7)
+    bomb, large = tmp_path / 'bomb-cache', tmp_path / 'large-cache'
+    bomb.write_bytes(zlib.compress(bytes(10**7 + 1)))
+    large.write_bytes(zlib.compress(bytes(10**7)))
+    tidy(tmp_path)
+    assert entries(tmp_path) == [large]
 
 
 def test_an_entry_that_is_cut_short_during_the_check_is_found_by_the_next(tmp_path, monkeypatch):
     (tmp_path / 'whole-cache').write_bytes(zlib.compress(b'program'))
     cut, is_damaged = tmp_path / 'cut-cache', module._is_damaged
 
-    def write_meanwhile(content):
+    def write_meanwhile(entry):
         cut.write_bytes(b'progr')
-        return is_damaged(content)
+        return is_damaged(entry)
 
     monkeypatch.setattr(module, '_is_damaged', write_meanwhile)
     tidy(tmp_path)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.data.sources import load_source
+from gcnet_jax.errors import UserError
 from gcnet_jax.porting import load_pretrained
 from gcnet_jax.training.command import load_config
 from gcnet_jax.training.config import check_config
@@ -205,15 +206,29 @@ def test_a_tfds_set_is_prepared_in_an_environment_apart(setup, monkeypatch, tmp_
     monkeypatch.setattr(
         setup, 'subprocess', types.SimpleNamespace(run=lambda c, check: calls.append(c))
     )
-    monkeypatch.setattr(setup.tempfile, 'gettempdir', lambda: str(tmp_path))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     setup.prepare_tfds('cifar10')
     make, install, build = calls
-    python = str(tmp_path / 'tensorflow_environment' / 'bin' / 'python')
-    assert make == [sys.executable, '-m', 'venv', str(tmp_path / 'tensorflow_environment')]
+    place = tmp_path / 'gcnet_jax' / 'tensorflow'
+    python = str(place / 'bin' / 'python')
+    assert make == [sys.executable, '-m', 'venv', str(place)]
+    assert place.stat().st_mode & 0o777 == 0o700
     assert install[0] == build[0] == python
     assert 'tensorflow-cpu' in install
     assert build[-2:] == ['cifar10', '']
     compile(build[2], 'code', 'exec')
+
+
+def test_a_planted_environment_is_not_run(setup, monkeypatch, tmp_path):
+    """Whoever can write to the directory could have put a program there."""
+    monkeypatch.setattr(setup.subprocess, 'run', lambda *_, **__: pytest.fail('something was run'))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    python = tmp_path / 'gcnet_jax' / 'tensorflow' / 'bin' / 'python'
+    python.parent.mkdir(parents=True)
+    python.touch()
+    (tmp_path / 'gcnet_jax').chmod(0o777)
+    with pytest.raises(UserError, match='programs are run from it and others can write to'):
+        setup.prepare_tfds('cifar10')
 
 
 def test_digits_are_written_as_images(setup, monkeypatch, tmp_path):
