@@ -29,7 +29,10 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser('evaluate', help='accuracy, loss and confusions on a data set')
     _add_checkpoint_flags(evaluate, batch_size=64)
     evaluate.add_argument('--data', required=True, help='what config.data.name says')
-    evaluate.add_argument('--split', default='test', help="such as 'test' or 'train[:10%%]'")
+    evaluate.add_argument(
+        '--split',
+        help="such as 'test' or 'train[:10%%]'; default: test, or validation where there is none",
+    )
     evaluate.add_argument('--data-dir', help="where data sets live; default: TFDS's directory")
     evaluate.add_argument(
         '--skip-damaged', action='store_true', help='leave damaged images out, counted'

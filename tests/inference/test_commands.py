@@ -171,7 +171,7 @@ def test_evaluate_prints_and_writes(run, source, tmp_path):
     _, as_json, _ = run('evaluate', '--data', 'pictures', '--json', '--fold')
     first, second = json.loads((out / 'evaluation.json').read_text()), json.loads(as_json[0])
     assert first['confusion'] == second['confusion']
-    assert source[1] == ('pictures', 'test', None)
+    assert source[1] == ('pictures', None, None)  # Which split is the source's to choose.
 
 
 def test_evaluate_is_not_folded_unless_asked(run, source, monkeypatch):
