@@ -153,7 +153,7 @@ def check_costs(plan: Plan, size: tuple[int, int], mode: str, codec: str) -> int
             'read; save it as PNG'
         )
     # The image in RGB (4 bytes), an array of it (3), and the pixels as stored if they are others.
-    each = plan.bytes_per_pixel or (8 if mode == 'RGB' else 16)
+    each = plan.bytes_per_pixel or (7 if mode == 'RGB' else 16)
     needed = 2 * length + each * pixels + plan.more_bytes
     if needed > MAX_DECODING_BYTES:
         raise DataError(
@@ -251,7 +251,7 @@ def _inspect_jpeg(data: bytes) -> Plan:
             kept_from = end
     if kept:
         data = b''.join((*kept, data[kept_from:]))
-    each = 8 if components == 3 else 12
+    each = 7 if components == 3 else 12
     if scans > 1 or not sequential:  # All coefficients are kept until the last scan.
         each = max(each, 4 + 2 * components)
     return Plan(data, size, each)
@@ -348,7 +348,7 @@ class _TiffTags:
                 raise DataError(f'damaged TIFF image: it has the tag {tag} twice')
             self.fields[tag] = kind, number, value if size > room else start + entry - room
         # Pillow keeps the bytes of every tag, so tags that share them would multiply them.
-        if total > len(data):
+        if total > MAX_EXTRA_BYTES + len(data):
             raise DataError(f'damaged TIFF image: its tags take {total:,} bytes of {len(data):,}')
 
     def integers(self, tag: int) -> list[int]:

@@ -135,10 +135,10 @@ def test_places_that_are_no_file_are_one_line(tmp_path):
 
 
 def test_too_little_memory_is_one_line(make, monkeypatch):
-    def fail(data):
+    def fail(image):
         raise MemoryError
 
-    monkeypatch.setattr(preprocess, 'decode', fail)
+    monkeypatch.setattr(preprocess, 'to_rgb', fail)
     with pytest.raises(DataError, match='image 0: there is not enough memory'):
         load_image(make.encode(make.picture(0)), PREPROCESSING, 'image 0')
 
