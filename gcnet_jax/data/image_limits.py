@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gcnet_jax.data.memory_budget import MemoryBudget
+from gcnet_jax.data.tiff_tags import TiffTags
 from gcnet_jax.errors import DataError
 
 MAX_PIXELS = 100_000_000
@@ -66,12 +67,13 @@ JPEG_SEQUENTIAL = (0xC0, 0xC1, 0xC9)
 # Segments that do not change the pixels: EXIF, profiles, previews, comments. APP0 (JFIF) and APP14
 # (Adobe) say how the colours are stored.
 JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
-TIFF_SIZES = {
-    **{1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4},
-    **{16: 8, 17: 8, 18: 8},
-}
-TIFF_INTEGERS = {1: 'u1', 3: 'u2', 4: 'u4', 16: 'u8'}
 TIFF_JPEGS = (6, 7)
+PPM_COMMENTS = rb'(?:#[^\r\n]*[\r\n]\s*)*'
+PPM_HEADER = re.compile(
+    rb'(P[56])\s+%b(\d{1,10})\s+%b(\d{1,10})\s+%b(\d{1,5})\s' % ((PPM_COMMENTS,) * 3)
+)
+# Bytes for each pixel while a depth that is not usual is changed to one that is.
+PPM_SCALING_BYTES = 24
 BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)
 
 
@@ -299,7 +301,7 @@ def _check_scans(scans: int, size: tuple[int, int]) -> None:
 
 
 def _inspect_tiff(data: bytes) -> Plan:
-    tags = _TiffTags(data)
+    tags = TiffTags(data, MAX_PARTS, MAX_EXTRA_BYTES + len(data))
     width, height = tags.first(256, 0), tags.first(257, 0)
     check_size(width, height)
     tiled = 324 in tags.fields
@@ -322,54 +324,34 @@ def _inspect_tiff(data: bytes) -> Plan:
     return Plan(data, (width, height), 16, part_pixels * bits // 4)
 
 
-class _TiffTags:
-    """The first directory of a TIFF, without its values.
-
-    Attributes:
-      fields: Of each tag its type, the number of its values, and where they stand in the data.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.fields = data, {}
-        self.order = '<' if data.startswith(b'II') else '>'
-        big = struct.unpack_from(f'{self.order}H', data, 2)[0] == 43
-        (place,) = struct.unpack_from(f'{self.order}{"Q" if big else "I"}', data, 8 if big else 4)
-        (count,) = struct.unpack_from(f'{self.order}{"Q" if big else "H"}', data, place)
-        _check_parts(count, 'tags')
-        place, entry, room = place + (8 if big else 2), 20 if big else 12, 8 if big else 4
-        total = 0
-        for start in range(place, min(place + entry * count, len(data) - entry + 1), entry):
-            tag, kind = struct.unpack_from(f'{self.order}HH', data, start)
-            word = 'Q' if big else 'I'
-            number, value = struct.unpack_from(f'{self.order}{word}{word}', data, start + 4)
-            size = number * TIFF_SIZES.get(kind, 0)
-            total += size if size > room else 0
-            if tag in self.fields:
-                raise DataError(f'damaged TIFF image: it has the tag {tag} twice')
-            self.fields[tag] = kind, number, value if size > room else start + entry - room
-        # Pillow keeps the bytes of every tag, so tags that share them would multiply them.
-        if total > MAX_EXTRA_BYTES + len(data):
-            raise DataError(f'damaged TIFF image: its tags take {total:,} bytes of {len(data):,}')
-
-    def integers(self, tag: int) -> list[int]:
-        """Returns the values of a tag of whole numbers; none if it is absent or of another type."""
-        kind, number, place = self.fields.get(tag, (0, 0, 0))
-        if kind not in TIFF_INTEGERS:
-            return []
-        dtype = np.dtype(TIFF_INTEGERS[kind]).newbyteorder(self.order)
-        number = max(min(number, (len(self.data) - place) // dtype.itemsize), 0)
-        return np.frombuffer(self.data, dtype, number, min(place, len(self.data))).tolist()
-
-    def first(self, tag: int, default: int) -> int:
-        """Returns the first value of a tag."""
-        return next(iter(self.integers(tag)), default)
-
-
 def _inspect_ppm(data: bytes) -> Plan:
     if data[:2] in (b'P1', b'P2', b'P3') and len(data) <= MAX_SLOW_BYTES:
         # Pillow copies everything that follows for each comment.
         data = re.sub(rb'#[^\r\n]*[\r\n]?', b'', data)
+    elif header := PPM_HEADER.match(data):
+        width, height, highest = map(int, header.group(2, 3, 4))
+        check_size(width, height)
+        needed = PPM_SCALING_BYTES * width * height
+        # Pillow reads these depths at once, and others value by value in Python.
+        usual = highest == 255 or (highest == 65_535 and data[1:2] == b'5')
+        if not usual and 0 < highest < 65_536 and needed < MAX_DECODING_BYTES:
+            with DECODING_MEMORY.hold(needed):
+                data = _usual_depth(data, header)
+            return Plan(data, (width, height), PPM_SCALING_BYTES)
     return Plan(data)
+
+
+def _usual_depth(data: bytes, header: re.Match) -> bytes:
+    """Scales a binary PPM or PGM to the full range of 8 or 16 bits, as Pillow would."""
+    kind, width, height, highest = header.group(1, 2, 3, 4)
+    count = int(width) * int(height) * (3 if kind == b'P6' else 1)
+    stored = np.dtype('>u2' if int(highest) > 255 else 'u1')
+    made = np.dtype('>u2' if kind == b'P5' and stored.itemsize == 2 else 'u1')
+    count = min(count, (len(data) - header.end()) // stored.itemsize)
+    top = np.iinfo(made).max
+    table = np.rint(np.arange(np.iinfo(stored).max + 1) / int(highest) * top)
+    values = np.minimum(table, top).astype(made)[np.frombuffer(data, stored, count, header.end())]
+    return b'%s %s %s %d ' % (kind, width, height, top) + values.tobytes()
 
 
 def _check_parts(count: int, kind: str) -> None:
