@@ -6,13 +6,16 @@ says about itself, refuses what exceeds the limits below, and estimates the memo
 `DECODING_MEMORY` then bounds what all threads of a process decode at the same time.
 """
 
+import contextlib
 import re
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from gcnet_jax import files
 from gcnet_jax.data.memory_budget import MemoryBudget
 from gcnet_jax.data.tiff_tags import TiffTags
 from gcnet_jax.errors import DataError
@@ -27,6 +30,7 @@ MAX_TOTAL_DECODING_BYTES = 1_000_000_000
 # Images below this do not count towards the total: their number is that of the threads.
 SMALL_DECODING_BYTES = 32_000_000
 MAX_FILE_BYTES = 300_000_000
+LARGE_FILE_BYTES = 32_000_000
 # A file may have this many bytes whatever its size in pixels (metadata, previews, further frames),
 # and so many more for each pixel.
 MAX_EXTRA_BYTES = 64_000_000
@@ -116,6 +120,26 @@ def image_format(prefix: bytes) -> str | None:
     if prefix[4:8] == b'ftyp' and prefix[8:12] in UNREAD_BRANDS:
         return UNREAD_BRANDS[prefix[8:12]]
     return next((name for magic, name in UNREAD_MAGIC.items() if prefix.startswith(magic)), None)
+
+
+@contextlib.contextmanager
+def image_file(path: Path) -> Iterator[bytes]:
+    """Gives the bytes of a regular file; a large one is given while no other image is decoded.
+
+    Raises:
+      DataError: If it is no regular file, or larger than any image that is read.
+      OSError: If the system does not let it be read.
+    """
+    if not path.exists():
+        raise DataError('no such file')
+    if not path.is_file():  # A pipe or a device, which may never end.
+        raise DataError('not a file')
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise DataError(f'{size:,} bytes are more than any image of a size that is read')
+    # Nothing is known of a large file before it is read, so it gets all of the memory.
+    with DECODING_MEMORY.hold(DECODING_MEMORY.total if size > LARGE_FILE_BYTES else 0):
+        yield files.read_bytes(path, size, DataError)
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:

@@ -19,10 +19,10 @@ from PIL import Image
 from gcnet_jax import files
 from gcnet_jax.data import preprocess
 from gcnet_jax.data.image_limits import (
-    DECODING_MEMORY,
     MAX_FILE_BYTES,
     PREFIX_BYTES,
     check_size,
+    image_file,
     image_format,
 )
 from gcnet_jax.errors import ConfigError, DataError, one_line
@@ -34,8 +34,6 @@ SUFFIXES = (
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff'),
     *('.ppm', '.pgm', '.pbm', '.pnm', '.avif', '.heic', '.heif'),
 )
-# Larger files are read and decoded one at a time.
-LARGE_FILE_BYTES = 32_000_000
 MAX_THREADS = 16
 ARRAY_SHAPES = '[height, width], [height, width, 1, 3 or 4], or [batch, height, width, 1, 3 or 4]'
 
@@ -185,10 +183,10 @@ def _encoded(image: Any) -> Iterator[bytes | None]:
     """Gives the encoded bytes of an image that has some, None for pixels."""
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
-        # Of large files nothing is known before they are read, so each has the memory alone.
-        size = _check_file(path)
-        with DECODING_MEMORY.hold(DECODING_MEMORY.total if size > LARGE_FILE_BYTES else 0):
-            yield files.read_bytes(path, size, DataError)
+        if path.is_dir():
+            _refuse_folder(path)
+        with image_file(path) as data:
+            yield data
     elif isinstance(image, (bytes, bytearray, memoryview)):
         yield bytes(image)
     elif _is_file(image):
@@ -211,21 +209,11 @@ def _pixels(image: Any) -> preprocess.RGB:
     )
 
 
-def _check_file(path: Path) -> int:
-    """Returns the size of a file in bytes."""
-    if path.is_dir():
-        os.listdir(path)  # Raises where that is what is wrong.
-        if any(found.is_file() for found in find_images(path)):
-            raise DataError('a folder, not an image; stream() goes through the images of a folder')
-        raise DataError(f'a folder that holds no image itself (files ending in {SUFFIXES[0]}, ...)')
-    if not path.exists():
-        raise DataError('no such file')
-    if not path.is_file():  # A pipe or a device, which may never end.
-        raise DataError('not a file')
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise DataError(f'{size:,} bytes are more than any image of a size that is read')
-    return size
+def _refuse_folder(path: Path) -> None:
+    os.listdir(path)  # Raises where that is what is wrong.
+    if any(found.is_file() for found in find_images(path)):
+        raise DataError('a folder, not an image; stream() goes through the images of a folder')
+    raise DataError(f'a folder that holds no image itself (files ending in {SUFFIXES[0]}, ...)')
 
 
 def _from_pillow(image: Image.Image) -> preprocess.RGB:
