@@ -3,7 +3,10 @@
 import contextlib
 import io
 import os
+import re
 import shutil
+import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +27,8 @@ ASIDE_PREFIX = '.preparing-'
 ASIDE_LOCK = '.lock'
 # A directory younger than this may not have its lock yet.
 ASIDE_GRACE_SECONDS = 60
+# Locks may not reach across hosts, so the directories of others are left alone for longer.
+ASIDE_GRACE_SECONDS_ELSEWHERE = 7 * 24 * 3600
 
 Example = tuple[str, dict[str, object]]
 
@@ -133,7 +138,7 @@ def write_image_set(
 @contextlib.contextmanager
 def _directory_aside(root: Path) -> Iterator[str]:
     """Gives a directory of its own, which no other user can enter, and removes it at the end."""
-    aside = tempfile.TemporaryDirectory(prefix=ASIDE_PREFIX, dir=root, ignore_cleanup_errors=True)
+    aside = tempfile.TemporaryDirectory(prefix=_own_prefix(), dir=root, ignore_cleanup_errors=True)
     with aside as path, open(Path(path) / ASIDE_LOCK, 'wb') as lock:
         if fcntl:
             # The system frees the lock when this process ends, however it ends.
@@ -142,20 +147,26 @@ def _directory_aside(root: Path) -> Iterator[str]:
         yield path
 
 
+def _own_prefix() -> str:
+    return f'{ASIDE_PREFIX}{re.sub("[^A-Za-z0-9]", "_", socket.gethostname())}-'
+
+
 def _remove_leftovers(root: Path) -> None:
     """Removes the directories of processes that were killed while they prepared a set."""
     for place in root.glob(f'{ASIDE_PREFIX}*'):
         with contextlib.suppress(OSError):  # Another process may do the same.
             status = place.lstat()
-            ours = place.is_dir() and not place.is_symlink() and status.st_uid == os.getuid()
-            if fcntl and ours and time.time() - status.st_mtime > ASIDE_GRACE_SECONDS:
-                with open(place / ASIDE_LOCK, 'r+b', opener=_open_no_link) as lock:
+            here = place.name.startswith(_own_prefix())
+            grace = ASIDE_GRACE_SECONDS if here else ASIDE_GRACE_SECONDS_ELSEWHERE
+            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+            if fcntl and ours and time.time() - status.st_mtime > grace:
+                with open(place / ASIDE_LOCK, 'ab', opener=_open_no_link) as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Fails while it is in use.
                     shutil.rmtree(place)
 
 
 def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW)
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _rename(source: Path, target: Path) -> bool:
