@@ -179,8 +179,12 @@ def check_costs(plan: Plan, size: tuple[int, int], mode: str, codec: str) -> int
             'read; save it as PNG'
         )
     # The image in RGB (4 bytes), an array of it (3), and the pixels as stored if they are others.
-    each = plan.bytes_per_pixel or (7 if mode == 'RGB' else 16)
-    needed = 2 * length + each * pixels + plan.more_bytes
+    return _check_memory(plan, size, plan.bytes_per_pixel or (7 if mode == 'RGB' else 16))
+
+
+def _check_memory(plan: Plan, size: tuple[int, int], bytes_per_pixel: int) -> int:
+    width, height = size
+    needed = 2 * len(plan.data) + bytes_per_pixel * width * height + plan.more_bytes
     if needed > MAX_DECODING_BYTES:
         raise DataError(
             f'image of {width}x{height} pixels would take about {needed:,} bytes to decode; at '
@@ -208,6 +212,7 @@ def inspect(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Plan:
         raise DataError(f'damaged {name} image: its header is cut off') from error
     if plan.size is not None:
         check_size(*plan.size, max_pixels)
+        _check_memory(plan, plan.size, plan.bytes_per_pixel or 0)
     return plan
 
 
