@@ -155,7 +155,7 @@ def _find_splits(root: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
     """Returns the files of each split with their classes, and the folders of empty classes."""
     if not root.is_dir():
         raise DataError(f'{_shown(root)} is not a directory; give a folder of images')
-    place = _unwrap(root, within_class=False)
+    place = _unwrap(root)
     folders = _subfolders(place)
     split_folders = [folder for folder in folders if _split_of(folder)]
     if not split_folders:
@@ -176,7 +176,7 @@ def _find_splits(root: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
                 'and test, or one folder a class: rename it if it is one of these, or prepare a '
                 'folder of links to those that belong to the data set'
             )
-        splits[split], empty = _find_items(_unwrap(folder, within_class=False))
+        splits[split], empty = _find_items(_unwrap(folder, within='split'))
         all_empty += empty
     return splits, _relative(all_empty, root)
 
@@ -190,17 +190,19 @@ def _split_of(folder: Path) -> str | None:
     return split if any(_subfolders(sibling) for sibling in siblings) else None
 
 
-def _unwrap(folder: Path, *, within_class: bool) -> Path:
+def _unwrap(folder: Path, within: str | None = None) -> Path:
     """Goes down through folders that hold nothing but another folder, as archives make them."""
     for _ in range(MAX_DEPTH):
         inner = _subfolders(folder)
         if len(inner) != 1:
             return folder
-        if within_class:
+        if within == 'class':
             if len(_entries(folder)) > 1:
                 return folder
-        elif not _subfolders(inner[0]) or inner[0].name.casefold() in SPLIT_FOLDERS:
-            return folder  # A class, or a split.
+        elif not _subfolders(inner[0]):  # A class.
+            return folder
+        elif within is None and inner[0].name.casefold() in SPLIT_FOLDERS:
+            return folder
         folder = inner[0]
     return folder
 
@@ -226,7 +228,7 @@ def _find_items(folder: Path) -> tuple[list[Item], list[Path]]:
     items, empty = [], []
     class_folders = _subfolders(folder)
     for class_folder in class_folders:
-        entries = _entries(_unwrap(class_folder, within_class=True))
+        entries = _entries(_unwrap(class_folder, within='class'))
         items += [(entry, class_folder.name) for entry in entries]
         if not entries:
             empty.append(class_folder)

@@ -12,7 +12,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from gcnet_jax.data import digits
 from gcnet_jax.data.records import default_data_dir
-from gcnet_jax.errors import ConfigError, DataError, unknown_name
+from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
 
 # What data sets call the feature that tells where an image came from.
 RECORD_NAMES = ('file_name', 'filename', 'image/filename', 'id', 'image_id')
@@ -85,7 +85,9 @@ class Source:
         if self._record_key is None:
             return where
         values = self._read(index)[self._record_key].bytes_list.value
-        return f'{where} ({values[0].decode(errors="replace")})' if values else where
+        if not values:
+            return where
+        return f'{where} ({one_line(values[0].decode(errors="backslashreplace"))})'
 
     def _read(self, index: int) -> Any:
         if not 0 <= index < len(self):
