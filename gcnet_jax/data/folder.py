@@ -183,7 +183,7 @@ def _find_splits(root: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
 
 def _split_of(folder: Path) -> str | None:
     """Returns the split that a folder stands for; one without folders in it may be a class."""
-    split = SPLIT_FOLDERS.get(folder.name.casefold().strip())
+    split = SPLIT_FOLDERS.get(folder.name.casefold())
     if split is None or _subfolders(folder):
         return split
     siblings = [sibling for sibling in _subfolders(folder.parent) if sibling != folder]
@@ -199,10 +199,10 @@ def _unwrap(folder: Path, within: str | None = None) -> Path:
         if within == 'class':
             if len(_entries(folder)) > 1:
                 return folder
-        elif not _subfolders(inner[0]):  # A class.
-            return folder
-        elif within is None and inner[0].name.casefold() in SPLIT_FOLDERS:
-            return folder
+        elif not _subfolders(inner[0]) or (
+            within is None and inner[0].name.casefold() in SPLIT_FOLDERS
+        ):
+            return folder  # It holds a class, or a split.
         folder = inner[0]
     return folder
 

@@ -253,8 +253,9 @@ def _not_found(name: str, place: str) -> str:
             '.download_and_prepare()'
         )
         return (
-            f'data set {name!r} is not prepared in {place!r}; prepare it once (TFDS needs '
-            f'TensorFlow for that): pip install tensorflow-cpu && python -c "{command}"'
+            f'data set {name!r} is not prepared in {place!r}; {_by_hand(base, place)}prepare it '
+            'once (TFDS needs TensorFlow for that): pip install tensorflow-cpu && '
+            f'python -c "{command}"'
         )
     known.add(digits.NAME)
     if os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK):
@@ -266,6 +267,21 @@ def _not_found(name: str, place: str) -> str:
     if difflib.get_close_matches(base, known, n=1, cutoff=0.5):
         return f'{unknown_name("data set", name, known)} ({advice})'
     return f'unknown data set {name!r}: neither TFDS nor the directory has it; {advice}'
+
+
+def _by_hand(base: str, place: str) -> str:
+    """Says what to download first where TFDS cannot, as for ImageNet; empty where it can."""
+    try:
+        instructions = tfds.builder_cls(base).MANUAL_DOWNLOAD_INSTRUCTIONS
+    except Exception:  # The module of a data set may need packages that are not here.
+        instructions = None
+    if not instructions:
+        return ''
+    told = one_line(' '.join(instructions.split()).rstrip('.'), 400)
+    return (
+        f'its files must be downloaded by hand into {os.path.join(place, "downloads", "manual")!r} '
+        f'first (which TFDS calls manual_dir: {told}); then '
+    )
 
 
 def _check_format(builder: tfds.core.DatasetBuilder, name: str) -> None:

@@ -204,6 +204,16 @@ def test_a_set_that_is_not_prepared_says_how(data_dir):
     compile(code, 'command', 'exec')
 
 
+def test_a_set_that_is_downloaded_by_hand_says_what_goes_where(tmp_path):
+    with pytest.raises(DataError, match='downloaded by hand') as caught:
+        load_source('imagenet2012', 'train', str(tmp_path))
+    message = str(caught.value)
+    assert f'{tmp_path}/downloads/manual' in message
+    assert 'ILSVRC2012_img_train.tar' in message
+    assert message.isprintable()
+    assert 'pip install tensorflow-cpu' in message
+
+
 def test_a_data_dir_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match='is not a directory'):
         load_source('greys', 'train', str(tmp_path / 'nowhere'))
