@@ -21,8 +21,8 @@ from gcnet_jax.data.tiff_tags import TiffTags
 from gcnet_jax.errors import DataError
 
 MAX_PIXELS = 100_000_000
-# Height and width; also the largest that libjpeg reads.
-MAX_SIDE = 65_500
+# Height and width: Pillow takes memory and time for each row, however short.
+MAX_SIDE = 1_000_000
 # Memory that one image may take while it is decoded, its file included, and that all images being
 # decoded in a process may take together.
 MAX_DECODING_BYTES = 800_000_000

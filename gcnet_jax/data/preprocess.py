@@ -17,16 +17,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from gcnet_jax.data import jpeg
-from gcnet_jax.data.image_limits import (
-    DECODING_MEMORY,
-    MAX_PIXELS,
-    PREFIX_BYTES,
-    check_costs,
-    check_size,
-    image_format,
-    inspect,
-)
+from gcnet_jax.data import image_limits, jpeg
+from gcnet_jax.data.image_limits import DECODING_MEMORY, MAX_PIXELS, check_size
 from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
 
 # Only these decoders ever see the data. Others of Pillow start programs (EPS runs Ghostscript).
@@ -76,19 +68,19 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _open(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
     """Returns an opened image, and the estimated memory in bytes for decoding it."""
-    name = image_format(data[:PREFIX_BYTES])
+    name = image_limits.image_format(data[: image_limits.PREFIX_BYTES])
     if name is None:
         raise DataError(f'not an image of a known format ({", ".join(FORMATS)})')
     if name not in FORMATS:
         raise DataError(f'{name} images are not read; convert it to JPEG or PNG')
-    plan = inspect(data, name, max_pixels)
+    plan = image_limits.inspect(data, name, max_pixels)
     try:
         image = Image.OPEN[name][0](io.BytesIO(plan.data), '')
     except Exception as error:  # Damaged data makes Pillow raise errors of any kind.
         raise DataError(f'damaged {name} image: {_reason(error)}') from error
     check_size(*image.size, max_pixels)
     codec = image.tile[0].codec_name if image.tile else ''
-    return image, check_costs(plan, image.size, image.mode, codec)
+    return image, image_limits.check_costs(plan, image.size, image.mode, codec)
 
 
 @contextlib.contextmanager
@@ -282,8 +274,13 @@ def decode_and_crop(
     Raises:
       DataError: As `decode` and `resize_and_crop`; an image that is too elongated is not decoded.
     """
-    with opened(data, max_pixels) as image:
-        _resized_size(*image.size, size, crop_fraction)
+    image, memory = _open(data, max_pixels)
+    width, height = _resized_size(*image.size, size, crop_fraction)
+    # Pillow resizes the width first, then the height.
+    memory += 4 * width * (image.height + height)
+    if memory > image_limits.MAX_DECODING_BYTES:
+        raise _too_elongated(*image.size)
+    with DECODING_MEMORY.hold(memory):
         return _resize_and_crop(to_rgb(image), size, crop_fraction, interpolation)
 
 
@@ -313,11 +310,15 @@ def _resized_size(width: int, height: int, size: int, crop_fraction: float) -> t
     shorter = math.floor(size / crop_fraction)
     # A line of 65,535 pixels is a small file, and would take gigabytes here.
     if shorter * shorter * max(height, width) > MAX_PIXELS * min(height, width):
-        raise DataError(f'image of {width}x{height} pixels is too elongated to be resized')
+        raise _too_elongated(width, height)
     # torchvision.transforms.Resize: the longer side is rounded down.
     if width <= height:
         return shorter, int(shorter * height / width)
     return int(shorter * width / height), shorter
+
+
+def _too_elongated(width: int, height: int) -> DataError:
+    return DataError(f'image of {width}x{height} pixels is too elongated to be resized')
 
 
 def _margins(width: int, height: int, size: int) -> tuple[int, int]:
