@@ -1,6 +1,7 @@
 """The command line: what it prints, and how it fails."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,35 @@ def test_prepare_makes_a_set_that_loads_by_its_name(tmp_path, capsys):
     assert 'pets: 2 classes, images: train 6, test 2' in printed
     assert f'--config.data.name=pets --config.data.data_dir={data_dir}' in printed
     assert load_source('pets', 'test', data_dir).label_names == ('cat', 'dog')
+
+
+def test_what_prepare_prints_names_splits_that_exist(tmp_path, capsys):
+    for split in ('train', 'val'):
+        for label in ('cat\u00e9', 'dog'):
+            (tmp_path / 'my pets' / split / label).mkdir(parents=True)
+            for index in range(4):
+                pixels = np.full((9, 7, 3), index * 20, np.uint8)
+                place = tmp_path / 'my pets' / split / label / f'{index}\x1b.png'
+                Image.fromarray(pixels).save(place, 'PNG')
+    (tmp_path / 'my pets' / 'train' / 'ant').mkdir()
+    (tmp_path / 'my pets' / 'train' / 'dog' / 'a\nb.txt').write_text('about')
+    data_dir = str(tmp_path / 'my sets')
+    arguments = ['prepare', str(tmp_path / 'my pets'), '--name', 'pets', '--data-dir', data_dir]
+    assert main([*arguments, '--skip-damaged']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        r'left out: train/dog/a\nb.txt (not an image of a known format '
+        '(JPEG, PNG, GIF, BMP, WEBP, TIFF, PPM))'
+    )
+    assert lines[1] == 'no class: train/ant (an empty folder)'
+    assert lines[2] == 'pets: 2 classes, images: train 8, validation 8'
+    settings = [word for word in shlex.split(lines[-1]) if word.startswith('--config.')]
+    assert settings == [
+        '--config.data.name=pets',
+        f'--config.data.data_dir={data_dir}',
+        '--config.data.evaluation_split=validation',
+    ]
+    assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """Commands that run a network on images: predict, evaluate, features, attention."""
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
 
 from gcnet_jax.commands.common import EXIT_ERROR, EXIT_SOME_IMAGES_FAILED
 from gcnet_jax.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from gcnet_jax.inference.images import LeftOut
 
 IMAGES_HELP = (
     'images, and folders of them; exit code 3: some could not be read (named on stderr), the '
@@ -29,7 +33,10 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser('evaluate', help='accuracy, loss and confusions on a data set')
     _add_checkpoint_flags(evaluate, batch_size=64)
     evaluate.add_argument('--data', required=True, help='what config.data.name says')
-    evaluate.add_argument('--split', default='test', help="such as 'test' or 'train[:10%%]'")
+    evaluate.add_argument(
+        '--split',
+        help="such as 'test' or 'train[:10%%]'; default: test, or validation where there is none",
+    )
     evaluate.add_argument('--data-dir', help="where data sets live; default: TFDS's directory")
     evaluate.add_argument(
         '--skip-damaged', action='store_true', help='leave damaged images out, counted'
@@ -116,20 +123,31 @@ def _load_classifier(options: argparse.Namespace, **more: Any) -> Any:
 class _ImageStream:
     """Passes on what could be computed, and names and counts the images that could not."""
 
-    def __init__(self, command: str, results: Iterable[tuple[Any, Any]], as_json: bool = False):
+    def __init__(
+        self,
+        command: str,
+        results: Generator[tuple[Any, Any]],
+        left_out: 'LeftOut',
+        as_json: bool = False,
+    ) -> None:
         self.command, self.results, self.as_json = command, results, as_json
+        self.left_out = left_out
         self.done = self.failed = 0
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for path, result in self.results:
-            if isinstance(result, UserError):
-                self.failed += 1
-                print(f'gcnet_jax {self.command}: {result}', file=sys.stderr)
-                if self.as_json:
-                    print(json.dumps({'image': str(path), 'error': str(result)}))
-            else:
-                self.done += 1
-                yield path, result
+        # Closing ends the threads that decode, also where the user has interrupted.
+        with contextlib.closing(self.results):
+            for path, result in self.results:
+                if isinstance(result, UserError):
+                    self.failed += 1
+                    print(f'gcnet_jax {self.command}: {result}', file=sys.stderr)
+                    if self.as_json:
+                        print(json.dumps({'image': str(path), 'error': str(result)}))
+                else:
+                    self.done += 1
+                    yield path, result
+        if self.left_out.count:
+            print(f'gcnet_jax {self.command}: {self.left_out}', file=sys.stderr)
 
     def exit_code(self) -> int:
         if not self.failed:
@@ -138,9 +156,12 @@ class _ImageStream:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from gcnet_jax.inference.images import LeftOut
 
-    results = _load_classifier(options).stream(options.images, top_k=options.top_k)
-    stream = _ImageStream(options.command, results, options.json)
+    left_out = LeftOut()
+    classifier = _load_classifier(options)
+    results = classifier.stream(options.images, top_k=options.top_k, left_out=left_out)
+    stream = _ImageStream(options.command, results, left_out, options.json)
     for path, prediction in stream:
         if options.json:
             columns = (prediction.labels, prediction.classes, prediction.probabilities)
@@ -167,29 +188,33 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.out is not None:
         written = write_evaluation(evaluation, options.out)
         if not options.json:
-            print('wrote ' + ' and '.join(map(str, written)))
+            print('wrote ' + ' and '.join(map(one_line, written)))
 
 
 def _features(options: argparse.Namespace) -> int:
     from gcnet_jax.inference.feature_files import check_feature_file, write_features
+    from gcnet_jax.inference.images import LeftOut
 
     check_feature_file(options.out, overwrite=options.overwrite)
     classifier = _load_classifier(options)
-    results = classifier.stream_features(options.images, options.layer)
-    stream = _ImageStream(options.command, results)
+    left_out = LeftOut()
+    results = classifier.stream_features(options.images, options.layer, left_out=left_out)
+    stream = _ImageStream(options.command, results, left_out)
     name = classifier.description.name
     shape = write_features(
         options.out, stream, layer=options.layer, source=name, overwrite=options.overwrite
     )
-    print(f'wrote {list(shape)} of {options.layer} of {name} to {options.out}')
+    print(f'wrote {list(shape)} of {options.layer} of {name} to {one_line(options.out)}')
     return stream.exit_code()
 
 
 def _attention(options: argparse.Namespace) -> int:
     from gcnet_jax.inference.attention_pictures import mean_distances, write_pictures
+    from gcnet_jax.inference.images import LeftOut
     from gcnet_jax.inference.pictures import QUERIES
     from gcnet_jax.inference.query_distances import format_distances
 
+    left_out = LeftOut()
     results = write_pictures(
         options.checkpoint,
         options.images,
@@ -198,8 +223,9 @@ def _attention(options: argparse.Namespace) -> int:
         size=options.size,
         all_blocks=options.all_blocks,
         queries=options.query or QUERIES,
+        left_out=left_out,
     )
-    stream, distances = _ImageStream(options.command, results), []
+    stream, distances = _ImageStream(options.command, results, left_out), []
     for path, drawn in stream:
         distances.append(drawn.distances)
         parts = (path, drawn.prediction, *drawn.files)

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
+
+from gcnet_jax.errors import one_line
 
 
 def add_prepare(commands: argparse._SubParsersAction) -> None:
@@ -73,14 +76,18 @@ def _prepare(options: argparse.Namespace) -> None:
     )
     for problem in prepared.damaged:
         print(f'left out: {problem}')
+    for folder in prepared.empty:
+        print(f'no class: {folder} (an empty folder)')
     splits = ', '.join(f'{split} {size:,}' for split, size in prepared.split_sizes.items())
     print(f'{prepared.name}: {len(prepared.label_names)} classes, images: {splits}')
-    print(f'in {prepared.path}')
-    place = f' --config.data.data_dir={options.data_dir}' if options.data_dir else ''
-    print(
-        f'train on it: python train.py --config configs/folder.py '
-        f'--config.data.name={prepared.name}{place}'
-    )
+    print(f'in {one_line(prepared.path)}')
+    settings = [
+        prepared.train_settings()[0],
+        *([f'data.data_dir={options.data_dir}'] if options.data_dir else []),
+        *prepared.train_settings()[1:],
+    ]
+    flags = ' '.join(shlex.quote(f'--config.{setting}') for setting in settings)
+    print(f'train on it: python train.py --config configs/folder.py {flags}')
 
 
 def _curves(options: argparse.Namespace) -> None:

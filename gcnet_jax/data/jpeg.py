@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from gcnet_jax.data.image_limits import JPEG_START_OF_SCAN, count_scans
+
 RGB = UInt8[np.ndarray, 'height width 3']
 Box = tuple[int, int, int, int]
 
@@ -49,7 +51,10 @@ def read_frame(data: bytes) -> Frame | None:
     """Returns the size of a whole baseline JPEG in grey or three colours, None for anything else.
 
     A JPEG that does not end in its end marker may have lost its end. Progressive and CMYK images
-    are rare.
+    and those of several scans are rare.
+
+    Raises:
+      DataError: If it has more scans than are read.
     """
     if not (data.startswith(b'\xff\xd8\xff') and data.endswith(b'\xff\xd9')):
         return None
@@ -61,6 +66,8 @@ def read_frame(data: bytes) -> Frame | None:
             height = int.from_bytes(data[place + 5 : place + 7])
             width = int.from_bytes(data[place + 7 : place + 9])
             usual = data[place + 4] == 8 and data[place + 9] in (1, 3) and height and width
+            if usual and data.count(JPEG_START_OF_SCAN) > 1:  # Previews have scans of their own.
+                usual = count_scans(data, (width, height)) == 1
             return Frame(height, width, place + 5) if usual else None
         if kind in OTHER_FRAMES or not 0xC0 <= kind <= 0xFE or 0xD0 <= kind <= 0xDA:
             return None

@@ -236,11 +236,8 @@ class _EvaluationExample:
             return nothing, 0, False, 0
         record = self.source[int(index)]
         try:
-            image = preprocess.resize_and_crop(
-                preprocess.decode(record['image']),
-                self.size,
-                self.crop_fraction,
-                self.interpolation,
+            image = preprocess.decode_and_crop(
+                record['image'], self.size, self.crop_fraction, self.interpolation
             )
         except DataError as error:
             if not self.skip_damaged:

@@ -8,19 +8,21 @@ accuracies were measured without it.
 Training reads ordinary JPEGs by a faster way (`gcnet_jax.data.jpeg`), whose pixels differ slightly.
 """
 
+import contextlib
 import io
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from gcnet_jax.data import jpeg
-from gcnet_jax.errors import ConfigError, DataError, unknown_name
+from gcnet_jax.data import image_limits, jpeg
+from gcnet_jax.data.image_limits import DECODING_MEMORY, MAX_PIXELS, check_size
+from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
 
 # Only these decoders ever see the data. Others of Pillow start programs (EPS runs Ghostscript).
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM')
-MAX_PIXELS = 100_000_000
 
 INTERPOLATIONS = {
     'nearest': Image.Resampling.NEAREST,
@@ -29,6 +31,8 @@ INTERPOLATIONS = {
 }
 AUGMENTATIONS = ('none', 'pad_crop', 'resized_crop')
 CROP_PADDING = 4
+# Pixels that are copied at once from an image into an array.
+BAND_PIXELS = 4_000_000
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -56,23 +60,39 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     warning cannot be silenced in one thread alone.
 
     Raises:
-      DataError: If the format is not one of `FORMATS`, the header is damaged, or the image has more
-        than `max_pixels`.
+      DataError: If the format is not one of `FORMATS`, the header is damaged, or the image exceeds
+        `max_pixels` or a limit of `gcnet_jax.data.image_limits`.
     """
-    for name in FORMATS:
-        factory, accept = Image.OPEN[name]
-        try:
-            if accept(data[:16]) is True:
-                image = factory(io.BytesIO(data), '')
-                break
-        except Exception as error:  # Damaged data makes Pillow raise errors of any kind.
-            raise DataError(f'damaged {name} image: {_reason(error)}') from error
-    else:
+    return _open(data, max_pixels)[0]
+
+
+def _open(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
+    """Returns an opened image, and the estimated memory in bytes for decoding it."""
+    name = image_limits.image_format(data[: image_limits.PREFIX_BYTES])
+    if name is None:
         raise DataError(f'not an image of a known format ({", ".join(FORMATS)})')
-    width, height = image.size
-    if width * height > max_pixels:
-        raise DataError(f'image of {width}x{height} pixels, more than {max_pixels:,} are not read')
-    return image
+    if name not in FORMATS:
+        raise DataError(f'{name} images are not read; convert it to JPEG or PNG')
+    plan = image_limits.inspect(data, name, max_pixels)
+    try:
+        image = Image.OPEN[name][0](io.BytesIO(plan.data), '')
+    except Exception as error:  # Damaged data makes Pillow raise errors of any kind.
+        raise DataError(f'damaged {name} image: {_reason(error)}') from error
+    check_size(*image.size, max_pixels)
+    codec = image.tile[0].codec_name if image.tile else ''
+    return image, image_limits.check_costs(plan, image.size, image.mode, codec)
+
+
+@contextlib.contextmanager
+def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Gives an opened image, with the memory for decoding it held until the block ends.
+
+    Raises:
+      DataError: As `open_image`.
+    """
+    image, memory = _open(data, max_pixels)
+    with DECODING_MEMORY.hold(memory):
+        yield image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -82,15 +102,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
       DataError: If the data is damaged or its pixels cannot be read as colours.
     """
     try:
+        sixteen_bits = image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I')
+        if image.mode in ('I', 'F') and not sixteen_bits:
+            raise DataError(f'pixels of type {image.mode!r} (32 bits) have no known range')
         # Only the first frame of an animation. A transparent colour is like alpha: dropped.
         image.load()
         image.info.pop('transparency', None)
-        if image.mode.startswith('I;16'):
+        if sixteen_bits:
             # Pillow's own conversion cuts everything above 255 off.
             values = np.asarray(image).astype(np.uint32)
             return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert('RGB')
-        if image.mode in ('I', 'F'):
-            raise DataError(f'pixels of type {image.mode!r} (32 bits) have no known range')
         return image if image.mode == 'RGB' else image.convert('RGB')
     except DataError:
         raise
@@ -104,9 +125,22 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> RGB:
     """Decodes a greyscale, palette, CMYK, RGB, 16-bit or transparent image to RGB.
 
     Raises:
-      DataError: If the data is no image, damaged, or has more than `max_pixels`.
+      DataError: If the data is no image, damaged, or exceeds `max_pixels` or another limit.
     """
-    return np.asarray(to_rgb(open_image(data, max_pixels)))
+    with opened(data, max_pixels) as image:
+        return to_array(to_rgb(image))
+
+
+def to_array(image: Image.Image) -> RGB:
+    """Returns the pixels of an RGB image; `np.asarray` would take twice their memory meanwhile."""
+    if image.width * image.height <= BAND_PIXELS:
+        return np.asarray(image)
+    array = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(BAND_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        array[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return array
 
 
 def verify(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
@@ -115,9 +149,9 @@ def verify(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
     Raises:
       DataError: As `decode`.
     """
-    image = open_image(data, max_pixels)
-    image.draft('RGB', (1, 1))  # A JPEG is read whole, but transformed at an eighth of its size.
-    to_rgb(image)
+    with opened(data, max_pixels) as image:
+        image.draft('RGB', (1, 1))  # A JPEG is read whole, but transformed at an eighth.
+        to_rgb(image)
 
 
 def sample_crop(
@@ -194,16 +228,17 @@ def decode_resized_crop(
       DataError: As `decode`.
     """
     frame = jpeg.read_frame(data) if fast and interpolation == 'bilinear' else None
-    if frame is None or frame.height * frame.width > max_pixels:
-        image = open_image(data, max_pixels)
-        box = sample_crop(image.height, image.width, rng, scale, ratio)
-    else:
+    box = None
+    if frame is not None:
+        check_size(frame.width, frame.height, max_pixels)
         box = sample_crop(frame.height, frame.width, rng, scale, ratio)
-        crop = jpeg.decode_crop(data, frame, box, size)
+        with DECODING_MEMORY.hold(6 * frame.height * frame.width):
+            crop = jpeg.decode_crop(data, frame, box, size)
         if crop is not None:
             return crop
-        image = open_image(data, max_pixels)
-    return _pillow_crop(image, box, size, interpolation, draft=fast)
+    with opened(data, max_pixels) as image:
+        box = box or sample_crop(image.height, image.width, rng, scale, ratio)
+        return _pillow_crop(image, box, size, interpolation, draft=fast)
 
 
 def _pillow_crop(image: Image.Image, box: Box, size: int, interpolation: str, draft: bool) -> RGB:
@@ -227,6 +262,28 @@ def _crop_and_resize(image: Image.Image, box: Box, size: int, interpolation: str
     return np.asarray(cropped)
 
 
+def decode_and_crop(
+    data: bytes,
+    size: int,
+    crop_fraction: float = 0.875,
+    interpolation: str = 'bicubic',
+    max_pixels: int = MAX_PIXELS,
+) -> RGB:
+    """Returns `resize_and_crop(decode(data), ...)`, bit for bit, in less time and memory.
+
+    Raises:
+      DataError: As `decode` and `resize_and_crop`; an image that is too elongated is not decoded.
+    """
+    image, memory = _open(data, max_pixels)
+    width, height = _resized_size(*image.size, size, crop_fraction)
+    # Pillow resizes the width first, then the height.
+    memory += 4 * width * (image.height + height)
+    if memory > image_limits.MAX_DECODING_BYTES:
+        raise _too_elongated(*image.size)
+    with DECODING_MEMORY.hold(memory):
+        return _resize_and_crop(to_rgb(image), size, crop_fraction, interpolation)
+
+
 def resize_and_crop(
     image: RGB, size: int, crop_fraction: float = 0.875, interpolation: str = 'bicubic'
 ) -> RGB:
@@ -243,23 +300,40 @@ def resize_and_crop(
         shorter side has that size.
     """
     height, width = image.shape[:2]
+    if _resized_size(width, height, size, crop_fraction) == (width, height):
+        left, top = _margins(width, height, size)
+        return image[top : top + size, left : left + size]
+    return _resize_and_crop(Image.fromarray(image), size, crop_fraction, interpolation)
+
+
+def _resized_size(width: int, height: int, size: int, crop_fraction: float) -> tuple[int, int]:
     shorter = math.floor(size / crop_fraction)
     # A line of 65,535 pixels is a small file, and would take gigabytes here.
     if shorter * shorter * max(height, width) > MAX_PIXELS * min(height, width):
-        raise DataError(f'image of {width}x{height} pixels is too elongated to be resized')
+        raise _too_elongated(width, height)
     # torchvision.transforms.Resize: the longer side is rounded down.
     if width <= height:
-        new_width, new_height = shorter, int(shorter * height / width)
-    else:
-        new_width, new_height = int(shorter * width / height), shorter
+        return shorter, int(shorter * height / width)
+    return int(shorter * width / height), shorter
+
+
+def _too_elongated(width: int, height: int) -> DataError:
+    return DataError(f'image of {width}x{height} pixels is too elongated to be resized')
+
+
+def _margins(width: int, height: int, size: int) -> tuple[int, int]:
     # torchvision.transforms.CenterCrop rounds the margin half to even, as `round` does.
-    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    if (new_width, new_height) == (width, height):
-        return image[top : top + size, left : left + size]
-    resized = Image.fromarray(image).resize(
-        (new_width, new_height), interpolation_filter(interpolation)
-    )
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+    return round((width - size) / 2), round((height - size) / 2)
+
+
+def _resize_and_crop(
+    image: Image.Image, size: int, crop_fraction: float, interpolation: str
+) -> RGB:
+    new_size = _resized_size(*image.size, size, crop_fraction)
+    if new_size != image.size:
+        image = image.resize(new_size, interpolation_filter(interpolation))
+    left, top = _margins(*new_size, size)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def random_pad_crop(image: RGB, padding: int, rng: np.random.Generator) -> RGB:
@@ -312,11 +386,11 @@ def augment(
     if augmentation == 'resized_crop':
         image = decode_resized_crop(data, size, rng, crop_scale, interpolation=interpolation)
     else:
-        image = resize_and_crop(decode(data), size, 1.0, interpolation)
+        image = decode_and_crop(data, size, 1.0, interpolation)
         if augmentation == 'pad_crop':
             image = random_pad_crop(image, CROP_PADDING, rng)
     return random_flip(image, rng) if flip else image
 
 
 def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)

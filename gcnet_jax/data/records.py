@@ -3,15 +3,32 @@
 import contextlib
 import io
 import os
+import re
+import shutil
+import socket
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from gcnet_jax.errors import DataError
+from gcnet_jax.errors import DataError, one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows; what a killed process leaves there stays.
+    fcntl = None
 
 VERSION = '1.0.0'
+# Directory in which a set is prepared, and the file in it that its process holds locked.
+ASIDE_PREFIX = '.preparing-'
+ASIDE_LOCK = '.lock'
+# A directory younger than this may not have its lock yet.
+ASIDE_GRACE_SECONDS = 60
+# Locks may not reach across hosts, so the directories of others are left alone for longer.
+ASIDE_GRACE_SECONDS_ELSEWHERE = 7 * 24 * 3600
 
 Example = tuple[str, dict[str, object]]
 
@@ -96,7 +113,8 @@ def write_image_set(
     root = Path(data_dir or default_data_dir()).expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='.preparing-', dir=root) as aside:
+        _remove_leftovers(root)
+        with _directory_aside(root) as aside:
             builder = make_builder(aside)
             with _quiet(progress):
                 builder.download_and_prepare(
@@ -112,9 +130,43 @@ def write_image_set(
         full = 'No space left' in str(error)
         reason = 'no space left' if full else getattr(error, 'strerror', None) or error
         raise DataError(
-            f'cannot write a data set into {str(root)!r} ({reason}); '
+            f"cannot write a data set into '{one_line(root)}' ({one_line(reason)}); "
             f'give a directory that {"has room" if full else "can be written"} as data_dir'
         ) from error
+
+
+@contextlib.contextmanager
+def _directory_aside(root: Path) -> Iterator[str]:
+    """Gives a directory of its own, which no other user can enter, and removes it at the end."""
+    aside = tempfile.TemporaryDirectory(prefix=_own_prefix(), dir=root, ignore_cleanup_errors=True)
+    with aside as path, open(Path(path) / ASIDE_LOCK, 'wb') as lock:
+        if fcntl:
+            # The system frees the lock when this process ends, however it ends.
+            with contextlib.suppress(OSError):  # A file system without locks.
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+
+
+def _own_prefix() -> str:
+    return f'{ASIDE_PREFIX}{re.sub("[^A-Za-z0-9]", "_", socket.gethostname())}-'
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Removes the directories of processes that were killed while they prepared a set."""
+    for place in root.glob(f'{ASIDE_PREFIX}*'):
+        with contextlib.suppress(OSError):  # Another process may do the same.
+            status = place.lstat()
+            here = place.name.startswith(_own_prefix())
+            grace = ASIDE_GRACE_SECONDS if here else ASIDE_GRACE_SECONDS_ELSEWHERE
+            ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+            if fcntl and ours and time.time() - status.st_mtime > grace:
+                with open(place / ASIDE_LOCK, 'ab', opener=_open_no_link) as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Fails while it is in use.
+                    shutil.rmtree(place)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def _rename(source: Path, target: Path) -> bool:

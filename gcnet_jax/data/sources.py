@@ -12,10 +12,20 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from gcnet_jax.data import digits
 from gcnet_jax.data.records import default_data_dir
-from gcnet_jax.errors import DataError, unknown_name
+from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
 
 # What data sets call the feature that tells where an image came from.
 RECORD_NAMES = ('file_name', 'filename', 'image/filename', 'id', 'image_id')
+# Splits by preference: `selection` chooses among the checkpoints of a run and must leave `test`
+# untouched where there is another; `evaluation` gives the figure that is reported.
+DEFAULT_SPLITS = {
+    'selection': ('validation', 'val', 'valid', 'dev', 'test'),
+    'evaluation': ('test', 'validation', 'val', 'valid', 'dev'),
+}
+
+
+class UnlabelledError(DataError):
+    """A record whose label stands for no class, as in the test splits of competitions."""
 
 
 class Source:
@@ -63,7 +73,7 @@ class Source:
         features = self._read(index)
         label = features[self._label_key].int64_list.value[0]
         if not 0 <= label < self.num_classes:
-            raise DataError(
+            raise UnlabelledError(
                 f'{self.describe(index)} has the label {label}, which stands for no label '
                 f'(labels are 0 to {self.num_classes - 1}); choose a labelled split'
             )
@@ -75,7 +85,9 @@ class Source:
         if self._record_key is None:
             return where
         values = self._read(index)[self._record_key].bytes_list.value
-        return f'{where} ({values[0].decode(errors="replace")})' if values else where
+        if not values:
+            return where
+        return f'{where} ({one_line(values[0].decode(errors="backslashreplace"))})'
 
     def _read(self, index: int) -> Any:
         if not 0 <= index < len(self):
@@ -98,25 +110,26 @@ class Source:
         return features
 
 
-def load_source(name: str, split: str, data_dir: str | None = None) -> Source:
+def load_source(
+    name: str, split: str | None, data_dir: str | None = None, *, purpose: str = 'evaluation'
+) -> Source:
     """Opens one split of a prepared image classification set.
 
     Args:
       name: A TFDS name such as `cifar10`, `imagenet_resized/32x32` or `cifar10:3.0.2`, the name of
         a prepared folder (`prepare_folder`), or `digits`, which is written on first use.
       split: A split or a part of it in TFDS's notation: `train`, `train[:90%]`, `train[100:200]`,
-        `train+test`.
+        `train+test`. None for the one that `default_split` chooses.
       data_dir: Directory of the prepared sets; TFDS's (`~/tensorflow_datasets`) if None.
+      purpose: What a split that is not named is for: `selection` or `evaluation`.
 
     Raises:
       DataError: If there is no such set or split, if it is empty, not prepared, prepared in another
         file format, damaged, or no labelled image set.
     """
-    place = os.path.expanduser(data_dir or default_data_dir())
-    if name == digits.NAME:
-        builder = read_only_builder.builder_from_directory(digits.prepare_digits(place))
-    else:
-        builder = _find_builder(name, place, given=data_dir is not None)
+    if split is None:
+        split = default_split(name, data_dir, purpose=purpose)
+    builder = _open_builder(name, data_dir)
     _check_format(builder, name)
     image_key, label_key = _find_keys(builder.info, name)
     label_names = tuple(builder.info.features[label_key].names)
@@ -172,6 +185,46 @@ def read_label_names(name: str, data_dir: str | None = None) -> tuple[str, ...]:
     return tuple(info.features[_find_keys(info, name)[1]].names)
 
 
+def default_split(name: str, data_dir: str | None = None, *, purpose: str = 'evaluation') -> str:
+    """Returns the split to measure a network on, where the user names none.
+
+    Splits without labels, such as the `test` of `imagenet2012`, are passed over.
+
+    Args:
+      name: As for `load_source`.
+      data_dir: As for `load_source`.
+      purpose: `selection`, to choose among the checkpoints of a run (`validation` before `test`),
+        or `evaluation`, for the figure that is reported (`test` before `validation`).
+
+    Raises:
+      ConfigError: If the purpose is neither.
+      DataError: If the set cannot be opened, or has no such split.
+    """
+    if purpose not in DEFAULT_SPLITS:
+        raise ConfigError(unknown_name('purpose of a split', purpose, DEFAULT_SPLITS))
+    splits = _open_builder(name, data_dir).info.splits
+    for split in DEFAULT_SPLITS[purpose]:
+        if split not in splits or not splits[split].num_examples:
+            continue
+        try:
+            load_source(name, split, data_dir)
+        except UnlabelledError:
+            continue
+        return split
+    sizes = ', '.join(f'{key} ({value.num_examples:,})' for key, value in splits.items())
+    raise DataError(
+        f'data set {name!r} has no labelled split to evaluate on beside train; it has {sizes}: '
+        "name a part of one, such as 'train[90%:]', and leave it out of training ('train[:90%]')"
+    )
+
+
+def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    place = os.path.expanduser(data_dir or default_data_dir())
+    if name == digits.NAME:
+        return read_only_builder.builder_from_directory(digits.prepare_digits(place))
+    return _find_builder(name, place, given=data_dir is not None)
+
+
 def _find_builder(name: str, place: str, given: bool) -> tfds.core.DatasetBuilder:
     """Finds the files of a prepared set, whoever wrote them; its code is not needed."""
     if '://' not in place:
@@ -200,8 +253,9 @@ def _not_found(name: str, place: str) -> str:
             '.download_and_prepare()'
         )
         return (
-            f'data set {name!r} is not prepared in {place!r}; prepare it once (TFDS needs '
-            f'TensorFlow for that): pip install tensorflow-cpu && python -c "{command}"'
+            f'data set {name!r} is not prepared in {place!r}; {_by_hand(base, place)}prepare it '
+            'once (TFDS needs TensorFlow for that): pip install tensorflow-cpu && '
+            f'python -c "{command}"'
         )
     known.add(digits.NAME)
     if os.path.isdir(place) and os.access(place, os.R_OK | os.X_OK):
@@ -213,6 +267,21 @@ def _not_found(name: str, place: str) -> str:
     if difflib.get_close_matches(base, known, n=1, cutoff=0.5):
         return f'{unknown_name("data set", name, known)} ({advice})'
     return f'unknown data set {name!r}: neither TFDS nor the directory has it; {advice}'
+
+
+def _by_hand(base: str, place: str) -> str:
+    """Says what to download first where TFDS cannot, as for ImageNet; empty where it can."""
+    try:
+        instructions = tfds.builder_cls(base).MANUAL_DOWNLOAD_INSTRUCTIONS
+    except Exception:  # The module of a data set may need packages that are not here.
+        instructions = None
+    if not instructions:
+        return ''
+    told = one_line(' '.join(instructions.split()).rstrip('.'), 400)
+    return (
+        f'its files must be downloaded by hand into {os.path.join(place, "downloads", "manual")!r} '
+        f'first (which TFDS calls manual_dir: {told}); then '
+    )
 
 
 def _check_format(builder: tfds.core.DatasetBuilder, name: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from gcnet_jax.data.augment import normalize
 from gcnet_jax.errors import ConfigError, DataError, UserError, one_line
 from gcnet_jax.inference.attention_maps import no_attention, sown_values
-from gcnet_jax.inference.images import find_images, load_image
+from gcnet_jax.inference.images import LeftOut, find_images, load_image
 from gcnet_jax.inference.pictures import (
     QUERIES,
     Picture,
@@ -49,6 +49,7 @@ def write_pictures(
     size: int | None = None,
     all_blocks: bool = False,
     queries: Sequence[tuple[float, float]] = QUERIES,
+    left_out: LeftOut | None = None,
 ) -> Iterator[tuple[Path, Drawn | DataError]]:
     """Draws what a stored network's context blocks look at, image by image.
 
@@ -62,6 +63,7 @@ def write_pictures(
       size: Height and width of what the network gets, in pixels; None for its own. More pixels
         give finer maps.
       all_blocks, queries: See `draw_attention` and `draw_queries`.
+      left_out: Counts the files of folders that are no images.
 
     Yields:
       Each image with what was drawn, or with the error that says why it was not.
@@ -84,7 +86,7 @@ def write_pictures(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'cannot make the directory {out}: {error.strerror}') from error
-    for path, name in _named(find_images(images)):
+    for path, name in _named(find_images(images, left_out)):
         try:
             pixels = load_image(path, description.preprocessing)
         except DataError as error:

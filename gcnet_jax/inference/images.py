@@ -6,6 +6,8 @@ that can be wrong with an image becomes a DataError that names it.
 
 import collections
 import concurrent.futures
+import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,72 +16,122 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gcnet_jax import files
 from gcnet_jax.data import preprocess
+from gcnet_jax.data.image_limits import (
+    MAX_FILE_BYTES,
+    PREFIX_BYTES,
+    check_size,
+    image_file,
+    image_format,
+)
 from gcnet_jax.errors import ConfigError, DataError, one_line
 from gcnet_jax.models.registry import Preprocessing
 
-# What is taken from a folder. A file that is named itself may end in anything.
+# Taken from a folder whatever is in them, so that damaged ones are reported. Other files are taken
+# if they begin as an image does. A file that is named itself may be anything.
 SUFFIXES = (
-    *('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff'),
-    *('.ppm', '.pgm', '.pbm', '.pnm'),
+    *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff'),
+    *('.ppm', '.pgm', '.pbm', '.pnm', '.avif', '.heic', '.heif'),
 )
-# An uncompressed image of the most pixels that are read, in 16 bits with alpha.
-MAX_FILE_BYTES = 8 * preprocess.MAX_PIXELS
 MAX_THREADS = 16
 ARRAY_SHAPES = '[height, width], [height, width, 1, 3 or 4], or [batch, height, width, 1, 3 or 4]'
 
 
-def find_images(source: Any) -> Iterator[Path]:
+@dataclasses.dataclass
+class LeftOut:
+    """Counts what `find_images` leaves out because it is no image.
+
+    Attributes:
+      count: Number of files.
+      first: The first of them, in the order of their names.
+    """
+
+    count: int = 0
+    first: Path | None = None
+
+    def add(self, path: Path) -> None:
+        """Counts one more file."""
+        self.first = self.first or path
+        self.count += 1
+
+    def __str__(self) -> str:
+        files = 'file that is' if self.count == 1 else 'files that are'
+        return f'left out {self.count:,} {files} no image (first: {one_line(self.first)})'
+
+
+def find_images(source: Any, left_out: LeftOut | None = None) -> Iterator[Path]:
     """Yields the image files of a folder and the folders in it, in the order of their names.
 
-    Only a folder's names are held in memory, not its images. Hidden files are left out, as are
-    files that do not end in one of `SUFFIXES`; links to folders are not followed.
+    Only a folder's names are held in memory, not its images. What is an image is decided by the
+    first bytes of each file, or by one of `SUFFIXES`. Hidden files and folders are passed over.
+    Links are followed; each folder is visited once, however many links lead to it.
 
     Args:
       source: A file, a folder, or several of them. What is no folder, and a folder without an
         image, is yielded as it is, so that `load_image` says what is wrong with it.
+      left_out: Counts the files of folders that are no images.
     """
     sources = (source,) if isinstance(source, (str, os.PathLike)) else source
+    left_out = LeftOut() if left_out is None else left_out
     for path in map(Path, sources):
         if not path.is_dir():
             yield path
             continue
         empty = True
-        for found in _walk(path):
+        for found in _walk(path, left_out):
             empty = False
             yield found
         if empty:
             yield path
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        yield folder
-        return
-    for name in names:
-        path = folder / name
-        if name.startswith('.'):
+def _walk(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    # A list of what is still to do instead of recursion: folders can be nested deeper than Python's
+    # stack is.
+    waiting, visited = [folder], set()
+    while waiting:
+        path = waiting.pop()
+        try:
+            if not path.is_dir():
+                if _looks_like_image(path):
+                    yield path
+                else:
+                    left_out.add(path)
+                continue
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            names = sorted(os.listdir(path), reverse=True)
+        except OSError:
+            yield path  # Loading it says why.
             continue
-        if path.is_dir():
-            if not path.is_symlink():
-                yield from _walk(path)
-        elif path.suffix.lower() in SUFFIXES:
-            yield path
+        waiting += [path / name for name in names if not name.startswith('.')]
+
+
+def _looks_like_image(path: Path) -> bool:
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    if not path.is_file():  # A pipe, which would never end, or a link to nowhere.
+        return False
+    with path.open('rb') as file:
+        return image_format(file.read(PREFIX_BYTES)) is not None
 
 
 def list_images(images: Any) -> tuple[list[Any], bool]:
     """Takes apart what a caller may give.
 
     Returns:
-      The single images, each a path, bytes, a Pillow image or an array, and whether one image was
-      given and no sequence.
+      The single images, each a path, bytes, a binary file, a Pillow image or an array, and whether
+      one image was given and no sequence.
 
     Raises:
       ConfigError: It is nothing of that.
     """
     if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)):
+        return [images], True
+    if _is_file(images):
         return [images], True
     if _is_array(images):
         array = np.asarray(images)
@@ -87,7 +139,7 @@ def list_images(images: Any) -> tuple[list[Any], bool]:
     if isinstance(images, Iterable) and not isinstance(images, (dict, set)):
         return list(images), False
     raise ConfigError(
-        f'images must be paths, bytes, Pillow images or arrays, one or several of them; got '
+        f'images must be paths, bytes, binary files, Pillow images or arrays, one or several; got '
         f'{type(images).__name__}'
     )
 
@@ -96,9 +148,9 @@ def load_image(image: Any, preprocessing: Preprocessing, name: object = None) ->
     """Reads one image as evaluation does, `[size, size, 3]` in uint8.
 
     Args:
-      image: A path, encoded bytes, a Pillow image, or an array: uint8, or floating point from 0 to
-        1 (which is rounded to 255ths), `[height, width]` or `[height, width, 1, 3 or 4]`. Alpha is
-        dropped.
+      image: A path, encoded bytes, a file opened for reading bytes (read from where it stands), a
+        Pillow image, or an array: uint8, or floating point from 0 to 1 (which is rounded to
+        255ths), `[height, width]` or `[height, width, 1, 3 or 4]`. Alpha is dropped.
       preprocessing: Of the network.
       name: What to call the image in errors, where it is no path.
 
@@ -107,63 +159,76 @@ def load_image(image: Any, preprocessing: Preprocessing, name: object = None) ->
     """
     if isinstance(image, (str, os.PathLike)):
         name = image
+    options = (
+        preprocessing.test_size,
+        preprocessing.crop_fraction,
+        preprocessing.interpolation,
+    )
     try:
-        return preprocess.resize_and_crop(
-            _decode(image),
-            preprocessing.test_size,
-            preprocessing.crop_fraction,
-            preprocessing.interpolation,
-        )
+        with _encoded(image) as data:
+            if data is not None:
+                return preprocess.decode_and_crop(data, *options)
+            return preprocess.resize_and_crop(_pixels(image), *options)
     except DataError as error:
         reason = str(error)
     except MemoryError:
         reason = 'there is not enough memory to decode it'
-    except OSError as error:
-        reason = f'cannot be read ({error.strerror or error})'
+    except (OSError, ValueError) as error:  # A ValueError: a name with a NUL byte, a closed file.
+        reason = f'cannot be read ({files.reason(error)})'
     raise DataError(f'{one_line(name)}: {one_line(reason)}')
 
 
-def _decode(image: Any) -> preprocess.RGB:
+@contextlib.contextmanager
+def _encoded(image: Any) -> Iterator[bytes | None]:
+    """Gives the encoded bytes of an image that has some, None for pixels."""
     if isinstance(image, (str, os.PathLike)):
-        return preprocess.decode(_read(Path(image)))
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return preprocess.decode(bytes(image))
+        path = Path(image)
+        if path.is_dir():
+            _refuse_folder(path)
+        with image_file(path) as data:
+            yield data
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        yield bytes(image)
+    elif _is_file(image):
+        data = image.read(MAX_FILE_BYTES + 1)
+        if not isinstance(data, bytes):
+            raise DataError("a file of text; open it with mode 'rb'")
+        yield data
+    else:
+        yield None
+
+
+def _pixels(image: Any) -> preprocess.RGB:
     if isinstance(image, Image.Image):
         return _from_pillow(image)
     if _is_array(image):
         return _from_array(np.asarray(image))
     raise DataError(
-        f'an image is a path, bytes, a Pillow image or an array, not {type(image).__name__}'
+        'an image is a path, bytes, a binary file, a Pillow image or an array, not '
+        f'{type(image).__name__}'
     )
 
 
-def _read(path: Path) -> bytes:
-    if path.is_dir():
-        os.listdir(path)  # Raises where that is what is wrong.
-        raise DataError(f'a folder that holds no image itself (files ending in {SUFFIXES[0]}, ...)')
-    if not path.exists():
-        raise DataError('no such file')
-    if not path.is_file():  # A pipe or a device, which may never end.
-        raise DataError('not a file')
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise DataError(f'{size:,} bytes are more than any image of a size that is read')
-    return path.read_bytes()
+def _refuse_folder(path: Path) -> None:
+    os.listdir(path)  # Raises where that is what is wrong.
+    if any(found.is_file() for found in find_images(path)):
+        raise DataError('a folder, not an image; stream() goes through the images of a folder')
+    raise DataError(f'a folder that holds no image itself (files ending in {SUFFIXES[0]}, ...)')
 
 
 def _from_pillow(image: Image.Image) -> preprocess.RGB:
-    if image.width * image.height > preprocess.MAX_PIXELS:
-        raise DataError(
-            f'image of {image.width}x{image.height} pixels, more than '
-            f'{preprocess.MAX_PIXELS:,} are not read'
-        )
+    check_size(*image.size)
     try:
         image = image.copy()  # The conversion must not change the caller's.
     except MemoryError:
         raise
     except Exception as error:  # Opened and not decoded before: damage makes errors of any kind.
         raise DataError(f'damaged image: {error}') from error
-    return np.asarray(preprocess.to_rgb(image))
+    return preprocess.to_array(preprocess.to_rgb(image))
+
+
+def _is_file(value: Any) -> bool:
+    return callable(getattr(value, 'read', None))
 
 
 def _is_array(value: Any) -> bool:

@@ -18,41 +18,19 @@ from jaxtyping import Array, Float, UInt8
 from gcnet_jax.data.augment import normalize
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, unknown_name
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
-from gcnet_jax.inference.images import find_images, list_images, load_ahead, load_image
+from gcnet_jax.inference.images import (
+    LeftOut,
+    find_images,
+    list_images,
+    load_ahead,
+    load_image,
+)
+from gcnet_jax.inference.prediction import Prediction
 from gcnet_jax.inference.quantize import WEIGHTS, dequantize_kernels, quantize_kernels
 from gcnet_jax.stored_model import ModelDescription, find_checkpoint, load_variables
 
 CHOICES = ('best', 'newest')
 LOGITS, POOLED = 'logits', 'pooled'
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """The most probable classes of one image, the most probable first.
-
-    Attributes:
-      labels: Their names; 'class 7' where the checkpoint knows no names.
-      probabilities: Of the softmax over all classes.
-      classes: Their numbers, in the order of the logits.
-    """
-
-    labels: tuple[str, ...]
-    probabilities: tuple[float, ...]
-    classes: tuple[int, ...]
-
-    @property
-    def label(self) -> str:
-        """The most probable label."""
-        return self.labels[0]
-
-    @property
-    def probability(self) -> float:
-        """The probability of the most probable label."""
-        return self.probabilities[0]
-
-    def __str__(self) -> str:
-        pairs = zip(self.labels, self.probabilities, strict=True)
-        return ', '.join(f'{label} {probability:.1%}' for label, probability in pairs)
 
 
 class Classifier:
@@ -149,9 +127,9 @@ class Classifier:
         """Classifies one image or several.
 
         Args:
-          images: A path, encoded bytes, a Pillow image or an array (uint8, or floating point in
-            0..1; `[height, width]`, `[height, width, 1, 3 or 4]`, or with a batch dimension in
-            front), or a sequence of them, of any sizes.
+          images: A path, encoded bytes, a file opened for reading bytes, a Pillow image or an array
+            (uint8, or floating point in 0..1; `[height, width]`, `[height, width, 1, 3 or 4]`, or
+            with a batch dimension in front), or a sequence of them, of any sizes.
           top_k: Number of classes to tell.
 
         Returns:
@@ -167,7 +145,12 @@ class Classifier:
         return predictions[0] if single else predictions
 
     def stream(
-        self, source: Any, *, top_k: int = 5, num_threads: int | None = None
+        self,
+        source: Any,
+        *,
+        top_k: int = 5,
+        num_threads: int | None = None,
+        left_out: LeftOut | None = None,
     ) -> Iterator[tuple[Any, Prediction | DataError]]:
         """Classifies a folder of any size, or any number of paths, in bounded memory.
 
@@ -178,6 +161,7 @@ class Classifier:
             them, which is read no more than two batches ahead.
           top_k: Number of classes to tell.
           num_threads: Threads that decode; None for one a processor, at most 16.
+          left_out: Counts the files of folders that are no images.
 
         Yields:
           Each path, in order, with its prediction, or with the DataError that says why there is
@@ -187,10 +171,16 @@ class Classifier:
           ConfigError: The network has no classifier.
         """
         top_k = self._check_top_k(top_k)
-        return (
-            (path, row if isinstance(row, DataError) else self._prediction(row, top_k))
-            for path, row in self.stream_features(source, LOGITS, num_threads=num_threads)
-        )
+        rows = self.stream_features(source, LOGITS, num_threads=num_threads, left_out=left_out)
+        return self._predictions(rows, top_k)
+
+    def _predictions(
+        self, rows: Iterator[tuple[Any, np.ndarray | DataError]], top_k: int
+    ) -> Iterator[tuple[Any, Prediction | DataError]]:
+        # Closing this generator must end the threads behind the rows, too.
+        with contextlib.closing(rows):
+            for path, row in rows:
+                yield path, row if isinstance(row, DataError) else self._prediction(row, top_k)
 
     def features(
         self, images: Any, layer: str = POOLED
@@ -217,11 +207,16 @@ class Classifier:
         return np.stack(rows) if rows else np.zeros((0, *self.layers[layer]), np.float32)
 
     def stream_features(
-        self, source: Any, layer: str = POOLED, *, num_threads: int | None = None
+        self,
+        source: Any,
+        layer: str = POOLED,
+        *,
+        num_threads: int | None = None,
+        left_out: LeftOut | None = None,
     ) -> Iterator[tuple[Any, Float[np.ndarray, '*features'] | DataError]]:
         """Computes the features of a folder of any size, as `stream` classifies it."""
         self._check_layer(layer)
-        return self._rows(find_images(source), layer, num_threads, self._load_path)
+        return self._rows(find_images(source, left_out), layer, num_threads, self._load_path)
 
     def dispatch(
         self, images: UInt8[np.ndarray, 'batch height width 3'], layer: str = LOGITS

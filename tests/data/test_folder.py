@@ -1,6 +1,7 @@
 """Preparing a folder of images, and reading it back by its name."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from gcnet_jax.data import records
 from gcnet_jax.data.folder import prepare_folder
-from gcnet_jax.data.sources import load_source
+from gcnet_jax.data.sources import default_split, load_source
 from gcnet_jax.errors import ConfigError, DataError
 
 
@@ -181,6 +182,163 @@ def test_a_class_that_is_damaged_altogether_is_refused(fill, data_dir):
     (root / 'b' / '0.png').write_bytes(b'')
     with pytest.raises(DataError, match='no readable image of b'):
         prepare_folder(root, 'letters', data_dir, skip_damaged=True)
+
+
+@pytest.mark.parametrize(
+    ('names', 'message'),
+    [
+        (['cat\ndog', 'b'], r"'cat\\ndog' cannot name a class: it contains a line break"),
+        (['cat\rdog', 'b'], r"'cat\\rdog' .* line break"),
+        (['cat\x85dog', 'b'], r"'cat\\x85dog' .* line break"),
+        (['cat\u2028dog', 'b'], r"'cat\\u2028dog' .* line break"),
+        (['\x1b[31mcat', 'b'], r"'\\x1b\[31mcat' .* control character"),
+        ([' ', 'b'], r"' ' cannot name a class: it is blank"),
+        (['\u3000', 'b'], r"'\\u3000' cannot name a class: it is blank"),
+        (['\ufeff', 'b'], 'it is blank'),
+        (['\u200b', 'b'], 'it is blank'),
+        (['cat ', 'b'], r"'cat ' .* begins or ends with a blank"),
+        (['\xa0cat', 'b'], r"'\\xa0cat' .* begins or ends with a blank"),
+        (['\ufeffcat', 'b'], r"'\\ufeffcat' .* begins or ends with a blank"),
+        (['sea lion', 'sea  lion'], r"'sea  lion' and 'sea lion' differ only in blanks"),
+        (['sea lion', 'sea\xa0lion'], 'differ only in blanks'),
+        (['cafe\u0301', 'caf\xe9'], 'how their letters are encoded'),
+        ([os.fsdecode(b'caf\xe9'), 'b'], r"'caf\\udce9' cannot name a class: it is not UTF-8"),
+    ],
+)
+def test_class_names_that_label_files_cannot_keep_are_refused(fill, data_dir, names, message):
+    root = fill(dict.fromkeys(names, 1))
+    with pytest.raises(DataError, match=message) as caught:
+        prepare_folder(root, 'letters', data_dir)
+    assert str(caught.value).isprintable()
+    assert not os.path.exists(data_dir)
+    # In a split other than train as well.
+    root = fill(
+        {'train/a': 1, 'train/b': 1, f'val/{names[0]}': 1, f'val/{names[1]}': 1}, root / 'x'
+    )
+    with pytest.raises(DataError, match=message):
+        prepare_folder(root, 'letters', data_dir)
+
+
+def test_unusual_class_names_are_kept(fill, data_dir):
+    names = ('Sea lion', 'sea lion', '日本', 'a, b', '#1', "d'or", '🐈\u200d⬛', '  '.join('ab'))
+    names = tuple(sorted(names))
+    prepare_folder(fill(dict.fromkeys(names, 2)), 'letters', data_dir, test_fraction=0)
+    source = load_source('letters', 'train', data_dir)
+    assert source.label_names == names
+    assert {source[index]['label'] for index in range(len(source))} == set(range(len(names)))
+
+
+def test_file_names_that_are_no_utf8_are_copied_faithfully(fill, data_dir, make):
+    root = fill({'train/a': 1, 'train/b': 1})
+    name = os.fsdecode(b'caf\xe9\n.png')
+    (root / 'train' / 'a' / '0.png').rename(root / 'train' / 'a' / name)
+    prepare_folder(root, 'letters', data_dir, test_fraction=0)
+    assert contents('letters', 'train', data_dir) == files(root, 'train')
+    source = load_source('letters', 'train', data_dir)
+    stored = {bytes(source._read(index)['file_name'].bytes_list.value[0]) for index in range(2)}
+    assert stored == {b'train/a/caf\xe9\n.png', b'train/b/0.png'}
+    described = [source.describe(index) for index in range(2)]
+    assert all(text.isprintable() for text in described)
+    (root / 'train' / 'a' / name).write_bytes(b'damaged')
+    with pytest.raises(DataError, match=r'caf\\udce9\\n\.png') as caught:
+        prepare_folder(root, 'letters', data_dir, overwrite=True)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ('train', 'others'),
+    [
+        ('train', {'val': 'validation', 'test': 'test'}),
+        ('Train', {'Test': 'test'}),
+        ('TRAIN', {'VAL': 'validation'}),
+        ('training', {'validation': 'validation', 'testing': 'test'}),
+        ('Training', {'Valid': 'validation'}),
+        ('flowers/train', {'flowers/test': 'test'}),
+        ('flowers/flowers/Train', {'flowers/flowers/Test': 'test'}),
+        ('train/train', {'test/test': 'test'}),
+        ('.', {}),
+        ('flowers', {}),
+        ('flowers/flowers', {}),
+        ('train', {}),
+    ],
+)
+def test_layouts_that_archives_have(fill, data_dir, train, others):
+    folders = {f'{train}/{label}': 4 for label in 'ab'}
+    folders |= {f'{folder}/{label}': 2 for folder in others for label in 'ab'}
+    root = fill(folders | {'__MACOSX/flowers/train': 2, '.git/a': 1})
+    for place in (root, root / 'flowers', root / 'train'):
+        if place.is_dir():
+            (place / '.DS_Store').write_bytes(b'x')
+            (place / 'Thumbs.db').write_bytes(b'x')
+            (place / 'README.txt').write_bytes(b'x')
+    (root / train / 'a' / 'Thumbs.db').write_bytes(b'x')
+    (root / train / 'a' / 'desktop.ini').write_bytes(b'x')
+    result = prepare_folder(root, 'letters', data_dir, test_fraction=0.25 if not others else 0.1)
+    assert result.label_names == ('a', 'b')
+    assert result.split_sizes['train'] == (8 if others else 6)
+    assert {key: size for key, size in result.split_sizes.items() if key != 'train'} == (
+        dict.fromkeys(others.values(), 4) if others else {'test': 2}
+    )
+    assert (result.damaged, result.empty) == ((), ())
+
+
+def test_a_folder_in_each_class_may_hold_the_images(fill, data_dir):
+    root = fill({'train/a/images': 2, 'train/b/images': 3})
+    result = prepare_folder(root, 'letters', data_dir, test_fraction=0)
+    assert result.split_sizes == {'train': 5}
+
+
+def test_classes_may_be_called_like_splits(fill, data_dir):
+    result = prepare_folder(fill({'train': 2, 'bus': 2, 'plane': 2}), 'traffic', data_dir)
+    assert result.label_names == ('bus', 'plane', 'train')
+
+
+@pytest.mark.parametrize(
+    'counts',
+    [
+        {'train/a': 1, 'train/b': 1, 'test': 3},
+        {'train/a': 1, 'train/b': 1, 'models': 3},
+        {'train/a': 1, 'train/b': 1, 'Train2/b': 3},
+        {'animals/cat': 2, 'animals/dog': 2, 'plants/rose': 2, 'plants/fern': 2},
+    ],
+)
+def test_advice_keeps_the_users_data(fill, data_dir, counts):
+    with pytest.raises(DataError) as caught:
+        prepare_folder(fill(counts), 'letters', data_dir)
+    assert not re.search('remove|delete', str(caught.value))
+    assert re.search('links|skip_damaged', str(caught.value))
+
+
+def test_empty_classes_are_named(fill, data_dir):
+    root = fill({'train/a': 2, 'train/b': 2, 'train/c': 0, 'val/a': 1, 'val/b': 0})
+    result = prepare_folder(root, 'letters', data_dir)
+    assert result.label_names == ('a', 'b')
+    assert result.empty == ('train/c', 'val/b')
+
+
+def test_ninety_images_with_validation_are_trained_on_with_the_settings(fill, data_dir):
+    counts = {f'{split}/{label}': n for split, n in (('train', 24), ('val', 6)) for label in 'abc'}
+    result = prepare_folder(fill(counts), 'letters', data_dir)
+    assert result.split_sizes == {'train': 72, 'validation': 18}
+    assert result.train_settings() == ('data.name=letters', 'data.evaluation_split=validation')
+    assert default_split('letters', data_dir, purpose='selection') == 'validation'
+    assert load_source('letters', None, data_dir).split == 'validation'
+
+
+def test_settings_name_splits_that_exist(fill, data_dir):
+    root = fill({'a': 10, 'b': 10})
+    assert prepare_folder(root, 'one', data_dir).train_settings() == ('data.name=one',)
+    settings = prepare_folder(root, 'two', data_dir, test_fraction=0).train_settings()
+    for setting in settings[1:]:
+        assert len(load_source('two', setting.split('=')[1], data_dir)) in (18, 2)
+
+
+def test_large_files_are_not_read(fill, data_dir):
+    root = fill({'a': 2, 'b': 2})
+    with (root / 'a' / 'sparse.png').open('wb') as file:
+        file.truncate(3_000_000_000)
+    with pytest.raises(DataError, match=r'sparse\.png \(3,000,000,000 bytes are more than'):
+        prepare_folder(root, 'letters', data_dir)
 
 
 @pytest.mark.parametrize('name', ['', 'Pets', 'my pets', '../pets', '1st', 'cifar10', 'digits'])

@@ -1,5 +1,6 @@
 """Sources by name: what they read, what they refuse, and that TensorFlow stays out."""
 
+import functools
 import pickle
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import tensorflow_datasets as tfds
 
 from gcnet_jax.data import records, sources
 from gcnet_jax.data.preprocess import decode
-from gcnet_jax.data.sources import load_source
-from gcnet_jax.errors import DataError
+from gcnet_jax.data.sources import default_split, load_source
+from gcnet_jax.errors import ConfigError, DataError
 
 
 class AnySet(records.ImageSet, skip_registration=True):
@@ -68,6 +69,52 @@ def data_dir(tmp_path_factory):
         )
     )
     return str(place)
+
+
+@pytest.fixture
+def with_splits(tmp_path, make):
+    """A function that prepares a set `any_set` of given splits, each with one label or none."""
+
+    def write(**labels):
+        image = make.encode(np.zeros((4, 4), np.uint8))
+        features = {
+            'image': tfds.features.Image(),
+            'label': tfds.features.ClassLabel(names=('a', 'b')),
+        }
+        builder = AnySet(features, [], tmp_path)
+        builder._splits = {
+            split: functools.partial(enumerate, [{'image': image, 'label': label}] * 2)
+            for split, label in labels.items()
+        }
+        prepare(builder)
+        return str(tmp_path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ('splits', 'selection', 'evaluation'),
+    [
+        ({'test': 1}, 'test', 'test'),
+        ({'validation': 1}, 'validation', 'validation'),
+        ({'validation': 1, 'test': 0}, 'validation', 'test'),
+        ({'validation': 1, 'test': -1}, 'validation', 'validation'),  # ImageNet's has no labels.
+    ],
+)
+def test_the_split_to_measure_on_is_one_that_exists(with_splits, splits, selection, evaluation):
+    place = with_splits(train=0, **splits)
+    assert default_split('any_set', place, purpose='selection') == selection
+    assert default_split('any_set', place, purpose='evaluation') == evaluation
+    assert load_source('any_set', None, place).split == evaluation
+    assert load_source('any_set', None, place, purpose='selection').split == selection
+
+
+def test_without_such_a_split_a_part_of_train_is_advised(with_splits):
+    place = with_splits(train=0)
+    with pytest.raises(DataError, match=r"no labelled split .*train \(2\).*'train\[90%:\]'"):
+        default_split('any_set', place)
+    with pytest.raises(ConfigError, match="unknown purpose of a split 'selektion'"):
+        default_split('any_set', place, purpose='selektion')
 
 
 def greys(source):
@@ -155,6 +202,16 @@ def test_a_set_that_is_not_prepared_says_how(data_dir):
     code = message.split('python -c "')[1].rstrip('"')
     assert f"builder('cifar10', file_format='array_record', data_dir='{data_dir}')" in code
     compile(code, 'command', 'exec')
+
+
+def test_a_set_that_is_downloaded_by_hand_says_what_goes_where(tmp_path):
+    with pytest.raises(DataError, match='downloaded by hand') as caught:
+        load_source('imagenet2012', 'train', str(tmp_path))
+    message = str(caught.value)
+    assert f'{tmp_path}/downloads/manual' in message
+    assert 'ILSVRC2012_img_train.tar' in message
+    assert message.isprintable()
+    assert 'pip install tensorflow-cpu' in message
 
 
 def test_a_data_dir_that_is_not_there(tmp_path):

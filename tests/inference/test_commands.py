@@ -1,6 +1,8 @@
 """The commands predict, evaluate and features: what they print and write, and their exit codes."""
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from gcnet_jax.commands.common import EXIT_SOME_IMAGES_FAILED
 from gcnet_jax.data import preprocess, sources
 from gcnet_jax.errors import DataError
 from gcnet_jax.inference.predictor import Classifier
+from gcnet_jax.stored_model import write_ported
 
 LABELS = ('ant', 'bee', 'cat', 'dog', 'elk', 'fox')
 
@@ -71,6 +74,54 @@ def test_bad_images_are_named_and_the_others_done(run, folder, tmp_path):
     assert f'{empty}: a folder that holds no image' in err[2]
     _, out, _ = run('predict', missing, folder / 'a.png', '--json')
     assert json.loads(out[0]) == {'image': str(missing), 'error': f'{missing}: no such file'}
+
+
+@pytest.mark.parametrize('command', ['predict', 'features', 'attention'])
+def test_what_is_left_out_of_folders_is_counted(run, folder, make, tmp_path, command):
+    (folder / 'notes.txt').write_text('about')
+    (folder / 'more' / 'film.mp4').write_bytes(b'\0\0\0\x18ftypisom')
+    (folder / 'photo').write_bytes(make.encode(make.picture(3)))
+    (folder / 'phone.heic').write_bytes(b'\0\0\0\x18ftypheic')
+    (folder / 'linked').symlink_to(folder / 'more')
+    out = {'features': ['--out', tmp_path / 'f.npz'], 'attention': ['--out', tmp_path / 'maps']}
+    code, printed, err = run(command, folder, *out.get(command, []))
+    assert code == EXIT_SOME_IMAGES_FAILED
+    assert len(err) == 2
+    assert 'phone.heic: HEIC images are not read' in err[0]
+    assert err[1] == (
+        f'gcnet_jax {command}: left out 2 files that are no image (first: {folder}/more/film.mp4)'
+    ) or err[1].endswith(f'(first: {folder}/linked/film.mp4)')
+    if command == 'features':
+        assert printed[0].startswith('wrote [4, ')  # One folder is linked, and done once.
+    else:
+        assert (
+            sum('.png: ' in line or 'photo: ' in line or '.jpg: ' in line for line in printed) == 4
+        )
+
+
+def test_names_cannot_write_to_the_terminal(run, stored, folder, make, tmp_path):
+    names = [os.fsdecode(b'caf\xe9.png'), 'a\nb.png', '\x1b[31m.png']
+    for name in names:
+        (folder / 'more' / name).write_bytes(make.encode(make.picture(4)))
+    (folder / 'more' / '\x1b]0;title\x07.png').write_bytes(b'damaged')
+    (folder / 'more' / '\x1b.txt').write_bytes(b'text')
+    labels = ('a\nb', '\x1b[2J', 'x' * 10_000, *LABELS[3:])
+    description = dataclasses.replace(stored.description, label_names=labels)
+    write_ported(tmp_path / 'network', description, stored.variables)
+    network = tmp_path / 'network'
+    code, out, err = run('predict', folder, '--top-k', 6, checkpoint=network)
+    assert (code, len(out), len(err)) == (3, 6, 2)
+    assert all(line.isprintable() and len(line) < 1_500 for line in out + err)
+    assert r'caf\udce9.png: ' in ''.join(out)
+    _, out, _ = run('predict', folder, '--json', '--top-k', 6, checkpoint=network)
+    answers = [json.loads(line) for line in out]
+    assert {Path(answer['image']).name for answer in answers} >= set(names)
+    assert {row['label'] for row in answers[0]['predictions']} == set(labels)
+    code, out, err = run('features', folder, '--out', tmp_path / 'f.npz', checkpoint=network)
+    assert (code, len(err)) == (3, 2)
+    code, out, err = run('attention', folder, '--out', tmp_path / 'maps', checkpoint=network)
+    assert (code, len(out) >= 6, len(err)) == (3, True, 2)
+    assert all(line.isprintable() for line in out + err)
 
 
 def test_pillows_warnings_do_not_come_between(run, make, tmp_path):
@@ -171,7 +222,7 @@ def test_evaluate_prints_and_writes(run, source, tmp_path):
     _, as_json, _ = run('evaluate', '--data', 'pictures', '--json', '--fold')
     first, second = json.loads((out / 'evaluation.json').read_text()), json.loads(as_json[0])
     assert first['confusion'] == second['confusion']
-    assert source[1] == ('pictures', 'test', None)
+    assert source[1] == ('pictures', None, None)  # Which split is the source's to choose.
 
 
 def test_evaluate_is_not_folded_unless_asked(run, source, monkeypatch):

@@ -1,5 +1,6 @@
 """Images of every kind become what evaluation sees, or one clear line."""
 
+import io
 import os
 import struct
 import threading
@@ -14,7 +15,7 @@ from PIL import Image
 
 from gcnet_jax.data import preprocess
 from gcnet_jax.errors import ConfigError, DataError
-from gcnet_jax.inference.images import find_images, list_images, load_ahead, load_image
+from gcnet_jax.inference.images import LeftOut, find_images, list_images, load_ahead, load_image
 from gcnet_jax.models.registry import Preprocessing
 
 PREPROCESSING = Preprocessing(interpolation='bicubic', crop_fraction=0.75, test_size=12)
@@ -135,26 +136,109 @@ def test_places_that_are_no_file_are_one_line(tmp_path):
 
 
 def test_too_little_memory_is_one_line(make, monkeypatch):
-    def fail(data):
+    def fail(image):
         raise MemoryError
 
-    monkeypatch.setattr(preprocess, 'decode', fail)
+    monkeypatch.setattr(preprocess, 'to_rgb', fail)
     with pytest.raises(DataError, match='image 0: there is not enough memory'):
         load_image(make.encode(make.picture(0)), PREPROCESSING, 'image 0')
 
 
-def test_folders_are_searched_in_order_by_ending(tmp_path):
-    for name in ('b.JPEG', 'a/2.png', 'a/1.webp', 'c.txt', '.hidden.png', 'd/.x/3.png', 'e.tif'):
+def test_folders_are_searched_in_order_by_ending_and_content(make, tmp_path):
+    image = make.encode(make.picture(0))
+    contents = {
+        **{'b.JPEG': b'', 'a/2.png': b'', 'a/1.webp': b'', '.hidden.png': b'', 'd/.x/3.png': b''},
+        **{'e.tif': b'', 'photo': image, 'f.jfif': image, 'g.dat': image, 'h.avif': b'', 'i': b''},
+        **{'c.txt': b'some text', 'k.heic': b'\0\0\0\x18ftypheic', 'l.mp4': b'\0\0\0\x18ftypisom'},
+    }
+    for name, data in contents.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b'')
+        path.write_bytes(data)
     (tmp_path / 'loop').symlink_to(tmp_path)
     (tmp_path / 'link.png').symlink_to(tmp_path / 'b.JPEG')
-    found = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path)]
-    assert found == ['a/1.webp', 'a/2.png', 'b.JPEG', 'e.tif', 'link.png']
+    os.mkfifo(tmp_path / 'pipe')
+    left_out = LeftOut()
+    found = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path, left_out)]
+    assert found == [
+        *('a/1.webp', 'a/2.png', 'b.JPEG', 'e.tif', 'f.jfif', 'g.dat', 'h.avif', 'k.heic'),
+        *('link.png', 'photo'),
+    ]
+    assert (left_out.count, left_out.first) == (4, tmp_path / 'c.txt')  # And i, l.mp4 and the pipe.
+    assert str(left_out) == f'left out 4 files that are no image (first: {tmp_path}/c.txt)'
     several = [tmp_path / 'c.txt', str(tmp_path / 'a'), tmp_path / 'd', tmp_path / 'none']
     names = [str(path.relative_to(tmp_path)) for path in find_images(several)]
     assert names == ['c.txt', 'a/1.webp', 'a/2.png', 'd', 'none']  # 'd' is empty.
+
+
+def test_linked_folders_are_searched_once(make, tmp_path):
+    root, elsewhere = tmp_path / 'root', tmp_path / 'elsewhere'
+    for path in (root / 'a' / '1.png', elsewhere / '2.png', elsewhere / 'deep' / '3.png'):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(make.encode(make.picture(0)))
+    (root / 'b').symlink_to(elsewhere)
+    (root / 'c').symlink_to(elsewhere / 'deep')
+    (elsewhere / 'deep' / 'up').symlink_to(root)
+    found = [str(path.relative_to(root)) for path in find_images(root)]
+    assert found == ['a/1.png', 'b/2.png', 'b/deep/3.png']
+
+
+def test_folders_nested_deeper_than_pythons_stack(tmp_path):
+    deepest = tmp_path
+    for _ in range(1500):
+        deepest /= 'd'
+        deepest.mkdir()
+    (deepest / '1.png').write_bytes(b'')
+    assert list(find_images(tmp_path)) == [deepest / '1.png']
+    (deepest / '1.png').unlink()
+    os.removedirs(deepest)  # pytest could not.
+
+
+def test_formats_that_are_not_read_are_named(tmp_path):
+    path = tmp_path / 'photo.heic'
+    path.write_bytes(b'\0\0\0\x18ftypheic' + bytes(99))
+    with pytest.raises(
+        DataError, match=r'photo.heic: HEIC images are not read; convert it to JPEG'
+    ):
+        load_image(path, PREPROCESSING)
+
+
+def test_files_that_are_open_are_read(make, tmp_path):
+    data = make.encode(make.picture(0))
+    (tmp_path / 'a.png').write_bytes(data)
+    expected_pixels = expected(make.picture(0))
+    with (tmp_path / 'a.png').open('rb') as file:
+        assert list_images(file) == ([file], True)
+        np.testing.assert_array_equal(load_image(file, PREPROCESSING), expected_pixels)
+    stream = io.BytesIO(b'before' + data)
+    stream.seek(6)
+    np.testing.assert_array_equal(load_image(stream, PREPROCESSING), expected_pixels)
+    with pytest.raises(DataError, match=r'image 0: cannot be read \(.*closed file'):
+        load_image(file, PREPROCESSING, 'image 0')
+    with pytest.raises(DataError, match=r"image 0: a file of text; open it with mode 'rb'"):
+        load_image(io.StringIO('text'), PREPROCESSING, 'image 0')
+    with pytest.raises(DataError, match='not an image'):
+        load_image(stream, PREPROCESSING, 'image 0')  # Read to its end.
+
+
+def test_sixteen_bits_are_scaled(make):
+    values = np.linspace(0, 65535, 48, dtype=np.uint16).reshape(6, 8)
+    eight = np.repeat(((values.astype(int) + 128) // 257).astype(np.uint8)[..., None], 3, axis=-1)
+    for data in (b'P5 8 6 65535 ' + values.astype('>u2').tobytes(), make.encode(values)):
+        np.testing.assert_array_equal(load_image(data, PREPROCESSING), expected(eight))
+
+
+def test_a_folder_in_the_place_of_an_image_is_explained(make, tmp_path):
+    (tmp_path / 'a.png').write_bytes(make.encode(make.picture(0)))
+    with pytest.raises(DataError, match=r'a folder, not an image; stream\(\) goes through'):
+        load_image(tmp_path, PREPROCESSING)
+
+
+def test_names_with_anything_in_them_are_one_line(make, tmp_path):
+    for name in (os.fsdecode(b'caf\xe9.png'), 'a\nb.png', '\x1b[31m.png', 'a\0b.png'):
+        with pytest.raises(DataError) as caught:
+            load_image(tmp_path / name, PREPROCESSING)
+        assert str(caught.value).isprintable()
 
 
 def test_one_image_and_several_are_told_apart(make):
@@ -198,6 +282,12 @@ def test_closing_ends_the_threads_and_errors_come_through():
     assert next(results) == (0, 0)
     results.close()
     assert threading.active_count() == before
+    for problem in (KeyboardInterrupt, GeneratorExit):  # While it waits, or its caller does.
+        results = load_ahead(lambda item: item, iter(range(10**9)), num_threads=4, ahead=8)
+        next(results)
+        with pytest.raises(problem):
+            results.throw(problem)
+        assert threading.active_count() == before
     with pytest.raises(ZeroDivisionError):
         list(load_ahead(lambda item: 1 // item, [1, 0], num_threads=1, ahead=1))
     assert threading.active_count() == before

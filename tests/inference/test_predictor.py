@@ -1,11 +1,14 @@
 """The classifier: its answers against the plain network, its batches, and how it fails."""
 
 import dataclasses
+import io
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -18,6 +21,8 @@ from gcnet_jax.checksums import json_checksum
 from gcnet_jax.data import preprocess
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError
 from gcnet_jax.inference import predictor
+from gcnet_jax.inference.images import LeftOut
+from gcnet_jax.inference.prediction import Prediction
 from gcnet_jax.inference.predictor import Classifier, batch_buckets
 from gcnet_jax.stored_model import write_ported
 
@@ -232,6 +237,41 @@ def test_a_stream_takes_paths_without_an_end(classifier, folder):
         assert next(stream)[0] == taken[index]
     assert len(taken) <= 20 + 4 * classifier.batch_size
     stream.close()
+
+
+def test_closing_a_stream_ends_its_threads(classifier, folder):
+    before = threading.active_count()
+    for problem in (GeneratorExit, KeyboardInterrupt):
+        stream = classifier.stream(itertools.cycle(sorted(folder.iterdir())), num_threads=3)
+        next(stream)
+        with pytest.raises(problem):
+            stream.throw(problem)
+        assert threading.active_count() == before
+    stream = classifier.stream(itertools.cycle(sorted(folder.iterdir())), num_threads=3)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+
+
+def test_an_open_file_is_an_image_and_a_folder_is_not(classifier, pictures, folder):
+    path = folder / '00.png'
+    with path.open('rb') as file:
+        assert classifier(file) == classifier(path)
+    assert classifier([io.BytesIO(path.read_bytes())]) == [classifier(path)]
+    with pytest.raises(DataError, match=r'a folder, not an image; stream\(\) goes through'):
+        classifier(folder)
+    left_out = LeftOut()
+    (folder / 'notes').write_text('about')
+    assert len(list(classifier.stream(folder, left_out=left_out))) == COUNT
+    assert left_out.count == 1
+
+
+def test_labels_are_printed_on_one_line():
+    prediction = Prediction(('a\nb', 'x' * 1_000), (0.75, 0.25), (0, 1))
+    assert str(prediction).isprintable()
+    assert str(prediction).startswith(r'a\nb 75.0%, xxx')
+    assert len(str(prediction)) < 150
+    assert prediction.label == 'a\nb'
 
 
 def test_a_stream_of_nothing_but_bad_files_computes_nothing(classifier, tmp_path):
