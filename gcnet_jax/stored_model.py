@@ -22,11 +22,14 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from gcnet_jax.errors import CheckpointError
+from gcnet_jax.files import as_place, explain_bucket, is_bucket
 from gcnet_jax.models.registry import IMAGENET, Preprocessing, create_model
 
 FORMAT_VERSION = 1
 CHECKPOINTS = 'checkpoints'
 METRICS = 'metrics'
+# In a bucket: the file that Orbax writes into a checkpoint when all else is there.
+COMMITTED = 'commit_success.txt'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +88,14 @@ class ModelDescription:
 
 def step_directories(directory: str | os.PathLike) -> dict[int, Path]:
     """Returns the checkpoints under a workdir or its `checkpoints` by step, oldest first."""
-    root = Path(directory).absolute()
+    root = as_place(directory, 'checkpoint')
     root = root / CHECKPOINTS if (root / CHECKPOINTS).is_dir() else root
     if not root.is_dir():
         return {}
     found = {int(path.name): path for path in root.iterdir() if re.fullmatch(r'\d+', path.name)}
+    if is_bucket(root):
+        # Nothing can be renamed there: Orbax marks what it has written completely.
+        found = {step: path for step, path in found.items() if (path / COMMITTED).exists()}
     return dict(sorted(found.items()))
 
 
@@ -103,10 +109,11 @@ def find_checkpoint(directory: str | os.PathLike, choose: str = 'newest') -> Pat
     Raises:
       CheckpointError: There is no checkpoint.
     """
-    path = Path(directory).absolute()
-    if (path / 'variables').is_dir():
-        return path
-    found = step_directories(path)
+    path = as_place(directory, 'checkpoint')
+    with explain_bucket(path, CheckpointError):
+        if (path / 'variables').is_dir():
+            return path
+        found = step_directories(path)
     if not found:
         missing = 'no such directory' if not path.is_dir() else 'no checkpoint in it'
         raise CheckpointError(
@@ -291,7 +298,7 @@ def write_ported(
     Raises:
       CheckpointError: The directory holds something already.
     """
-    root = Path(directory).absolute()
+    root = as_place(directory)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise CheckpointError(f'{directory} exists and is not empty; name a new directory')
     stored = {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}

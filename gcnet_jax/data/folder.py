@@ -15,6 +15,7 @@ from gcnet_jax.data import digits
 from gcnet_jax.data.preprocess import verify
 from gcnet_jax.data.records import VERSION, Example, ImageSet, default_data_dir, write_image_set
 from gcnet_jax.errors import ConfigError, DataError
+from gcnet_jax.files import as_path
 
 # Folder beside `train` -> split, by TFDS's usual names.
 EVALUATION_FOLDERS = {'val': 'validation', 'valid': 'validation', 'validation': 'validation'} | {
@@ -79,7 +80,7 @@ def prepare_folder(
       ConfigError: If the name or the fraction cannot be used, or the name is taken.
       DataError: If the folder has no such form, an image is damaged, or data_dir cannot be written.
     """
-    root = Path(directory).expanduser()
+    root = as_path(directory)
     _check_name(name, data_dir, overwrite)
     if not 0 <= test_fraction < 1:
         raise ConfigError(f'test_fraction is {test_fraction}; it is at least 0 and less than 1')
@@ -116,7 +117,7 @@ def _check_name(name: str, data_dir: str | None, overwrite: bool) -> None:
     taken = name == digits.NAME or name in tfds.list_builders(with_community_datasets=False)
     if taken:
         raise ConfigError(f'{name!r} is the name of another data set; choose a name of your own')
-    place = Path(data_dir or default_data_dir()).expanduser() / name
+    place = as_path(data_dir or default_data_dir(), 'data_dir') / name
     if place.exists() and not overwrite:
         raise ConfigError(
             f'data set {name!r} is already in {str(place)!r}; choose another name or overwrite it'

@@ -9,7 +9,6 @@ one. Orbax writes them together or not at all.
 import contextlib
 import errno
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from gcnet_jax.errors import CheckpointError
+from gcnet_jax.files import as_place, is_bucket
 from gcnet_jax.stored_model import (
     CHECKPOINTS,
     METRICS,
@@ -93,7 +93,7 @@ class CheckpointStore:
         keep: int,
         say: Callable[[str], None] = print,
     ) -> None:
-        self._root = workdir.absolute() / CHECKPOINTS
+        self._root = as_place(workdir) / CHECKPOINTS
         self._description = description.to_json()
         self._say = say
         self._set_aside_unreadable()
@@ -241,8 +241,11 @@ class CheckpointStore:
             return
         for step in steps:
             target = self._root.parent / f'damaged-checkpoint-{step}'
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(self._root / str(step), target)
+            if is_bucket(target):
+                target.rmtree(missing_ok=True)
+            else:
+                shutil.rmtree(target, ignore_errors=True)
+            (self._root / str(step)).rename(target)
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk.
