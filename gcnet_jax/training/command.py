@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gcnet_jax.errors import ConfigError, UserError, unknown_name
-from gcnet_jax.files import as_path, as_place
+from gcnet_jax.files import as_path, as_place, is_bucket
 from gcnet_jax.training.config import leaves
 
 FAILED = 1
@@ -109,7 +109,14 @@ def read_flags(
     file, _, variant = values.config.partition(':')
     config = _override(load_config(file, variant), overrides)
     name = Path(file).stem + (f'_{variant}' if variant else '')
-    return config, name, as_place(values.workdir, '--workdir') if values.workdir else None
+    return config, name, _workdir(values.workdir)
+
+
+def _workdir(text: str | None) -> Path | None:
+    if not text:
+        return None
+    place = as_place(text, '--workdir')
+    return place if is_bucket(place) else as_path(text, '--workdir')
 
 
 def load_config(file: str, variant: str = '') -> ConfigDict:
