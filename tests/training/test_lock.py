@@ -106,7 +106,8 @@ def test_a_reused_process_id_is_another_process(tmp_path, without_flock):
 
 def test_a_forked_child_of_a_dead_run_does_not_block(tmp_path, monkeypatch):
     write_lock(tmp_path, started='1')
-    monkeypatch.setattr(lock, '_flock', lambda file, found=iter([False, True]): next(found))
+    found = iter([False, True])
+    monkeypatch.setattr(lock, '_flock', lambda file: next(found))
     with hold_workdir(tmp_path):
         pass
 
