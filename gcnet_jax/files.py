@@ -70,7 +70,10 @@ def as_place(place: str | os.PathLike, what: str = 'path') -> Any:
     inside = text[len('gs:') :].strip('/')
     if not inside:
         raise ConfigError(f'{what} {one_line(text)} names no bucket; write gs://BUCKET/PATH')
-    if not any(importlib.util.find_spec(name) for name in ('gcsfs', 'tensorflow')):
+    # Orbax asks google.cloud.storage about the bucket; etils.epath takes either of the others.
+    if not (
+        _can_import('google.cloud.storage') and (_can_import('gcsfs') or _can_import('tensorflow'))
+    ):
         raise ConfigError(
             f'{what} {one_line(text)}: buckets are read through gcsfs, which is not installed; '
             'pip install gcsfs, or name a local path'
@@ -83,6 +86,13 @@ def as_place(place: str | os.PathLike, what: str = 'path') -> Any:
 def is_bucket(place: object) -> bool:
     """Returns whether `as_place` takes a path to be in a bucket."""
     return _scheme(str(place)) == 'gs'
+
+
+def _can_import(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # Of a package above it.
+        return False
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ one. Orbax writes them together or not at all.
 import contextlib
 import errno
 import json
+import logging
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from gcnet_jax.errors import CheckpointError
-from gcnet_jax.files import as_place, is_bucket
+from gcnet_jax.files import as_place, explain_bucket, is_bucket
 from gcnet_jax.stored_model import (
     CHECKPOINTS,
     METRICS,
@@ -117,6 +118,9 @@ class CheckpointStore:
                 cleanup_tmp_directories=True,
             ),
         )
+        # Orbax logs what fails in the background with a traceback, and then raises it here.
+        self._filter = _WithoutExplained(is_bucket(self._root))
+        logging.getLogger('absl').addFilter(self._filter)
 
     @property
     def newest(self) -> int | None:
@@ -138,7 +142,7 @@ class CheckpointStore:
         """
         items = _split(state)
         metrics = dict(metrics)
-        with self.explain_errors():
+        with self.explain_errors(), explain_bucket(self._root, CheckpointError):
             sums = {name: checksums(item) for name, item in items.items()}
             sums |= {'position': _json_checksum(position), METRICS: _json_checksum(metrics)}
             self._manager.save(
@@ -253,13 +257,16 @@ class CheckpointStore:
         Raises:
           CheckpointError: No space is left; the checkpoints before are whole.
         """
-        with self.explain_errors():
+        with self.explain_errors(), explain_bucket(self._root, CheckpointError):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes what is being saved."""
-        with self.explain_errors():
-            self._manager.close()
+        try:
+            with self.explain_errors(), explain_bucket(self._root, CheckpointError):
+                self._manager.close()
+        finally:
+            logging.getLogger('absl').removeFilter(self._filter)
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
@@ -273,6 +280,18 @@ class CheckpointStore:
                     'make room and run the same command again'
                 ) from error
             raise
+
+
+class _WithoutExplained(logging.Filter):
+    """Drops the log records of errors that `CheckpointStore.explain_errors` reports in one line."""
+
+    def __init__(self, in_bucket: bool) -> None:
+        super().__init__()
+        self._in_bucket = in_bucket
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or not (self._in_bucket or no_space_left(error))
 
 
 def no_space_left(error: BaseException | None) -> bool:
