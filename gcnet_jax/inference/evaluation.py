@@ -239,7 +239,7 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> tu
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f'cannot make {one_line(directory)}: {reason(error)}') from error
+        raise DataError(f'cannot write into {one_line(directory)}: {reason(error)}') from error
     with write_whole(report, DataError) as aside:
         aside.write_text(json.dumps(evaluation.to_json(), indent=1) + '\n')
     with write_whole(picture, DataError) as aside:

@@ -13,8 +13,10 @@ import jax
 import pytest
 
 from gcnet_jax.errors import CheckpointError
+from gcnet_jax.files import as_place
 from gcnet_jax.training import lock
 from gcnet_jax.training.lock import LOCK_FILE, WorkdirLock, hold_workdir, this_process
+from tests.bucket import local_bucket
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -195,3 +197,41 @@ def test_a_directory_that_cannot_be_locked_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(lock.os, 'open', refuse)
     with pytest.raises(CheckpointError, match='Read-only file system'), hold_workdir(tmp_path):
         pass
+
+
+def test_a_bucket_is_locked_by_its_heartbeat(tmp_path):
+    with local_bucket(tmp_path) as bucket:
+        workdir = as_place(f'{bucket}/run')
+        with hold_workdir(workdir):
+            with pytest.raises(CheckpointError, match=r'gs://bucket/run is in use by process'):
+                WorkdirLock(workdir)
+            first = json.loads((workdir / LOCK_FILE).read_text())
+            deadline = time.monotonic() + 5
+            while json.loads((workdir / LOCK_FILE).read_text()) == first:
+                assert time.monotonic() < deadline
+                time.sleep(0.06)
+        assert not (workdir / LOCK_FILE).exists()
+        said = []
+        for changes in ({'started': '1'}, {'machine': 'other'}):
+            holder = dataclasses.asdict(dataclasses.replace(this_process(), **changes))
+            content = json.dumps(holder | {'beat': time.time()})
+            (workdir / LOCK_FILE).write_text(content)
+            with hold_workdir(workdir, said.append):
+                pass
+        assert len(said) == 1  # Only another machine's has to be watched.
+
+
+def test_a_bucket_that_refuses_is_one_line(tmp_path, monkeypatch):
+    with local_bucket(tmp_path) as bucket:
+        workdir = as_place(f'{bucket}/run')
+
+        def refuse(self, place):
+            raise KeyError('Anonymous caller does not have access\nto the bucket')
+
+        monkeypatch.setattr(WorkdirLock, '_content', refuse)
+        with (
+            pytest.raises(CheckpointError, match=r'^--workdir gs://bucket/run cannot be used') as c,
+            hold_workdir(workdir),
+        ):
+            pass
+        assert str(c.value).isprintable()
