@@ -6,17 +6,119 @@ block for ever, and a sparse file of terabytes would fill the memory.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
+import re
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gcnet_jax.errors import UserError, one_line
+from gcnet_jax.errors import ConfigError, UserError, one_line
 
 # Largest JSON file that is read: ample for a thousand label names of any length.
 MAX_JSON_BYTES = 10_000_000
+# Two letters or more: 'C:/' is a drive. pathlib makes 'gs:/' of 'gs://'.
+_URL = re.compile(r'([A-Za-z][A-Za-z0-9+.-]+):/')
+
+
+def as_path(place: str | os.PathLike, what: str = 'path') -> Path:
+    """Returns the path of a local file or directory, with a leading `~` expanded.
+
+    Args:
+      place: The path as the user wrote it.
+      what: The flag or setting, named in errors.
+
+    Raises:
+      ConfigError: It is a URL, or the home directory is unknown.
+    """
+    text = os.fsdecode(place)
+    if _scheme(text):
+        raise ConfigError(f'{what} {one_line(text)} is a URL; name a local path')
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as problem:
+        raise ConfigError(
+            f'{what} {one_line(text)}: the home directory is unknown; write the path in full'
+        ) from problem
+
+
+def as_place(place: str | os.PathLike, what: str = 'path') -> Any:
+    """Returns the absolute path of a run or a checkpoint, locally or in a bucket.
+
+    Args:
+      place: A local path, or `gs://BUCKET/PATH`.
+      what: The flag or setting, named in errors.
+
+    Returns:
+      A `pathlib.Path`, or for a bucket an `etils.epath.Path`, which has the same methods except
+      that `absolute()` must not be called.
+
+    Raises:
+      ConfigError: Another kind of URL, no bucket, or buckets cannot be read in this environment.
+    """
+    text = os.fsdecode(place)
+    scheme = _scheme(text)
+    if scheme is None:
+        return as_path(text, what).absolute()
+    if scheme != 'gs':
+        raise ConfigError(
+            f'{what} {one_line(text)}: {scheme}:// is not supported; name a local path, or a '
+            'bucket of Google Cloud Storage as gs://BUCKET/PATH'
+        )
+    inside = text[len('gs:') :].strip('/')
+    if not inside:
+        raise ConfigError(f'{what} {one_line(text)} names no bucket; write gs://BUCKET/PATH')
+    # Orbax asks google.cloud.storage about the bucket; etils.epath takes either of the others.
+    if not (
+        _can_import('google.cloud.storage') and (_can_import('gcsfs') or _can_import('tensorflow'))
+    ):
+        raise ConfigError(
+            f'{what} {one_line(text)}: buckets are read through gcsfs, which is not installed; '
+            'pip install gcsfs, or name a local path'
+        )
+    from etils import epath
+
+    return epath.Path(f'gs://{inside}')
+
+
+def is_bucket(place: object) -> bool:
+    """Returns whether `as_place` takes a path to be in a bucket."""
+    return _scheme(str(place)) == 'gs'
+
+
+def _can_import(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # Of a package above it.
+        return False
+
+
+@contextlib.contextmanager
+def explain_bucket(place: object, error: type[UserError], what: str = '') -> Iterator[None]:
+    """Turns what a bucket's client library raises into one line; does nothing for local paths.
+
+    Raises:
+      UserError: Of the type `error`: no credentials, no such bucket, no permission, no network.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as problem:  # Each library has its own kinds.
+        if not is_bucket(place):
+            raise
+        raise error(
+            f'{what} {one_line(place)} cannot be used: '.lstrip()
+            + f'{type(problem).__name__}: {reason(problem)}'
+        ) from problem
+
+
+def _scheme(text: str) -> str | None:
+    found = _URL.match(text)
+    return found[1].lower() if found else None
 
 
 def read_bytes(path: str | os.PathLike, max_bytes: int, error: type[UserError]) -> bytes:
@@ -25,6 +127,8 @@ def read_bytes(path: str | os.PathLike, max_bytes: int, error: type[UserError]) 
     Raises:
       UserError: Of the type `error`, in one line that names the file and the reason.
     """
+    if is_bucket(path):
+        return _read_object(path, max_bytes, error)
     try:
         with open(path, 'rb', opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
@@ -39,6 +143,15 @@ def read_bytes(path: str | os.PathLike, max_bytes: int, error: type[UserError]) 
         raise
     except (OSError, ValueError) as problem:  # A ValueError: a name with a NUL byte.
         raise error(f'cannot read {one_line(path)}: {reason(problem)}') from problem
+
+
+def _read_object(path: Any, max_bytes: int, error: type[UserError]) -> bytes:
+    """Reads a file in a bucket, where there is nothing but regular files."""
+    with explain_bucket(path, error):
+        size = path.stat().length
+        if size > max_bytes:
+            raise error(f'{one_line(path)} has {size:,} bytes; at most {max_bytes:,} are read')
+        return path.read_bytes()
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -81,11 +194,12 @@ def write_whole(path: str | os.PathLike, error: type[UserError]) -> Iterator[Pat
       UserError: Of the type `error`, in one line, where the system does not let the file be
         written. The reason of a removal that also fails is not reported.
     """
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.partial')
+    path = path if is_bucket(path) else Path(path)
+    # Not to be guessed: in a directory that others can write to, a link could wait under the name.
+    partial = path.with_name(f'.{path.name[:100]}.{secrets.token_hex(4)}.partial')
     try:
         yield partial
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as problem:
         raise error(f'cannot write {one_line(path)}: {reason(problem)}') from problem
     finally:

@@ -19,7 +19,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """
     path = workdir / METRICS_FILE
     try:
-        texts = path.read_text(errors='replace').splitlines()
+        texts = path.read_bytes().decode(errors='replace').splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -3,7 +3,7 @@
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from gcnet_jax.errors import CheckpointError, one_line
+from gcnet_jax.files import is_bucket
 
 # Trained weights hardly compress: arrays that are far larger than the files they come from would
 # only fill the memory.
@@ -25,6 +26,8 @@ def check_files(checkpoint: Path) -> int:
       CheckpointError: It holds something that is neither a regular file nor a directory (reading a
         FIFO would wait for ever), or too many files.
     """
+    if is_bucket(checkpoint):
+        return sum(path.stat().length for path in _objects(checkpoint))
     total = count = 0
     for folder, folders, names in os.walk(checkpoint):
         for name in (*folders, *names):
@@ -45,6 +48,14 @@ def check_files(checkpoint: Path) -> int:
         if count > MAX_FILES:
             raise CheckpointError(f'{checkpoint}: damaged: more than {MAX_FILES:,} files')
     return total
+
+
+def _objects(folder: Any) -> Iterator[Any]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _objects(path)
+        else:
+            yield path
 
 
 def check_size(metadata: Any, file_bytes: int, checkpoint: Path) -> None:

@@ -23,7 +23,7 @@ from flax import linen as nn
 
 from gcnet_jax.checksums import check_checksums, check_json, checksums, json_checksum
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
-from gcnet_jax.files import read_json
+from gcnet_jax.files import as_place, explain_bucket, is_bucket, read_json
 from gcnet_jax.models.registry import IMAGENET, Preprocessing, create_model
 from gcnet_jax.stored_checks import check_files, check_finite, check_size
 
@@ -32,6 +32,8 @@ CHECKPOINTS = 'checkpoints'
 METRICS = 'metrics'
 # Longest label and longest note on the source.
 MAX_TEXT = 10_000
+# In a bucket: the file that Orbax writes into a checkpoint when all else is there.
+COMMITTED = 'commit_success.txt'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +123,15 @@ def _tuple(value: Any) -> Any:
 
 def step_directories(directory: str | os.PathLike) -> dict[int, Path]:
     """Returns the checkpoints under a workdir or its `checkpoints` by step, oldest first."""
-    root = Path(directory).absolute()
+    root = as_place(directory, 'checkpoint')
     root = root / CHECKPOINTS if (root / CHECKPOINTS).is_dir() else root
     if not root.is_dir():
         return {}
-    found = {
-        int(path.name): path for path in root.iterdir() if re.fullmatch('[0-9]{1,18}', path.name)
-    }
+    steps = (path for path in root.iterdir() if re.fullmatch('[0-9]{1,18}', path.name))
+    found = {int(path.name): path for path in steps}
+    if is_bucket(root):
+        # Nothing can be renamed there: Orbax marks what it has written completely.
+        found = {step: path for step, path in found.items() if (path / COMMITTED).exists()}
     return dict(sorted(found.items()))
 
 
@@ -141,10 +145,11 @@ def find_checkpoint(directory: str | os.PathLike, choose: str = 'newest') -> Pat
     Raises:
       CheckpointError: There is no checkpoint.
     """
-    path = Path(directory).absolute()
-    if (path / 'variables').is_dir():
-        return path
-    found = step_directories(path)
+    path = as_place(directory, 'checkpoint')
+    with explain_bucket(path, CheckpointError):
+        if (path / 'variables').is_dir():
+            return path
+        found = step_directories(path)
     if not found:
         missing = 'no such directory' if not path.is_dir() else 'no checkpoint in it'
         raise CheckpointError(
@@ -293,7 +298,7 @@ def write_ported(
     Raises:
       CheckpointError: The directory holds something already.
     """
-    root = Path(directory).absolute()
+    root = as_place(directory)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise CheckpointError(f'{directory} exists and is not empty; name a new directory')
     stored = {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from gcnet_jax.data.records import VERSION, Example, ImageSet, default_data_dir, write_image_set
+from gcnet_jax.files import as_path
 
 NAME = 'digits'
 LABEL_NAMES = tuple('0123456789')
@@ -44,7 +45,7 @@ def prepare_digits(data_dir: str | None = None) -> Path:
     Raises:
       DataError: If the directory cannot be written.
     """
-    place = Path(data_dir or default_data_dir()).expanduser() / NAME / VERSION
+    place = as_path(data_dir or default_data_dir(), 'data_dir') / NAME / VERSION
     if (place / 'features.json').exists():
         return place
     return write_image_set(Digits, data_dir)[0]

@@ -18,6 +18,7 @@ from gcnet_jax.data.image_limits import image_file
 from gcnet_jax.data.preprocess import verify
 from gcnet_jax.data.records import VERSION, Example, ImageSet, default_data_dir, write_image_set
 from gcnet_jax.errors import ConfigError, DataError, one_line
+from gcnet_jax.files import as_path
 
 # Folder of a split, in any case -> split, by TFDS's usual names.
 SPLIT_FOLDERS = {
@@ -103,7 +104,7 @@ def prepare_folder(
       DataError: If the folder has no such form, a class has a name that label files cannot keep, an
         image is damaged, or data_dir cannot be written.
     """
-    root = Path(directory).expanduser()
+    root = as_path(directory)
     _check_name(name, data_dir, overwrite)
     if not 0 <= test_fraction < 1:
         raise ConfigError(f'test_fraction is {test_fraction}; it is at least 0 and less than 1')
@@ -142,7 +143,7 @@ def _check_name(name: str, data_dir: str | None, overwrite: bool) -> None:
     taken = name == digits.NAME or name in tfds.list_builders(with_community_datasets=False)
     if taken:
         raise ConfigError(f'{name!r} is the name of another data set; choose a name of your own')
-    place = Path(data_dir or default_data_dir()).expanduser() / name
+    place = as_path(data_dir or default_data_dir(), 'data_dir') / name
     if place.exists() and not overwrite:
         raise ConfigError(
             f'data set {name!r} is already in {_shown(place)}; choose another name or overwrite it'

@@ -15,6 +15,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from gcnet_jax.errors import DataError, one_line
+from gcnet_jax.files import as_path
 
 try:
     import fcntl
@@ -110,7 +111,7 @@ def write_image_set(
     Raises:
       DataError: If the directory cannot be written.
     """
-    root = Path(data_dir or default_data_dir()).expanduser()
+    root = as_path(data_dir or default_data_dir(), 'data_dir')
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(root)

@@ -11,6 +11,7 @@ import numpy as np
 
 from gcnet_jax.data.augment import normalize
 from gcnet_jax.errors import ConfigError, DataError, UserError, one_line
+from gcnet_jax.files import as_path, reason
 from gcnet_jax.inference.attention_maps import no_attention, sown_values
 from gcnet_jax.inference.images import LeftOut, find_images, load_image
 from gcnet_jax.inference.pictures import (
@@ -81,11 +82,11 @@ def write_pictures(
         preprocessing = dataclasses.replace(description.preprocessing, test_size=size)
         description = dataclasses.replace(description, preprocessing=preprocessing)
     observe = _observer(description, variables)
-    out = Path(out)
+    out = as_path(out, '--out')
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f'cannot make the directory {out}: {error.strerror}') from error
+        raise UserError(f'cannot make the directory {one_line(out)}: {reason(error)}') from error
     for path, name in _named(find_images(images, left_out)):
         try:
             pixels = load_image(path, description.preprocessing)

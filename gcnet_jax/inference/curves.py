@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line, unknown_name
+from gcnet_jax.files import as_place
 from gcnet_jax.inference.pictures import png_bytes, save_figure
 from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
 
@@ -95,7 +96,7 @@ def watch_curves(
 
 
 def _read(run: str | os.PathLike, by: str) -> Lines:
-    path = Path(run)
+    path = as_place(run, 'run')
     if not path.is_dir():
         raise CheckpointError(f'{run} is not a directory; name the working directory of a run')
     if not (path / METRICS_FILE).exists():
@@ -117,7 +118,7 @@ def _read(run: str | os.PathLike, by: str) -> Lines:
 
 def _names(runs: Sequence[str | os.PathLike]) -> list[str]:
     """Returns what tells the runs apart: their paths below the directory that holds them all."""
-    paths = [Path(run).absolute() for run in runs]
+    paths = [as_place(run, 'run') for run in runs]
     if len(set(paths)) < len(paths):
         raise ConfigError('a run is named twice; name each once')
     common = os.path.commonpath([path.parent for path in paths])

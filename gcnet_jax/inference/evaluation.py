@@ -16,6 +16,7 @@ from tqdm import tqdm
 from gcnet_jax.data.loader import evaluation_batches
 from gcnet_jax.data.sources import Source
 from gcnet_jax.errors import DataError, one_line
+from gcnet_jax.files import as_path, reason, write_whole
 from gcnet_jax.inference.predictor import LOGITS, Classifier, check_finite
 
 REPORT_FILE = 'evaluation.json'
@@ -232,19 +233,17 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> tu
     Raises:
       DataError: It cannot be written.
     """
-    directory = Path(directory).expanduser()
+    directory = as_path(directory, '--out')
     report, picture = directory / REPORT_FILE, directory / PICTURE_FILE
     figure = draw_confusion(evaluation)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        aside = directory / f'.{REPORT_FILE}.partial'
-        aside.write_text(json.dumps(evaluation.to_json(), indent=1) + '\n')
-        os.replace(aside, report)
-        aside = directory / f'.{PICTURE_FILE}.partial'
-        figure.savefig(aside, format='png', dpi=120)
-        os.replace(aside, picture)
     except OSError as error:
-        raise DataError(f'cannot write into {directory}: {error.strerror or error}') from error
+        raise DataError(f'cannot write into {one_line(directory)}: {reason(error)}') from error
+    with write_whole(report, DataError) as aside:
+        aside.write_text(json.dumps(evaluation.to_json(), indent=1) + '\n')
+    with write_whole(picture, DataError) as aside:
+        figure.savefig(aside, format='png', dpi=120)
     return report, picture
 
 

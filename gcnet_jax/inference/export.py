@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, UInt8
 
 from gcnet_jax.data.augment import normalize
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError
+from gcnet_jax.files import as_path, write_whole
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
 from gcnet_jax.models.convolution import plain_operations
 from gcnet_jax.stored_model import ModelDescription, find_checkpoint, load_variables
@@ -126,7 +127,7 @@ def check_new(out: str | os.PathLike, overwrite: bool) -> Path:
     Raises:
       UserError: There is one already and `overwrite` is not set, or its directory is missing.
     """
-    out = Path(out).expanduser()
+    out = as_path(out, '--out')
     if out.is_dir() or (out.exists() and not overwrite):
         raise UserError(f'{out} exists; name a new file or replace it with --overwrite')
     if not out.parent.is_dir():
@@ -285,11 +286,5 @@ def _write(out: Path, data: bytes, description: ModelDescription) -> None:
     }
     text = json.dumps(notes, indent=1, ensure_ascii=False) + '\n'
     for path, content in ((Path(f'{out}.json'), text.encode()), (out, data)):
-        partial = path.with_name(f'.{path.name}.partial')
-        try:
+        with write_whole(path, UserError) as partial:
             partial.write_bytes(content)
-            os.replace(partial, path)
-        except OSError as error:
-            raise UserError(f'cannot write {path}: {error.strerror or error}') from error
-        finally:
-            partial.unlink(missing_ok=True)

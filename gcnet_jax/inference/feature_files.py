@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gcnet_jax.errors import ConfigError, DataError, one_line
+from gcnet_jax.files import as_path, write_whole
 
 SUFFIXES = ('.npz', '.safetensors')
 
@@ -22,7 +23,7 @@ def check_feature_file(out: str | os.PathLike, *, overwrite: bool = False) -> Pa
     Raises:
       ConfigError: It has another ending, exists already, or its directory does not.
     """
-    out = Path(out).expanduser()
+    out = as_path(out, '--out')
     if out.suffix not in SUFFIXES:
         raise ConfigError(f'--out must end in {" or ".join(SUFFIXES)}, got {out}')
     if out.is_dir() or (out.exists() and not overwrite):
@@ -60,31 +61,28 @@ def write_features(
       DataError: There is no row, or the file cannot be written.
     """
     out = check_feature_file(out, overwrite=overwrite)
-    try:
-        with _aside(out, '.rows') as spool, _aside(out, '.partial') as partial:
-            names, shape = _spool(spool, rows)
-            if not names:
-                raise DataError(f'there are no features to write into {out}')
-            texts = {'layer': layer, 'source': source}
-            with partial.open('wb') as file:
-                if out.suffix == '.npz':
-                    features = np.memmap(spool, '<f4', mode='r', shape=shape)
-                    np.savez(file, features=features, names=np.array(names), **texts)
-                else:
-                    _write_safetensors(file, spool, shape, {'names': json.dumps(names), **texts})
-            os.replace(partial, out)
-    except OSError as error:
-        raise DataError(f'cannot write {out}: {error.strerror or error}') from error
+    with write_whole(out, DataError) as partial, _spool_beside(out) as spool:
+        names, shape = _spool(spool, rows)
+        if not names:
+            raise DataError(f'there are no features to write into {out}')
+        texts = {'layer': layer, 'source': source}
+        with partial.open('wb') as file:
+            if out.suffix == '.npz':
+                features = np.memmap(spool, '<f4', mode='r', shape=shape)
+                np.savez(file, features=features, names=np.array(names), **texts)
+            else:
+                _write_safetensors(file, spool, shape, {'names': json.dumps(names), **texts})
     return shape
 
 
 @contextlib.contextmanager
-def _aside(out: Path, ending: str) -> Iterator[Path]:
-    path = out.with_name(f'.{out.name}{ending}')
+def _spool_beside(out: Path) -> Iterator[Path]:
+    path = out.with_name(f'.{out.name}.rows')
     try:
         yield path
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _spool(path: Path, rows: Iterable[tuple[Any, np.ndarray]]) -> tuple[list[str], tuple[int, ...]]:

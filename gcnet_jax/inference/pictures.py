@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from gcnet_jax.errors import ConfigError, UserError
+from gcnet_jax.files import as_path, write_whole
 from gcnet_jax.inference.attention_maps import in_order
 
 # Row and column of the default queries, as parts of the height and the width.
@@ -182,15 +183,9 @@ def save_figure(figure: Any, path: str | os.PathLike) -> Path:
     Raises:
       UserError: It cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
+    path = as_path(path, '--out')
+    with write_whole(path, UserError) as partial:
         partial.write_bytes(png_bytes(figure))
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f'cannot write {path}: {error.strerror or error}') from error
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

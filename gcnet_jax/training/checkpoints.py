@@ -8,7 +8,7 @@ one. Orbax writes them together or not at all.
 
 import contextlib
 import errno
-import os
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from gcnet_jax.checksums import check_checksums, check_json, checksums, json_checksum
 from gcnet_jax.errors import CheckpointError, one_line
+from gcnet_jax.files import as_place, explain_bucket, is_bucket
 from gcnet_jax.stored_checks import check_files
 from gcnet_jax.stored_model import (
     CHECKPOINTS,
@@ -87,7 +88,7 @@ class CheckpointStore:
         keep: int,
         say: Callable[[str], None] = print,
     ) -> None:
-        self._root = workdir.absolute() / CHECKPOINTS
+        self._root = as_place(workdir) / CHECKPOINTS
         self._description = description.to_json()
         self._say = say
         self._set_aside_unreadable()
@@ -111,6 +112,9 @@ class CheckpointStore:
                 cleanup_tmp_directories=True,
             ),
         )
+        # Orbax logs what fails in the background with a traceback, and then raises it here.
+        self._filter = _WithoutExplained(is_bucket(self._root))
+        logging.getLogger('absl').addFilter(self._filter)
 
     @property
     def newest(self) -> int | None:
@@ -132,7 +136,7 @@ class CheckpointStore:
         """
         items = _split(state)
         metrics = dict(metrics)
-        with self.explain_errors():
+        with self.explain_errors(), explain_bucket(self._root, CheckpointError):
             sums = {name: checksums(item) for name, item in items.items()}
             items_of_json = {
                 'position': position,
@@ -241,8 +245,11 @@ class CheckpointStore:
             return
         for step in steps:
             target = self._root.parent / f'damaged-checkpoint-{step}'
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(self._root / str(step), target)
+            if is_bucket(target):
+                target.rmtree(missing_ok=True)
+            else:
+                shutil.rmtree(target, ignore_errors=True)
+            (self._root / str(step)).rename(target)
 
     def wait(self) -> None:
         """Waits until what is being saved is on disk.
@@ -250,13 +257,16 @@ class CheckpointStore:
         Raises:
           CheckpointError: No space is left; the checkpoints before are whole.
         """
-        with self.explain_errors():
+        with self.explain_errors(), explain_bucket(self._root, CheckpointError):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes what is being saved."""
-        with self.explain_errors():
-            self._manager.close()
+        try:
+            with self.explain_errors(), explain_bucket(self._root, CheckpointError):
+                self._manager.close()
+        finally:
+            logging.getLogger('absl').removeFilter(self._filter)
 
     @contextlib.contextmanager
     def explain_errors(self) -> Iterator[None]:
@@ -284,6 +294,18 @@ def _check_position(position: Mapping[str, Any], step: int, place: Path) -> None
     )
     if not is_right:
         raise CheckpointError(f'{place}: damaged: its position is {one_line(position, 120)}')
+
+
+class _WithoutExplained(logging.Filter):
+    """Drops the log records of errors that `CheckpointStore.explain_errors` reports in one line."""
+
+    def __init__(self, in_bucket: bool) -> None:
+        super().__init__()
+        self._in_bucket = in_bucket
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or not (self._in_bucket or no_space_left(error))
 
 
 def no_space_left(error: BaseException | None) -> bool:

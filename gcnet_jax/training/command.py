@@ -1,7 +1,7 @@
 """The command line of train.py: flags, one line for each error, and an exit code.
 
 Exit codes: 0 finished; 1 an error that one line explains; 75 stopped by SIGTERM and saved, so that
-the same command continues; 130 interrupted (Ctrl-C).
+the same command continues; 130 interrupted (Ctrl-C), saved as well once a step is done.
 """
 
 import re
@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gcnet_jax.errors import ConfigError, UserError, unknown_name
+from gcnet_jax.files import as_path, as_place, is_bucket
 from gcnet_jax.training.config import leaves
 
 FAILED = 1
@@ -23,7 +24,7 @@ PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
 INTERRUPTED = 130
 USAGE = """python train.py [--config FILE[:VARIANT]] [--workdir DIR] [--config.GROUP.KEY=VALUE ...]
 The default is configs/digits.py into runs/digits. The same command again continues a run.
-Exit codes: 0 finished, 1 failed, 75 stopped by SIGTERM and saved (run it again), 130 interrupted.
+Exit codes: 0 finished, 1 failed, 75 stopped by SIGTERM and saved (run it again), 130 by Ctrl-C.
 Every setting with its default: gcnet_jax/training/config.py."""
 
 
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str], default_config_file: Path) -> int:
     workdir = workdir or Path('runs') / name
     # After the flags are read: a wrong flag should not wait for the imports.
     from gcnet_jax.training.loop import train
-    from gcnet_jax.training.processes import Preempted, leave
+    from gcnet_jax.training.processes import Interrupted, Preempted, leave
 
     try:
         train(config, workdir)
@@ -52,7 +53,7 @@ def run(arguments: Sequence[str], default_config_file: Path) -> int:
     except Preempted as stop:
         if jax.process_index() == 0:
             _fail(stop)
-        return PREEMPTED
+        return INTERRUPTED if isinstance(stop, Interrupted) else PREEMPTED
     except UserError as error:
         code = _fail(error)
     except KeyboardInterrupt:
@@ -108,7 +109,14 @@ def read_flags(
     file, _, variant = values.config.partition(':')
     config = _override(load_config(file, variant), overrides)
     name = Path(file).stem + (f'_{variant}' if variant else '')
-    return config, name, Path(values.workdir) if values.workdir else None
+    return config, name, _workdir(values.workdir)
+
+
+def _workdir(text: str | None) -> Path | None:
+    if not text:
+        return None
+    place = as_place(text, '--workdir')
+    return place if is_bucket(place) else as_path(text, '--workdir')
 
 
 def load_config(file: str, variant: str = '') -> ConfigDict:
@@ -117,7 +125,7 @@ def load_config(file: str, variant: str = '') -> ConfigDict:
     Raises:
       ConfigError: There is no such file, or it cannot be used.
     """
-    path = Path(file)
+    path = as_path(file, '--config')
     if not path.is_file():
         near = sorted(map(str, path.parent.glob('*.py'))) if path.parent.is_dir() else []
         raise ConfigError(unknown_name('config file (--config)', file, near))

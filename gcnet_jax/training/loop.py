@@ -18,10 +18,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from gcnet_jax.errors import CheckpointError, UserError
+from gcnet_jax.files import as_place
 from gcnet_jax.stored_model import load_variables
 from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
 from gcnet_jax.training.config import check_config, is_due
 from gcnet_jax.training.experiment import Experiment, assemble, state_bytes
+from gcnet_jax.training.lock import WorkdirLock, hold_workdir
 from gcnet_jax.training.mesh import batch_shardings, state_shardings, to_global
 from gcnet_jax.training.metrics import (
     Clock,
@@ -32,7 +34,7 @@ from gcnet_jax.training.metrics import (
     read_metrics,
 )
 from gcnet_jax.training.processes import (
-    Preempted,
+    Interrupted,
     Preemption,
     connect,
     explain_lost_process,
@@ -60,7 +62,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     Args:
       config: Every setting, see `gcnet_jax.training.config`.
-      workdir: Directory of the run: config.json, metrics.jsonl, TensorBoard events and checkpoints.
+      workdir: Directory of the run: config.json, metrics.jsonl, TensorBoard events and checkpoints;
+        a local path, or gs://BUCKET/PATH. One run at a time holds it.
 
     Returns:
       The last values of everything in metrics.jsonl, and 'seconds', the time this call took. Of
@@ -69,22 +72,24 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     Raises:
       UserError: A setting, a data set, a checkpoint or a directory that cannot be used, or a loss
         that is not finite; one line that says what to do. Earlier checkpoints stay whole.
-      Preempted: SIGTERM came; the state was saved.
+      Preempted: SIGTERM or Ctrl-C (`Interrupted`) came; the state was saved.
     """
     began = time.perf_counter()
     check_config(config)  # What is wrong with it should not wait for the other processes.
+    workdir = as_place(workdir, '--workdir')
     connect(process_options(config))
     experiment = assemble(config)
-    workdir = Path(workdir).absolute()
     initial = _read_initial(experiment)
-    prepare_workdir(workdir, experiment.config, experiment.description, state_bytes(experiment))
     with (
         explain_lost_process(),
+        hold_workdir(workdir) as lock,
         keep_compiled(workdir, experiment.run.compilation_cache),
         Preemption() as preemption,
-        contextlib.closing(_Run(experiment, workdir, initial, preemption)) as run,
     ):
-        finished = run.to_the_end()
+        prepare_workdir(workdir, experiment.config, experiment.description, state_bytes(experiment))
+        run = _Run(experiment, workdir, initial, preemption, lock)
+        with contextlib.closing(run):
+            finished = run.to_the_end()
     final = {'step': run.step, 'seconds': time.perf_counter() - began}
     if jax.process_index() != 0:
         return final
@@ -121,8 +126,10 @@ class _Run:
         workdir: Path,
         initial: dict | None,
         preemption: Preemption,
+        lock: WorkdirLock | None = None,
     ) -> None:
         self.experiment = experiment
+        self.lock = lock
         self.preemption = preemption
         self.options = experiment.run
         self.mesh = experiment.mesh
@@ -239,6 +246,7 @@ class _Run:
             for batch, skipped in self._prefetched(self.batches):
                 self.state, metrics = self.train_step(self.state, batch)
                 self.step += 1
+                self.preemption.begin()
                 previous, self.pending = self.pending, (self.step, metrics, skipped)
                 self._look_at(previous)
                 self._evaluate_and_save()
@@ -332,6 +340,10 @@ class _Run:
 
     def _save(self, metrics: dict[str, float]) -> None:
         self._add_up_skipped()
+        if self.lock is not None:
+            self.lock.check()
+        if self.writer is not None:
+            self.writer.flush()  # What a checkpoint counts as logged must be on disk before it.
         position = {
             'step': self.step,
             'seed': self.options.seed,
@@ -350,9 +362,10 @@ class _Run:
         if self.store.newest != self.step:
             self._save({})
         self.store.wait()
-        raise Preempted(
-            f'SIGTERM: stopped after step {self.step} of {self.options.total_steps}, which is '
-            f'saved; the same command continues from there'
+        stop = self.preemption.stop
+        raise stop(
+            f'{"Ctrl-C" if stop is Interrupted else "SIGTERM"}: stopped after step {self.step} of '
+            f'{self.options.total_steps}, which is saved; the same command continues from there'
         )
 
     def _add_up_skipped(self) -> None:

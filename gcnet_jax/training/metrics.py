@@ -9,7 +9,6 @@ import collections
 import contextlib
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,10 +17,14 @@ from typing import Any
 
 import tqdm
 
+from gcnet_jax.errors import CheckpointError
+from gcnet_jax.files import is_bucket, write_whole
 from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
 
 # Depends on the machine, so it differs from run to run.
 TIMING = ('train/images_per_second', 'train/data_wait_fraction', 'eval/seconds')
+# A file in a bucket is written again at most this often, and before each checkpoint.
+BUCKET_SECONDS = 10.0
 
 
 class Window:
@@ -64,14 +67,16 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int, tensorboard: bool) -> None:
         path = workdir / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line['step'] <= step]
-        temporary = path.with_suffix('.tmp')
-        temporary.write_text(''.join(_to_line(line) for line in kept))
-        os.replace(temporary, path)
+        text = ''.join(_to_line(line) for line in kept)
+        with write_whole(path, CheckpointError) as partial:
+            partial.write_text(text)
         # Unbuffered: a line is one write, so a killed run leaves whole lines.
-        self._file = path.open('ab', buffering=0)
+        self._file = _LinesInBucket(path, text) if is_bucket(path) else path.open('ab', buffering=0)
         self._events = None
         self._open_events = None
-        if tensorboard:
+        if tensorboard and is_bucket(path):
+            print(f'TensorBoard events are not written to a bucket; {path} has all the values')
+        elif tensorboard:
             self._open_events = functools.partial(_open_events, workdir, step)
 
     def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
@@ -84,11 +89,39 @@ class MetricsWriter:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Makes sure that all lines can be read by others."""
+        self._file.flush()
+
     def close(self) -> None:
         """Closes both."""
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+class _LinesInBucket:
+    """Lines of a file in a bucket. Objects cannot be appended to: the whole is written again."""
+
+    def __init__(self, path: Any, text: str) -> None:
+        self._path = path
+        self._content = text.encode()
+        self._written = time.monotonic()
+        self._changed = False
+
+    def write(self, line: bytes) -> None:
+        self._content += line
+        self._changed = True
+        if time.monotonic() - self._written >= BUCKET_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._changed:
+            self._path.write_bytes(self._content)
+            self._written, self._changed = time.monotonic(), False
+
+    def close(self) -> None:
+        self.flush()
 
 
 def _open_events(workdir: Path, step: int) -> Any:

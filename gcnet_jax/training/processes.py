@@ -1,4 +1,4 @@
-"""One run in several processes: how they find each other, what they decide together, and SIGTERM.
+"""One run in several processes: how they find each other, what they decide together, and signals.
 
 Usually there is one process a host (or one a GPU), all started with the same command. JAX's own
 runtime connects them and notices when one is gone; nothing here talks to another host by itself.
@@ -26,6 +26,10 @@ LAST_WORDS_SECONDS = 2
 
 class Preempted(UserError):
     """A run that was told to stop, and saved where it stands."""
+
+
+class Interrupted(Preempted):
+    """A run that Ctrl-C stopped, and that saved where it stands."""
 
 
 class ProcessError(UserError):
@@ -159,21 +163,28 @@ def wait_for_all(what: str) -> None:
 
 
 class Preemption:
-    """Hears SIGTERM, with which schedulers announce that they will end a run.
+    """Notices SIGTERM, with which schedulers announce that they will end a run, and Ctrl-C.
 
-    One process hears it in Python. With several, JAX's runtime hears it in whichever process it
-    reaches, and they all find a step that none of them has passed.
+    A single process handles the signals in Python. With several, JAX's runtime notices SIGTERM in
+    whichever process it reaches, and they all find a step that none of them has passed; Ctrl-C in
+    one of them is passed on as a SIGTERM.
+
+    Until `begin` there is nothing to save, and Ctrl-C interrupts at once. So does a second one.
     """
 
     def __init__(self) -> None:
-        self._heard = False
-        self._before: Any = None
+        self._heard: type[Preempted] | None = None
+        self._begun = False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> 'Preemption':
         # Only the main thread may ask for signals; a run in another thread is not for schedulers.
-        main = threading.current_thread() is threading.main_thread()
-        if main and not jax.distributed.is_initialized():
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+        if threading.current_thread() is threading.main_thread():
+            if not jax.distributed.is_initialized():
+                self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._hear)
+            # A background job of a shell ignores Ctrl-C, and a caller may have its own handler.
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._hear_interrupt)
         return self
 
     def __exit__(
@@ -182,16 +193,35 @@ class Preemption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = True  # And nothing else: a second SIGTERM must not disturb the save.
+        # And nothing else: a second SIGTERM must not disturb the save.
+        self._heard = self._heard or Preempted
+
+    def _hear_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._begun or self._heard is not None:
+            signal.default_int_handler(number, frame)
+        self._heard = Interrupted
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b'\nCtrl-C: saving after this step; press it again to stop at once\n')
+
+    def begin(self) -> None:
+        """From now on there are steps that Ctrl-C must not lose."""
+        self._begun = True
+
+    @property
+    def stop(self) -> type[Preempted]:
+        """What to raise where the run stops: `Interrupted` after Ctrl-C in this process."""
+        return self._heard or Preempted
 
     def stops_at(self, step: int) -> bool:
         """Returns whether to save and stop at this step; ask at every step, in every process."""
         if not jax.distributed.is_initialized():
-            return self._heard
+            return self._heard is not None
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)

@@ -2,14 +2,14 @@
 
 import contextlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import jax
 
-from gcnet_jax.compilation_cache import compilation_cache
+from gcnet_jax.compilation_cache import compilation_cache, user_directory
 from gcnet_jax.errors import CheckpointError, ConfigError
+from gcnet_jax.files import is_bucket, reason, write_whole
 from gcnet_jax.stored_model import ModelDescription, read_item, step_directories
 from gcnet_jax.training.config import changed_keys
 
@@ -77,19 +77,18 @@ def prepare_workdir(
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(workdir).free
-        if free < checkpoint_bytes:
+        free = None if is_bucket(workdir) else shutil.disk_usage(workdir).free
+        if free is not None and free < checkpoint_bytes:
             raise CheckpointError(
                 f'no space left for a checkpoint in --workdir {workdir}: it takes '
                 f'{checkpoint_bytes / 2**20:,.0f} MiB, free are {free / 2**20:,.0f} MiB; make room'
             )
-        temporary = workdir / f'{CONFIG_FILE}.tmp'
-        temporary.write_text(json.dumps(config, indent=2) + '\n')
-        os.replace(temporary, workdir / CONFIG_FILE)
     except OSError as error:
         raise CheckpointError(
-            f'--workdir {workdir} cannot be written: {error.strerror or error}; choose another one'
+            f'--workdir {workdir} cannot be written: {reason(error)}; choose another one'
         ) from error
+    with write_whole(workdir / CONFIG_FILE, CheckpointError) as partial:
+        partial.write_text(json.dumps(config, indent=2) + '\n')
 
 
 def keep_compiled(workdir: Path, setting: str | None) -> contextlib.AbstractContextManager:
@@ -98,4 +97,6 @@ def keep_compiled(workdir: Path, setting: str | None) -> contextlib.AbstractCont
     What is there is run again by the next start, and by nothing else: a directory that one
     continues a run in is one's own, while a checkpoint that is only read may come from anybody.
     """
-    return compilation_cache(workdir / COMPILATION_CACHE, setting)
+    # A bucket may be other people's too, and what is in there is run.
+    default = user_directory() if is_bucket(workdir) else workdir / COMPILATION_CACHE
+    return compilation_cache(default, setting)

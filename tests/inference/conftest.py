@@ -1,7 +1,10 @@
 """A small stored network, pictures in every form, and encoders for them."""
 
+import errno
 import io
+import os
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -63,3 +66,15 @@ def stored(tmp_path_factory, random_variables):
 def make():
     """The helpers above, because test modules cannot import this file."""
     return types.SimpleNamespace(encode=encode, picture=picture)
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """A file system that lets nothing be put in place, and nothing be removed either."""
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    monkeypatch.setattr(os, 'replace', refuse)
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    return 'cannot write .*: Read-only file system$'

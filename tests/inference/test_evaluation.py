@@ -199,6 +199,11 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         write_evaluation(made(), tmp_path / 'file')
 
 
+def test_a_read_only_target_is_one_line(tmp_path, read_only):
+    with pytest.raises(DataError, match=read_only):
+        write_evaluation(made(), tmp_path)
+
+
 def test_the_picture_shows_shares_and_names():
     figure = draw_confusion(made(name='cost $1 and $'))
     axes = figure.axes[0]

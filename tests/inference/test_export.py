@@ -254,3 +254,10 @@ def test_an_onnx_file_that_gives_something_else_is_not_written(network, tmp_path
     with pytest.raises(UserError, match=r'onnxruntime gives other probabilities .* nothing was'):
         export.export_onnx(network[2], tmp_path / 'network.onnx')
     assert [path.name for path in tmp_path.iterdir()] == ['stored']
+
+
+def test_a_read_only_target_is_one_line(stored, tmp_path, read_only, capsys):
+    assert run(stored.directory, tmp_path / 'net.jaxexport') == 1
+    printed = capsys.readouterr().err
+    assert printed.count('\n') == 1
+    assert 'Read-only file system' in printed

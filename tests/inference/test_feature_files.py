@@ -88,3 +88,9 @@ def test_strange_names_do_not_break_the_file(tmp_path):
     write_features(tmp_path / 'f.safetensors', strange)
     with safe_open(tmp_path / 'f.safetensors', framework='np') as file:
         assert json.loads(file.metadata()['names']) == ['a\\nb.png', '\\udcff.png']
+
+
+@pytest.mark.parametrize('name', ['f.npz', 'f.safetensors'])
+def test_a_read_only_target_is_one_line(tmp_path, read_only, name):
+    with pytest.raises(DataError, match=read_only):
+        write_features(tmp_path / name, rows(2))

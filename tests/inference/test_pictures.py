@@ -7,6 +7,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from gcnet_jax.errors import ConfigError, UserError
@@ -201,3 +202,11 @@ def test_drawing_leaves_pyplot_alone():
         'assert "matplotlib.pyplot" not in sys.modules'
     )
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_a_read_only_target_is_one_line(tmp_path, read_only):
+    with pytest.raises(UserError, match=read_only) as caught:
+        save_figure(Figure(), tmp_path / 'a.png')
+    assert not isinstance(caught.value.__context__.__context__, OSError)
+    with pytest.raises(ConfigError, match=r'--out s3://b/a.png is a URL; name a local path'):
+        save_figure(Figure(), 's3://b/a.png')

@@ -1,5 +1,6 @@
 import errno
 import json
+import logging
 import shutil
 
 import jax
@@ -220,6 +221,17 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(tmp_path, monkey
         store.save(make_state(5), {'step': 5}, {})
     store.close()
     same(restore(tmp_path)[0][0], make_state(3))
+
+
+def test_orbax_does_not_log_what_is_explained(tmp_path, caplog):
+    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    for error in (OSError(errno.ENOSPC, 'No space left on device'), KeyError('other')):
+        try:
+            raise error
+        except Exception:
+            logging.getLogger('absl').exception('in the background')
+    store.close()
+    assert [record.exc_info[0] for record in caplog.records] == [KeyError]
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.training import command, loop
-from gcnet_jax.training.processes import Preempted
+from gcnet_jax.training.processes import Interrupted, Preempted
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 DIGITS = CONFIGS / 'digits.py'
@@ -97,6 +97,26 @@ def test_sigterm_has_an_exit_code_of_its_own(monkeypatch, tmp_path, capsys):
         'train.py: SIGTERM: stopped after step 30 of 90, which is saved\n'
     )
     assert '75 stopped by SIGTERM' in command.USAGE
+
+
+def test_ctrl_c_that_saved_has_its_own_code_too(monkeypatch, tmp_path, capsys):
+    def stopped(config, workdir):
+        raise Interrupted('Ctrl-C: stopped after step 30 of 90, which is saved')
+
+    monkeypatch.setattr(loop, 'train', stopped)
+    assert command.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 130
+    assert capsys.readouterr().err == (
+        'train.py: Ctrl-C: stopped after step 30 of 90, which is saved\n'
+    )
+
+
+@pytest.mark.parametrize('place', ['s3://bucket/run', 'http://host/run', 'file:///run', 'gs://'])
+def test_a_workdir_that_is_no_place_is_refused_at_once(place, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, 'train', pytest.fail)
+    assert command.run(['train.py', f'--workdir={place}'], DIGITS) == 1
+    assert f'--workdir {place}' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, tmp_path):

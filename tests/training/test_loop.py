@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError
+from gcnet_jax.files import as_place
 from gcnet_jax.stored_model import find_checkpoint, load_variables, write_ported
-from gcnet_jax.training import experiment, loop, metrics
+from gcnet_jax.training import experiment, lock, loop, metrics
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.loop import TrainingError, train
 from gcnet_jax.training.metrics import TIMING, MetricsWriter, read_metrics
-from gcnet_jax.training.processes import Preempted
+from gcnet_jax.training.processes import Interrupted, Preempted
+from tests.bucket import local_bucket
 
 
 class FakeSource:
@@ -380,3 +382,82 @@ def test_compiled_programs_are_kept_in_the_workdir_or_where_the_config_says(tmp_
         train(config, tmp_path)
     default = tmp_path / 'compilation_cache'
     assert asked == [(default, None), (default, str(tmp_path / 'shared'))]
+
+
+def test_a_run_in_a_bucket_is_continued_and_read_from_there(tmp_path, monkeypatch, whole_run):
+    monkeypatch.setattr(lock, 'SETTLE_SECONDS', 0)
+    monkeypatch.chdir(tmp_path)
+    write = MetricsWriter.write
+
+    def write_and_stop(self, step, *values):
+        write(self, step, *values)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with local_bucket(tmp_path / 'served') as bucket:
+        place = f'{bucket}/runs/one'
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricsWriter, 'write', write_and_stop)
+            with pytest.raises(Preempted, match=r'stopped after step 6 of 12, which is saved'):
+                train(tiny_config(), place)
+        train(tiny_config(), place)
+        assert without_timing(as_place(place)) == without_timing(whole_run[0])
+        variables = load_variables(place)[1]
+        jax.tree.map(np.testing.assert_array_equal, variables, load_variables(whole_run[0])[1])
+        inside = {path.name for path in (tmp_path / 'served/bucket/runs/one').iterdir()}
+        assert inside == {'checkpoints', 'config.json', 'metrics.jsonl'}
+        # A checkpoint that was not written completely has no mark, and is not there.
+        newest = find_checkpoint(place)
+        (newest / 'commit_success.txt').unlink()
+        assert find_checkpoint(place).name != newest.name
+        # Another run starts from it.
+        train(tiny_config(init_from=place, total_steps=3, checkpoint_steps=3), tmp_path / 'next')
+    assert {path.name for path in tmp_path.iterdir()} == {'served', 'next'}
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, whole_run, capfd):
+    write = MetricsWriter.write
+
+    def write_and_interrupt(self, step, *values):
+        write(self, step, *values)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    times = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, 'write', write_and_interrupt)
+        with pytest.raises(Interrupted, match=r'^Ctrl-C: stopped after step 6 of 12, which is sav'):
+            train(tiny_config(), tmp_path)
+        assert 'Ctrl-C: saving after this step' in capfd.readouterr().err
+        times = 2
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(tiny_config(), tmp_path)
+    assert without_timing(tmp_path) == without_timing(whole_run[0])
+
+
+def test_ctrl_c_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, 'make_train_step', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), tmp_path)
+    assert not (tmp_path / 'run.lock').exists()
+
+
+def test_two_runs_in_one_directory(tmp_path):
+    with lock.hold_workdir(tmp_path), pytest.raises(CheckpointError, match='in use by process'):
+        train(tiny_config(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_directory_is_expanded(tmp_path, monkeypatch, whole_run):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train(
+        tiny_config(total_steps=3, init_from=f'~/{os.path.relpath(whole_run[0], tmp_path)}'),
+        '~/run',
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ['run']

@@ -3,7 +3,10 @@ import json
 import pytest
 
 from gcnet_jax.errors import CheckpointError
+from gcnet_jax.files import as_place
+from gcnet_jax.training import metrics
 from gcnet_jax.training.metrics import Clock, MetricsWriter, Progress, read_metrics
+from tests.bucket import local_bucket
 
 
 def write(workdir, step, steps):
@@ -119,3 +122,21 @@ def test_clock_tells_the_share_that_was_waited_for_data(monkeypatch):
     assert clock.waited_fraction() == 0.25
     clock.rate()
     assert clock.waited_fraction() == 0.0
+
+
+def test_in_a_bucket_the_file_is_written_again(tmp_path, monkeypatch, capsys):
+    with local_bucket(tmp_path) as bucket:
+        workdir = as_place(f'{bucket}/run')
+        writer = MetricsWriter(workdir, 0, tensorboard=True)
+        assert 'TensorBoard events are not written to a bucket' in capsys.readouterr().out
+        writer.write(1, 0.5, {'train/loss': 1.0})
+        assert read_metrics(workdir) == []  # Not an upload for each line,
+        writer.flush()  # but before each checkpoint,
+        assert [line['step'] for line in read_metrics(workdir)] == [1]
+        monkeypatch.setattr(metrics, 'BUCKET_SECONDS', 0)
+        writer.write(2, 1.0, {'train/loss': 1.0})  # and after a while.
+        assert [line['step'] for line in read_metrics(workdir)] == [1, 2]
+        writer.close()
+        write(workdir, 1, [2, 3])
+        assert [line['step'] for line in read_metrics(workdir)] == [1, 2, 3]
+        assert [path.name for path in workdir.iterdir()] == ['metrics.jsonl']

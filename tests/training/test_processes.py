@@ -21,7 +21,13 @@ from gcnet_jax.errors import ConfigError
 from gcnet_jax.training import processes
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.metrics import read_metrics
-from gcnet_jax.training.processes import Preemption, ProcessError, connect, process_options
+from gcnet_jax.training.processes import (
+    Interrupted,
+    Preemption,
+    ProcessError,
+    connect,
+    process_options,
+)
 from tests.training.real_runs import HERE, complete, running, without_timing
 
 
@@ -80,6 +86,41 @@ def test_sigterm_is_heard_until_the_run_is_over():
             time.sleep(0.01)
             assert preemption.stops_at(2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_saves_once_there_is_something_to_save():
+    with Preemption() as preemption:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        preemption.begin()
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.stops_at(2)
+        assert preemption.stop is Interrupted
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize('handler', [signal.SIG_IGN, lambda number, frame: None])
+def test_somebody_elses_handling_of_ctrl_c_is_left_alone(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with Preemption():
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_in_one_of_several_processes_is_passed_on(monkeypatch):
+    """JAX's runtime hears SIGTERM and lets all processes stop at the same step."""
+    monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+    sent = []
+    monkeypatch.setattr(os, 'kill', lambda *arguments: sent.append(arguments))
+    with Preemption() as preemption:
+        preemption.begin()
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.stop is Interrupted
+    assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_a_run_in_another_thread_leaves_signals_alone():
