@@ -113,13 +113,7 @@ def prepare_folder(
     label_names = tuple(sorted({label for _, label in splits['train']}))
     damaged = _find_damaged(root, [item for items in splits.values() for item in items])
     if damaged and not skip_damaged:
-        listed = '; '.join(list(damaged.values())[:MAX_LISTED])
-        more = f' and {len(damaged) - MAX_LISTED} more' if len(damaged) > MAX_LISTED else ''
-        raise DataError(
-            f'{len(damaged)} files in {_shown(root)} are no readable images: {listed}{more}; '
-            'they can stay where they are and be left out of the data set with skip_damaged '
-            '(--skip-damaged)'
-        )
+        raise _damaged_files(root, damaged)
     splits = {
         split: [item for item in items if item[0] not in damaged] for split, items in splits.items()
     }
@@ -313,6 +307,16 @@ def _find_damaged(root: Path, items: list[Item]) -> dict[Path, str]:
             for (path, _), reason in zip(items, reasons, strict=True)
             if reason
         }
+
+
+def _damaged_files(root: Path, damaged: dict[Path, str]) -> DataError:
+    listed = '; '.join(list(damaged.values())[:MAX_LISTED])
+    more = f' and {len(damaged) - MAX_LISTED} more' if len(damaged) > MAX_LISTED else ''
+    return DataError(
+        f'{len(damaged)} files in {_shown(root)} are no readable images: {listed}{more}; '
+        'they can stay where they are and be left out of the data set with skip_damaged '
+        '(--skip-damaged)'
+    )
 
 
 def _draw_test_split(items: list[Item], fraction: float, seed: int) -> dict[str, list[Item]]:

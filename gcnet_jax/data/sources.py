@@ -13,6 +13,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from gcnet_jax.data import digits
 from gcnet_jax.data.records import default_data_dir
 from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
+from gcnet_jax.files import reason
 
 # What data sets call the feature that tells where an image came from.
 RECORD_NAMES = ('file_name', 'filename', 'image/filename', 'id', 'image_id')
@@ -239,8 +240,9 @@ def _find_builder(name: str, place: str, given: bool) -> tfds.core.DatasetBuilde
     except tfds.core.DatasetNotFoundError:
         raise DataError(_not_found(name, place)) from None
     except Exception as error:  # A malformed name, unreadable or damaged descriptions.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f'data set {name!r} cannot be opened in {place!r}: {reason}') from error
+        raise DataError(
+            f'data set {name!r} cannot be opened in {place!r}: {reason(error)}'
+        ) from error
 
 
 def _not_found(name: str, place: str) -> str:

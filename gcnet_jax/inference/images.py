@@ -19,6 +19,7 @@ from PIL import Image
 from gcnet_jax import files
 from gcnet_jax.data import preprocess
 from gcnet_jax.data.image_limits import (
+    DECODING_MEMORY,
     MAX_FILE_BYTES,
     PREFIX_BYTES,
     check_size,
@@ -218,13 +219,15 @@ def _refuse_folder(path: Path) -> None:
 
 def _from_pillow(image: Image.Image) -> preprocess.RGB:
     check_size(*image.size)
-    try:
-        image = image.copy()  # The conversion must not change the caller's.
-    except MemoryError:
-        raise
-    except Exception as error:  # Opened and not decoded before: damage makes errors of any kind.
-        raise DataError(f'damaged image: {error}') from error
-    return preprocess.to_array(preprocess.to_rgb(image))
+    # Its copy (up to 4 bytes a pixel), the pixels in RGB (4), and their array (3).
+    with DECODING_MEMORY.hold(11 * image.width * image.height):
+        try:
+            image = image.copy()  # The conversion must not change the caller's.
+        except MemoryError:
+            raise
+        except Exception as error:  # Not decoded before: damage makes errors of any kind.
+            raise DataError(f'damaged image: {error}') from error
+        return preprocess.to_array(preprocess.to_rgb(image))
 
 
 def _is_file(value: Any) -> bool:
