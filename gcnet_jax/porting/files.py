@@ -23,6 +23,9 @@ from gcnet_jax.porting.tensors import LazyTensor, LazyTensors
 from gcnet_jax.porting.torch_files import read_torch
 from gcnet_jax.porting.wrappers import WEIGHTS, take_prefixes_off
 
+# Limit of a file, with an optimizer's state and an average: a ResNet-152 with both takes 1 GB.
+MAX_FILE_BYTES = 8 * 2**30
+
 __all__ = ['LazyTensor', 'LazyTensors', 'TorchFile', 'read_checkpoint']
 
 
@@ -97,8 +100,14 @@ def _first_bytes(path: Path) -> bytes:
         # Without O_NONBLOCK a FIFO would wait until somebody writes to it.
         number = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0))
         with open(number, 'rb', closefd=True) as file:
-            if not stat.S_ISREG(os.fstat(number).st_mode):
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f'{one_line(path)} is not a regular file')
+            if status.st_size > MAX_FILE_BYTES:
+                raise CheckpointError(
+                    f'{one_line(path)} has {status.st_size:,} bytes; '
+                    f'at most {MAX_FILE_BYTES:,} are read'
+                )
             return file.read(16)
     except FileNotFoundError:
         raise CheckpointError(f'no such checkpoint: {one_line(path)}') from None

@@ -18,7 +18,6 @@ from gcnet_jax.porting.pickled_values import DamagedPickle, TooLarge
 from gcnet_jax.porting.pickles import MAX_PICKLE_BYTES, Contents, read_pickle
 
 # Limits of what is read.
-MAX_FILE_BYTES = 16 * 2**30
 MAX_DIRECTORY_BYTES = 16 * 2**20
 MAX_RECORDS = 100_000
 
@@ -48,10 +47,6 @@ def read_container(path: Path) -> Container:
     """
     with path.open('rb') as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MAX_FILE_BYTES:
-            raise CheckpointError(
-                f'{one_line(path)} has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read'
-            )
         if file.read(4) == b'PK\x03\x04':
             return _read_archive(path, file, size)
         return _read_legacy(path, file, size)
