@@ -160,7 +160,7 @@ def _newer_tensor(machine: Any, *arguments: Any) -> OtherTensor:
     return OtherTensor(arguments[6].name if isinstance(arguments[6], Global) else 'untyped')
 
 
-def _parameter(machine: Any, data: Any, *_: Any) -> Any:
+def _parameter(machine: Any, data: Any = None, *_: Any) -> Any:
     return data
 
 
@@ -307,7 +307,9 @@ def _table() -> dict[Global, Callable[..., Any]]:
         for module, named in readers.items()
         for name, reader in named.items()
     }
-    return table | {kind: _record(str(kind)) for kind in _TENSOR_CLASSES}
+    table |= {kind: _record(str(kind)) for kind in _TENSOR_CLASSES}
+    # torch before 0.4 called the class itself.
+    return table | {Global('torch.nn.parameter', 'Parameter'): _parameter}
 
 
 # Every name that a pickle may use. All others count as foreign, and the file is refused.

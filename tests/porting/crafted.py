@@ -46,7 +46,7 @@ class Stored:
 
 
 def encode(value: Any) -> bytes:
-    """The instructions (protocol 2 and later) that push a value."""
+    """The instructions (of protocol 2, as torch.save has it) that push a value."""
     if isinstance(value, Raw):
         return value.code
     if isinstance(value, Name):
@@ -64,7 +64,9 @@ def encode(value: Any) -> bytes:
         return b'](' + b''.join(map(encode, value)) + b'e'
     if isinstance(value, tuple):
         return b'(' + b''.join(map(encode, value)) + b't'
-    return pickle.dumps(value, protocol=3)[2:-1]
+    if isinstance(value, bytes):
+        return encode(Call('_codecs encode', (value.decode('latin1'), 'latin1')))
+    return pickle.dumps(value, protocol=2)[2:-1]
 
 
 def program(value: Any) -> bytes:
@@ -96,7 +98,8 @@ def zipped(data: bytes, storages: dict[str, bytes], **more: bytes) -> bytes:
 def legacy(data: bytes, storages: dict[str, bytes], item: int = 4) -> bytes:
     system = {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {'int': 4}}
     parts = [pickle.dumps(v, protocol=2) for v in (MAGIC, 1001, system)]
-    parts += [data, pickle.dumps(list(storages), protocol=2)]
+    # A storage's reference has a sixth part here: whether it is a view.
+    parts += [data.replace(b'tQ', b'NtQ'), pickle.dumps(list(storages), protocol=2)]
     parts += [struct.pack('<q', len(v) // item) + v for v in storages.values()]
     return b''.join(parts)
 
