@@ -14,7 +14,25 @@ def nested(opening: bytes, inner: bytes, closing: bytes, depth: int) -> Raw:
     return Raw(opening * depth + inner + closing * depth)
 
 
+# An array whose objects lie at addresses that the file chooses: reading one reads, and then counts
+# a reference, there. numpy itself builds it, and every container below reads it.
 ADDRESSES = b'\x41' * 64
+OBJECT = Call('numpy dtype', ('O',))
+OTHER_NUMBERS = Call(
+    'numpy dtype', ('f8', False, True), (3, '<', None, ('a',), {'a': (OBJECT, 0)}, 8, 1, 0)
+)
+OBJECTS = Call('numpy ndarray', ((8,), OBJECT, ADDRESSES))
+POINTERS = {
+    'objects, kept': OBJECTS,
+    'objects in a counter': Call('collections Counter', (OBJECTS,)),
+    'objects in a set': Call('builtins set', (OBJECTS,)),
+    'objects in an ordered dictionary': Call('collections OrderedDict', (OBJECTS,)),
+    'objects in a bytearray': Call('builtins bytearray', (OBJECTS,)),
+    'objects as sizes': Call('torch Size', (OBJECTS,)),
+    'objects as a list': Raw(b'](' + encode(OBJECTS) + b'e'),
+    'objects as state': Call('argparse Namespace', (), OBJECTS, new=True),
+    'objects as a number': Call('numpy.core.multiarray scalar', (OTHER_NUMBERS, ADDRESSES[:8])),
+}
 FIELDS = (3, '|', None, ('a',), {'a': (DTYPE, 10**6)}, 8, 1, 16)
 TYPED = 'torch._tensor _rebuild_from_type_v2'
 # A list of ten times the same list of ten times the same list, and so on.
@@ -75,6 +93,7 @@ REFUSED_TENSORS = {
 
 # Files that are read, since what is odd in them stands beside the weights and is never built.
 HARMLESS = {
+    **{name: {'x': value} for name, value in POINTERS.items()},
     'array of objects': {'x': array((1, (8,), DTYPE, False, ADDRESSES))},
     'array of objects in a list': {'x': array((1, (8,), DTYPE, False, [ADDRESSES] * 8))},
     'type with a state of its own': {'x': DTYPE},
