@@ -1,68 +1,32 @@
-"""Reads PyTorch checkpoint files as numpy arrays: `.safetensors` without torch, `.pth` with it.
+"""Reads PyTorch checkpoint files as numpy arrays: `.safetensors`, and `.pth` without torch.
 
-A file is recognised by its first bytes, not by its name. Nothing in it is ever executed: pickles go
-through torch's `weights_only` reader, and there is no other way in. Tensors are read one by one
-when they are asked for.
+A file is recognised by its first bytes, not by its name. Nothing in it is ever executed: pickles
+are read by a machine that knows no class and calls no function (`pickles.py`). Tensors are read
+one by one when they are asked for. Files may come from strangers: the limits of what is read stand
+as constants at the top of the modules that this one imports.
 """
 
 import dataclasses
+import datetime
+import hashlib
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (safetensors looks bfloat16 up among numpy's types)
-import numpy as np
+from gcnet_jax.errors import CheckpointError, one_line, unknown_name
+from gcnet_jax.files import reason
+from gcnet_jax.porting.safetensors_files import read_safetensors
+from gcnet_jax.porting.tensors import LazyTensor, LazyTensors
+from gcnet_jax.porting.torch_files import read_torch
+from gcnet_jax.porting.wrappers import WEIGHTS, take_prefixes_off
 
-from gcnet_jax.errors import CheckpointError, unknown_name
+# Limit of a file, with an optimizer's state and an average: a ResNet-152 with both takes 1 GB.
+MAX_FILE_BYTES = 8 * 2**30
 
-WEIGHTS = ('auto', 'model', 'ema')
-
-# The keys under which timm, torchvision, mmengine, Lightning and others put their tensors.
-MODEL_WRAPPERS = ('state_dict', 'model', 'model_state_dict', 'model_state')
-EMA_WRAPPERS = ('state_dict_ema', 'model_ema', 'ema_state_dict')
-
-# What DataParallel, torch.compile and averaged copies put before every name.
-WHOLE_PREFIXES = ('module.', '_orig_mod.')
-
-# Before 2.6, torch's `weights_only` reader could be made to run code (CVE-2025-32434).
-OLDEST_SAFE_TORCH = (2, 6)
-
-
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A tensor that has not been read: its shape, its type's name and the way to read it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-
-
-class LazyTensors(Mapping[str, np.ndarray]):
-    """Tensors by name; indexing reads one from the file, as float32 where it is floating point."""
-
-    def __init__(self, entries: Mapping[str, LazyTensor]):
-        self._entries = dict(entries)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._entries[name].read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape, without reading one."""
-        return {name: entry.shape for name, entry in self._entries.items()}
-
-    def without_prefix(self, prefix: str) -> 'LazyTensors':
-        """Returns the same tensors with `prefix` taken off the names that start with it."""
-        return LazyTensors({k.removeprefix(prefix): entry for k, entry in self._entries.items()})
+__all__ = ['LazyTensor', 'LazyTensors', 'TorchFile', 'read_checkpoint']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +38,9 @@ class TorchFile:
       tensors: Every tensor by the name that its network gave it, read when asked for.
       wrapper: The key under which the tensors lay, such as 'state_dict_ema'; '' without one.
       prefix: What was taken off the front of every name, such as 'module.'.
-      metadata: What else the file says in plain text and numbers ('arch', 'epoch', ...).
+      metadata: What else the file says in plain text and numbers: 'arch', 'epoch', 'meta', ...
+        Lists and dictionaries are nested as they are in the file; the fields of an
+        `argparse.Namespace` are a dictionary. Anything else is left out.
     """
 
     path: Path
@@ -97,200 +63,85 @@ def read_checkpoint(path: str | os.PathLike[str], *, weights: str = 'auto') -> T
       floating-point ones as float32.
 
     Raises:
-      CheckpointError: No such file, a directory, a file that is damaged, not a checkpoint or that
-        would run code, `weights` that it does not hold, or a `.pth` where torch is not installed.
+      CheckpointError: No such file, not a regular file, a file that is damaged, not a checkpoint or
+        that holds objects of classes, a hash in its name that is not its own, `weights` that it
+        does not hold, or tensors that are not dense floating-point numbers or integers.
     """
     if weights not in WEIGHTS:
         raise CheckpointError(unknown_name('choice of weights', weights, WEIGHTS))
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise CheckpointError(
-            f'{path} is a directory; give the checkpoint file in it, such as model.safetensors'
-        )
-    try:
-        with path.open('rb') as file:
-            start = file.read(16)
-    except FileNotFoundError:
-        raise CheckpointError(f'no such checkpoint: {path}') from None
-    except OSError as error:
-        raise CheckpointError(f'cannot read {path}: {error.strerror or error}') from None
+    shown = one_line(path)
+    start = _first_bytes(path)
     if not start:
-        raise CheckpointError(f'{path} is empty; the download was cut off: fetch it again')
-    if start[8:9] == b'{':
-        return _read_safetensors(path, weights)
-    if start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
-        return _read_torch(path, weights, is_zip=start[:4] == b'PK\x03\x04')
-    raise CheckpointError(
-        f'{path} is neither a safetensors nor a PyTorch file: it starts with {start[:8]!r}'
-    )
-
-
-def _read_safetensors(path: Path, weights: str) -> TorchFile:
-    import safetensors
-
-    if weights == 'ema':
+        raise CheckpointError(f'{shown} is empty; the download was cut off: fetch it again')
+    is_safetensors = start[8:9] == b'{'
+    if not (is_safetensors or start[:4] == b'PK\x03\x04' or start[:1] == b'\x80'):
         raise CheckpointError(
-            f"{path} holds one set of weights; weights='ema' needs a training checkpoint (.pth)"
+            f'{shown} is neither a safetensors nor a PyTorch file: it starts with {start[:8]!r}'
         )
-
-    def open_file():
-        return safetensors.safe_open(path, framework='np')
-
-    def read(name: str) -> np.ndarray:
-        # Opened again for every tensor: the pages that a memory map has read count as memory in use
-        # until it is closed.
-        with open_file() as handle:
-            return _as_float32(handle.get_tensor(name))
-
-    try:
-        with open_file() as handle:
-            described = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            entries = {
-                name: LazyTensor(
-                    tuple(tensor.get_shape()), tensor.get_dtype(), lambda name=name: read(name)
-                )
-                for name, tensor in described.items()
-            }
-            metadata = handle.metadata() or {}
-    except (safetensors.SafetensorError, OSError, TypeError) as error:
+    if is_safetensors and weights == 'ema':
         raise CheckpointError(
-            f'{path} is a damaged or truncated safetensors file ({error}): fetch it again'
-        ) from None
-    return _opened(path, entries, '', metadata)
-
-
-def _read_torch(path: Path, weights: str, is_zip: bool) -> TorchFile:
-    try:
-        import torch
-    except ImportError:
-        raise CheckpointError(
-            f'{path} is a pickle, which only PyTorch reads: pip install torch (the CPU build is '
-            'enough), or convert it to .safetensors elsewhere'
-        ) from None
-    version = tuple(int(part) for part in re.findall(r'\d+', torch.__version__)[:2])
-    if version < OLDEST_SAFE_TORCH:
-        raise CheckpointError(
-            f'torch {torch.__version__} can be made to run code by a checkpoint (CVE-2025-32434); '
-            f'upgrade to 2.6 or newer to read {path}'
+            f"{shown} holds one set of weights; weights='ema' needs a training checkpoint (.pth)"
         )
-    try:
-        with torch.serialization.safe_globals(_harmless_globals()), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the error says what a warning would
-            # Files older than torch 1.6 are not zip archives and cannot be mapped.
-            loaded = torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)
-    except Exception as error:  # torch raises a dozen kinds for damaged files
-        raise CheckpointError(_why_unreadable(path, error)) from None
-    wrapper, found, metadata = _unwrap(path, loaded, weights)
-    if not isinstance(found, Mapping):
-        raise CheckpointError(
-            f'{path} is not a state dict: it holds a {type(found).__name__}; save '
-            "model.state_dict() with torch.save, or {'state_dict': model.state_dict()}"
-        )
-    entries, others = {}, []
-    for name, value in found.items():
-        if isinstance(value, torch.Tensor) and isinstance(name, str):
-            entries[name] = LazyTensor(
-                tuple(value.shape), str(value.dtype), lambda value=value: _from_torch(value)
-            )
-        else:
-            others.append(f'{name}: {type(value).__name__}')
-    if others:
-        raise CheckpointError(
-            f'{path} is not a state dict: it holds {", ".join(others[:4])}'
-            f'{" and more" if len(others) > 4 else ""} among {len(entries)} tensors'
-        )
-    return _opened(path, entries, wrapper, metadata)
-
-
-def _unwrap(path: Path, loaded: Any, weights: str) -> tuple[str, Any, dict[str, Any]]:
-    """Finds the state dict that was asked for: (its key, itself, the plain values beside it)."""
-    if not isinstance(loaded, Mapping):
-        return '', loaded, {}
-    present = [k for k in (*EMA_WRAPPERS, *MODEL_WRAPPERS) if isinstance(loaded.get(k), Mapping)]
-    allowed = {
-        'ema': EMA_WRAPPERS,
-        'model': MODEL_WRAPPERS,
-        'auto': (*EMA_WRAPPERS, *MODEL_WRAPPERS),
-    }[weights]
-    chosen = next((k for k in allowed if k in present), None)
-    if chosen is None:
-        if weights == 'ema' or present:
-            raise CheckpointError(
-                f'{path} holds no {weights} weights; it holds: '
-                f"{', '.join(present) or 'one state dict without a wrapper'}; use weights='auto'"
-            )
-        return '', loaded, {}
-    plain = {
-        key: value
-        for key, value in loaded.items()
-        if isinstance(key, str) and isinstance(value, (str, int, float))
-    }
-    return chosen, loaded[chosen], plain
-
-
-def _opened(
-    path: Path, entries: dict[str, LazyTensor], wrapper: str, metadata: Mapping[str, Any]
-) -> TorchFile:
+    _check_hash_in_name(path)
+    if is_safetensors:
+        entries, metadata = read_safetensors(path)
+        wrapper = ''
+    else:
+        entries, wrapper, metadata = read_torch(path, weights)
     if not entries:
-        raise CheckpointError(f'{path} holds no tensors')
-    tensors, prefix = LazyTensors(entries), ''
-    for part in WHOLE_PREFIXES * 2:
-        # A torchvision average keeps its count beside the `module.` names.
-        names = [name for name in tensors if name != 'n_averaged']
-        if names and all(name.startswith(part) for name in names):
-            tensors, prefix = tensors.without_prefix(part), prefix + part
+        raise CheckpointError(f'{shown} holds no tensors')
+    tensors, prefix = take_prefixes_off(path, LazyTensors(entries), weights)
     return TorchFile(path, tensors, wrapper, prefix, metadata)
 
 
-def _as_float32(array: np.ndarray) -> np.ndarray:
-    is_floating = array.dtype.kind == 'f' or 'float' in array.dtype.name
-    return array.astype(np.float32, copy=False) if is_floating else array
+def _first_bytes(path: Path) -> bytes:
+    try:
+        # Without O_NONBLOCK a FIFO would wait until somebody writes to it.
+        number = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0))
+        with open(number, 'rb', closefd=True) as file:
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f'{one_line(path)} is not a regular file')
+            if status.st_size > MAX_FILE_BYTES:
+                raise CheckpointError(
+                    f'{one_line(path)} has {status.st_size:,} bytes; '
+                    f'at most {MAX_FILE_BYTES:,} are read'
+                )
+            return file.read(16)
+    except FileNotFoundError:
+        raise CheckpointError(f'no such checkpoint: {one_line(path)}') from None
+    except IsADirectoryError:
+        raise CheckpointError(
+            f'{one_line(path)} is a directory; give the checkpoint file in it, such as '
+            'model.safetensors'
+        ) from None
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # A ValueError: a name with a NUL byte.
+        raise CheckpointError(f'cannot read {one_line(path)}: {reason(error)}') from None
 
 
-def _from_torch(tensor: Any) -> np.ndarray:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-
-class _HistoryBuffer:
-    """Stands in for mmengine's record of past losses, so that it can be skipped."""
-
-
-def _harmless_globals() -> list[Any]:
-    """What training checkpoints hold beside tensors: the arguments of a run and numpy numbers.
-
-    Each is plain data: rebuilding one calls nothing but its own constructor.
-    """
-    import argparse
-
-    numpy_types = {type(np.dtype(code)) for code in 'bhilqBHILQefd?'}
-    multiarray = np._core.multiarray
-    return [
-        argparse.Namespace,
-        np.dtype,
-        np.ndarray,
-        *numpy_types,
-        *(
-            (getattr(multiarray, name), f'{module}.multiarray.{name}')
-            for name in ('scalar', '_reconstruct')
-            for module in ('numpy.core', 'numpy._core')
-        ),
-        (_HistoryBuffer, 'mmengine.logging.history_buffer.HistoryBuffer'),
-    ]
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    text = str(error)
-    refused = re.search(r'GLOBAL ([\w.]+)', text)
-    if refused:
-        return (
-            f'{path} holds an object of {refused[1]}, which could run code when loaded; it was not '
-            'loaded. If you trust the file, run torch.save(torch.load(FILE, weights_only=False)'
-            "['state_dict'], NEW) where that library is installed, and port NEW"
+def _check_hash_in_name(path: Path) -> None:
+    """Compares the hash that torchvision and mmdetection put into a published file's name."""
+    found = re.search(r'-([0-9a-f]{8})\.(pth|pt)$', path.name)
+    if not found or _is_date(found[1]):
+        return
+    with path.open('rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    if not digest.startswith(found[1]):
+        raise CheckpointError(
+            f'{one_line(path)} is damaged or was changed: its SHA-256 begins with {digest[:8]}, '
+            f'and its name says {found[1]}. Fetch it again, or rename it if that was on purpose'
         )
-    if 'TorchScript' in text:
-        return f'{path} is a TorchScript program, not a state dict; save model.state_dict() instead'
-    if 'Unsupported operand' in text:
-        return f'{path} is a pickle that torch.save did not write; save model.state_dict() with it'
-    reason = text.strip().splitlines()[0][:160] if text.strip() else type(error).__name__
-    return f'{path} is a damaged or truncated PyTorch file ({reason}): fetch it again'
+
+
+def _is_date(digits: str) -> bool:
+    for form in ('%Y%m%d', '%d%m%Y', '%m%d%Y'):
+        try:
+            year = datetime.datetime.strptime(digits, form).year
+        except ValueError:
+            continue
+        if 1990 <= year < 2100:
+            return True
+    return False
