@@ -8,6 +8,7 @@ the same batches.
 
 import dataclasses
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -269,8 +270,16 @@ def _run(dataset: grain.MapDataset, num_threads: int | None, num_workers: int) -
     iterable = dataset.to_iter_dataset(options)
     if num_workers:
         _settle_flags()
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        iterable = iterable.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers),
+            worker_init_fn=_leave_ctrl_c_to_the_run,
+        )
     return iterable
+
+
+def _leave_ctrl_c_to_the_run(worker: int, workers: int) -> None:
+    """Called in each worker: a terminal sends Ctrl-C to all processes, and the run stops them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _settle_flags() -> None:

@@ -1,8 +1,10 @@
 """Real runs that are killed or told to stop, and continued with the same command."""
 
+import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 
 import jax
@@ -105,6 +107,56 @@ def test_sigterm_before_the_first_step_stops_there_too(place):
         run.send(signal.SIGTERM)
         assert run.codes() == [75]
     assert 'SIGTERM: stopped after step' in run.printed()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_ctrl_c_saves_too(place, whole, workers):
+    """A terminal sends it to the processes that read the data as well."""
+    workdir = place / f'interrupted_{workers}'
+    settings = (*SETTINGS, f'--config.data.num_workers={workers}')
+    with running(workdir, *settings, place=place) as run:
+        run.wait_until(lambda: run.step() >= 30)
+        command = ['pgrep', '-P', str(run.processes[0].pid)]
+        children = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        assert len(children) >= workers
+        for child in map(int, children):
+            os.kill(child, signal.SIGINT)
+        run.send(signal.SIGINT)
+        assert run.codes() == [130]
+    printed = run.printed()
+    newest = max(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+    assert f'Ctrl-C: stopped after step {newest} of {STEPS}, which is saved' in printed
+    assert 'Traceback' not in printed
+    complete(workdir, *settings, place=place)
+    the_same(workdir, whole)
+
+
+def test_a_second_run_is_refused_and_leaves_the_first_alone(place, whole):
+    workdir = place / 'shared'
+    with running(workdir, *SETTINGS, place=place) as first:
+        first.wait_until(lambda: first.step() >= 1)
+        with running(workdir, *SETTINGS, place=place) as second:
+            assert second.codes() == [1]
+        assert f'is in use by process {first.processes[0].pid} on ' in second.printed()
+        assert second.printed().count('\n') == 1
+        assert first.codes() == [0]
+    the_same(workdir, whole)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root may mount a file system')
+def test_a_disk_that_fills_up_is_one_line(place):
+    disk = place / 'disk'
+    disk.mkdir()
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=900k', 'tmpfs', str(disk)], check=True)
+    try:
+        settings = ('--config.training.checkpoint_steps=2', '--config.training.keep_checkpoints=9')
+        with running(disk / 'run', *SETTINGS, *settings, place=place) as run:
+            assert run.codes() == [1]
+    finally:
+        subprocess.run(['umount', str(disk)], check=True)
+    lines = [line for line in run.printed().splitlines() if not line.startswith('step ')]
+    assert len(lines) == 2, lines
+    assert lines[1].startswith('train.py: no space left on the device of ')
 
 
 @pytest.mark.parametrize('damage', ['truncated', 'missing', 'flipped', 'emptied'])
