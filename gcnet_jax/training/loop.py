@@ -22,6 +22,7 @@ from gcnet_jax.stored_model import load_variables
 from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
 from gcnet_jax.training.config import check_config, is_due
 from gcnet_jax.training.experiment import Experiment, assemble, state_bytes
+from gcnet_jax.training.freezing import frozen_paths, split
 from gcnet_jax.training.mesh import batch_shardings, state_shardings, to_global
 from gcnet_jax.training.metrics import (
     Clock,
@@ -40,6 +41,13 @@ from gcnet_jax.training.processes import (
     sum_over_processes,
 )
 from gcnet_jax.training.state import TrainState, create_state
+from gcnet_jax.training.statistics import (
+    fresh_statistics,
+    jit_statistics_step,
+    make_statistics_step,
+    statistics_batches,
+    with_statistics,
+)
 from gcnet_jax.training.steps import (
     jit_evaluation_step,
     jit_train_step,
@@ -139,6 +147,7 @@ class _Run:
             stack.callback(self.close)
             self.step = 0
             self.window, self.bad_in_a_row = Window(), 0
+            self.best = None
             self.pending = None
             self.state, shardings = self._start(initial, say)
             if first:
@@ -167,6 +176,8 @@ class _Run:
         self.train_step = jit_train_step(train_step, self.mesh, shardings)
         evaluation_step = make_evaluation_step(experiment.model, experiment.step_options)
         self.evaluation_step = jit_evaluation_step(evaluation_step, self.mesh, shardings)
+        statistics_step = make_statistics_step(experiment.model, experiment.step_options, self.mesh)
+        self.statistics_step = jit_statistics_step(statistics_step, self.mesh, shardings)
 
     def _start(self, initial: dict | None, say: Any) -> tuple[TrainState, TrainState]:
         """Restores the newest whole checkpoint, or makes the state of step 0."""
@@ -197,6 +208,7 @@ class _Run:
         if jax.process_index() != 0:
             self.window.sums['skipped'] = 0.0  # The first process holds those of all.
         self.bad_in_a_row = position['bad_in_a_row']
+        self.best = position.get('best')
         say(f'continuing from step {self.step}')
         return state, shardings
 
@@ -231,7 +243,7 @@ class _Run:
 
     def to_the_end(self) -> bool:
         """Runs every step that is left; says whether there was one."""
-        if self.step >= self.options.total_steps:
+        if self._is_done():
             return False
         with self.store.explain_errors():
             self._stop_if_preempted()
@@ -242,10 +254,26 @@ class _Run:
                 previous, self.pending = self.pending, (self.step, metrics, skipped)
                 self._look_at(previous)
                 self._evaluate_and_save()
-                if self.step >= self.options.total_steps:
+                if self._is_done():
                     break
                 self._stop_if_preempted()
             self.store.wait()
+        return True
+
+    def _is_done(self) -> bool:
+        """Whether the last step was taken, or evaluation has not improved for too long."""
+        if self.step >= self.options.total_steps:
+            return True
+        patience = self.options.early_stopping_steps
+        if patience is None or self.best is None:
+            return False
+        evaluated = is_due(self.step, self.options.evaluation_steps)
+        if not evaluated or self.step - self.best['step'] < patience:
+            return False
+        self.progress.say(
+            f'stopped early after step {self.step} of {self.options.total_steps}: eval/accuracy has '
+            f'not exceeded {self.best["accuracy"]:.2%} since step {self.best["step"]}'
+        )
         return True
 
     def _prefetched(self, batches: Any) -> Iterator[tuple[dict, int]]:
@@ -318,12 +346,36 @@ class _Run:
             return
         self._look_at_pending()
         self.clock.stop()
+        self._refresh_statistics()
         values = {}
         if evaluate:
             values = self._evaluate()
             self._write(self.step, values)
+            if self.best is None or values['eval/accuracy'] > self.best['accuracy']:
+                self.best = {'step': self.step, 'accuracy': values['eval/accuracy']}
         self._save(values)
         self.clock.start()
+
+    def _refresh_statistics(self) -> None:
+        """Computes the norms' statistics afresh while their running averages lag."""
+        experiment = self.experiment
+        count = statistics_batches(
+            self.step,
+            len(experiment.train_source),
+            experiment.train_options['global_batch_size'],
+        )
+        norm = experiment.config['model'].get('norm') or {}
+        if not count or not self.state.batch_stats or norm.get('kind') == 'frozen':
+            return
+        shardings = batch_shardings(self.mesh)
+        with contextlib.closing(experiment.train_batches(0)) as batches:
+            statistics = fresh_statistics(
+                self.statistics_step,
+                self.state.evaluation_variables(),
+                (to_global(batch, shardings) for batch in batches),
+                count,
+            )
+        self.state = with_statistics(self.state, statistics)
 
     def _look_at_pending(self) -> None:
         """Makes sure that the state is of steps that were seen to be good."""
@@ -339,6 +391,7 @@ class _Run:
             'examples': len(self.experiment.train_source),
             'window': dict(self.window.sums),
             'bad_in_a_row': self.bad_in_a_row,
+            'best': self.best,
         }
         self.store.save(self.state, position, metrics)
 
@@ -400,6 +453,11 @@ def _introduce(experiment: Experiment, shapes: TrainState, say: Any) -> None:
         f'{len(train):,} training and {len(evaluation):,} evaluation images; '
         f'{experiment.run.total_steps:,} steps; mesh {axes} of {device.platform} devices'
     )
+    patterns = experiment.step_options.frozen
+    if patterns:
+        _, fixed = split(shapes.params, frozen_paths(shapes.params, patterns))
+        count = sum(leaf.size for leaf in jax.tree.leaves(fixed))
+        say(f'{count:,} of {parameters:,} parameters are frozen: {", ".join(patterns)}')
 
 
 def _silent(text: str) -> None:

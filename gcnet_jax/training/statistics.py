@@ -1,0 +1,123 @@
+"""The norms' running statistics, computed afresh while the running averages lag behind.
+
+A running average of momentum 0.9 starts at mean 0 and variance 1 and forgets that, and the weights
+of the steps before, over some dozens of steps. A run on few images is evaluated before that: after
+its first step, nine tenths of the statistics are still the initial ones. Until `SETTLED_STEPS`, the
+statistics are therefore replaced before each evaluation and each save by their mean over training
+batches, all with the present weights. In training, norms use the statistics of the batch, so the
+weights do not depend on it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gcnet_jax.data import augment
+from gcnet_jax.training.freezing import frozen_paths, frozen_statistics, merge, split
+from gcnet_jax.training.mesh import batch_shardings, replicated
+from gcnet_jax.training.state import TrainState
+from gcnet_jax.training.steps import StepOptions, make_apply, make_split
+
+# 0.9 to this power is 0.00003.
+SETTLED_STEPS = 100
+# The statistics are the mean over the batches that hold the first so many training images.
+STATISTICS_IMAGES = 1024
+
+
+def statistics_batches(step: int, examples: int, batch_size: int) -> int:
+    """Returns the number of batches to average over after a step; 0 if the averages have settled.
+
+    Args:
+      step: Number of steps done.
+      examples: Number of training images.
+      batch_size: Images per batch over all processes.
+    """
+    if step >= SETTLED_STEPS:
+        return 0
+    return -(-min(examples, STATISTICS_IMAGES) // batch_size)
+
+
+def make_statistics_step(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
+    """Returns the pure function that adds one batch's part to the mean statistics.
+
+    It maps the variables, the sum so far (anything of the right shapes for the first batch), a
+    batch as in training, its index and the number of batches to the new sum, which after the last
+    batch is the mean. Images are neither mixed nor erased. The statistics of frozen modules are
+    those in the variables.
+    """
+    apply = make_apply(model, options, mesh)
+    parts = make_split(options.accumulation_steps, mesh)
+
+    def step(variables: dict, total: Any, batch: dict, index: Any, count: Any) -> Any:
+        params = jax.lax.with_sharding_constraint(variables['params'], replicated(mesh))
+        frozen = frozen_statistics(
+            variables['batch_stats'], params, frozen_paths(params, options.frozen)
+        )
+        running, fixed = split(variables['batch_stats'], frozen)
+        key = jax.random.fold_in(jax.random.key(0), index)
+
+        def of_micro_batch(images):
+            def follow(running):
+                updated = apply(params, merge(running, fixed), images, key)[1]
+                return split(updated, frozen)[0]
+
+            # The new average is `momentum * old + (1 - momentum) * statistics`. With 0 for the old
+            # one, and the momentum as the derivative, the statistics are what is left.
+            zeros, ones = (jax.tree.map(make, running) for make in (jnp.zeros_like, jnp.ones_like))
+            new, momentum = jax.jvp(follow, (zeros,), (ones,))
+            return jax.tree.map(lambda new, momentum: new / (1 - momentum), new, momentum)
+
+        images = augment.normalize(batch['image'], options.mean, options.std)
+        found = jax.tree.map(
+            lambda leaf: leaf.mean(axis=0), jax.lax.map(of_micro_batch, parts(images))
+        )
+        total, _ = split(total, frozen)
+        total = jax.tree.map(
+            lambda old, new: jnp.where(index == 0, 0.0, old) + new / count, total, found
+        )
+        return merge(total, fixed)
+
+    return step
+
+
+def jit_statistics_step(step: Callable, mesh: Mesh, shardings: TrainState) -> Callable:
+    """Compiles the statistics step for a mesh."""
+    variables = shardings.evaluation_variables()
+    return jax.jit(
+        step,
+        in_shardings=(
+            variables,
+            variables['batch_stats'],
+            batch_shardings(mesh),
+            replicated(mesh),
+            replicated(mesh),
+        ),
+        out_shardings=variables['batch_stats'],
+    )
+
+
+def fresh_statistics(step: Callable, variables: dict, batches: Any, count: int) -> Any:
+    """Returns the mean statistics over the first `count` of the batches.
+
+    Args:
+      step: As returned by `jit_statistics_step`.
+      variables: {'params', 'batch_stats'}.
+      batches: Iterator over batches on the devices.
+      count: How many batches to average over, at least 1.
+    """
+    total = variables['batch_stats']
+    for index in range(count):
+        total = step(variables, total, next(batches), np.int32(index), np.float32(count))
+    return total
+
+
+def with_statistics(state: TrainState, statistics: Any) -> TrainState:
+    """Returns the state with other statistics in its evaluation variables."""
+    if state.ema is not None:
+        return state.replace(ema={**state.ema, 'batch_stats': statistics})
+    return state.replace(batch_stats=statistics)
