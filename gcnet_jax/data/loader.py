@@ -83,7 +83,7 @@ def train_batches(
     flip: bool = True,
     interpolation: str = 'bilinear',
     crop_scale: tuple[float, float] = preprocess.CROP_SCALE,
-    color: ColorOptions = ColorOptions(),
+    color: ColorOptions | None = None,
     num_threads: int | None = None,
     num_workers: int = 0,
     skip_damaged: bool = False,
@@ -102,7 +102,7 @@ def train_batches(
       flip: Mirror at random.
       interpolation: `nearest`, `bilinear` or `bicubic`.
       crop_scale: Range of the share of the area that `resized_crop` keeps.
-      color: RandAugment and colour jitter, after cropping and mirroring.
+      color: RandAugment and colour jitter, after cropping and mirroring; None for neither.
       num_threads: Batches that are made at once; None for one a processor, at most 16; 0 for none,
         in the caller's thread. This many batches are held in memory. With workers: threads in each
         of them.
@@ -136,7 +136,9 @@ def train_batches(
         'crop_scale': tuple(crop_scale),
     }
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(_TrainExample(source, options, color, skip_damaged))
+    dataset = dataset.random_map(
+        _TrainExample(source, options, color or ColorOptions(), skip_damaged)
+    )
     dataset = dataset.batch(
         global_batch_size // process_count, drop_remainder=True, batch_fn=_stack
     )

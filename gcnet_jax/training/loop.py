@@ -271,8 +271,8 @@ class _Run:
         if not evaluated or self.step - self.best['step'] < patience:
             return False
         self.progress.say(
-            f'stopped early after step {self.step} of {self.options.total_steps}: eval/accuracy has '
-            f'not exceeded {self.best["accuracy"]:.2%} since step {self.best["step"]}'
+            f'stopped early after step {self.step} of {self.options.total_steps}: eval/accuracy '
+            f'has not exceeded {self.best["accuracy"]:.2%} since step {self.best["step"]}'
         )
         return True
 

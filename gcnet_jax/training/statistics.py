@@ -48,7 +48,7 @@ def make_statistics_step(model: nn.Module, options: StepOptions, mesh: Mesh) -> 
     It maps the variables, the sum so far (anything of the right shapes for the first batch), a
     batch as in training, its index and the number of batches to the new sum, which after the last
     batch is the mean. Images are neither mixed nor erased. The statistics of frozen modules are
-    those in the variables.
+    those in the variables, and so are all of them if the mean is not finite.
     """
     apply = make_apply(model, options, mesh)
     parts = make_split(options.accumulation_steps, mesh)
@@ -76,10 +76,15 @@ def make_statistics_step(model: nn.Module, options: StepOptions, mesh: Mesh) -> 
         found = jax.tree.map(
             lambda leaf: leaf.mean(axis=0), jax.lax.map(of_micro_batch, parts(images))
         )
-        total, _ = split(total, frozen)
         total = jax.tree.map(
-            lambda old, new: jnp.where(index == 0, 0.0, old) + new / count, total, found
+            lambda old, new: jnp.where(index == 0, 0.0, old) + new / count,
+            split(total, frozen)[0],
+            found,
         )
+        # Weights that have grown without bounds must not make a saved state unusable.
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(total)]).all()
+        kept = (index < count - 1) | finite
+        total = jax.tree.map(lambda new, old: jnp.where(kept, new, old), total, running)
         return merge(total, fixed)
 
     return step

@@ -7,7 +7,6 @@ whole batch, with no axis name in the model. Steps return sums and counts; only 
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
