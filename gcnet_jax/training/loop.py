@@ -43,6 +43,7 @@ from gcnet_jax.training.processes import (
 from gcnet_jax.training.state import TrainState, create_state
 from gcnet_jax.training.statistics import (
     fresh_statistics,
+    have_moving_statistics,
     jit_statistics_step,
     make_statistics_step,
     statistics_batches,
@@ -365,7 +366,9 @@ class _Run:
             experiment.train_options['global_batch_size'],
         )
         norm = experiment.config['model'].get('norm') or {}
-        if not count or not self.state.batch_stats or norm.get('kind') == 'frozen':
+        if not count or norm.get('kind') == 'frozen':
+            return
+        if not have_moving_statistics(self.state, experiment.step_options.frozen):
             return
         shardings = batch_shardings(self.mesh)
         with contextlib.closing(experiment.train_batches(0)) as batches:

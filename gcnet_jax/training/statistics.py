@@ -42,6 +42,13 @@ def statistics_batches(step: int, examples: int, batch_size: int) -> int:
     return -(-min(examples, STATISTICS_IMAGES) // batch_size)
 
 
+def have_moving_statistics(state: TrainState, patterns: tuple[str, ...]) -> bool:
+    """Whether any norm keeps running statistics and is not frozen by the patterns."""
+    frozen = frozen_paths(state.params, patterns)
+    fixed = frozen_statistics(state.batch_stats, state.params, frozen)
+    return bool(jax.tree.leaves(split(state.batch_stats, fixed)[0]))
+
+
 def make_statistics_step(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
     """Returns the pure function that adds one batch's part to the mean statistics.
 

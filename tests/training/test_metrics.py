@@ -3,7 +3,7 @@ import json
 import pytest
 
 from gcnet_jax.errors import CheckpointError
-from gcnet_jax.training.metrics import Clock, MetricsWriter, Progress, read_metrics
+from gcnet_jax.training.metrics import Clock, MetricsWriter, Progress, Window, read_metrics
 
 
 def write(workdir, step, steps):
@@ -119,3 +119,16 @@ def test_clock_tells_the_share_that_was_waited_for_data(monkeypatch):
     assert clock.waited_fraction() == 0.25
     clock.rate()
     assert clock.waited_fraction() == 0.0
+
+
+def test_a_weighted_loss_is_divided_by_the_weights():
+    window = Window()
+    for weight in (1.0, 3.0):
+        step = {'loss': 2.0, 'correct': 1, 'count': 4, 'gradient_norm': 1, 'finite': True}
+        window.add(step | {'weight': weight}, 0)
+    again = Window(dict(window.sums))
+    assert again.means()['train/loss'] == 1.0
+    assert again.means()['train/accuracy'] == 0.25
+    nothing = Window()
+    nothing.add(step | {'loss': 0.0, 'weight': 0.0}, 0)
+    assert nothing.means()['train/loss'] == 0.0

@@ -11,6 +11,7 @@ from gcnet_jax.training.mesh import batch_shardings
 from gcnet_jax.training.statistics import (
     SETTLED_STEPS,
     fresh_statistics,
+    have_moving_statistics,
     jit_statistics_step,
     make_statistics_step,
     statistics_batches,
@@ -61,6 +62,8 @@ def test_statistics_of_frozen_modules_are_kept(place, put, step_options, make_ba
     model = create_model('gccnn', widths=(8, 8), stage_sizes=(1, 1), num_classes=4, context=None)
     options = dataclasses.replace(step_options, frozen=('stage1*',))
     mesh, shardings, state = place((2, 2, 2), model, SGD)
+    assert have_moving_statistics(state, options.frozen)
+    assert not have_moving_statistics(state, ('*norm*',))
     before = jax.device_get(state.batch_stats)
     step = compiled(model, options, mesh, shardings)
     batch = put(make_batch(), batch_shardings(mesh))
