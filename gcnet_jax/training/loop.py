@@ -42,12 +42,9 @@ from gcnet_jax.training.processes import (
 )
 from gcnet_jax.training.state import TrainState, create_state
 from gcnet_jax.training.statistics import (
-    fresh_statistics,
-    have_moving_statistics,
     jit_statistics_step,
     make_statistics_step,
-    statistics_batches,
-    with_statistics,
+    refresh_statistics,
 )
 from gcnet_jax.training.steps import (
     jit_evaluation_step,
@@ -347,7 +344,9 @@ class _Run:
             return
         self._look_at_pending()
         self.clock.stop()
-        self._refresh_statistics()
+        self.state = refresh_statistics(
+            self.state, self.step, self.experiment, self.statistics_step
+        )
         values = {}
         if evaluate:
             values = self._evaluate()
@@ -356,29 +355,6 @@ class _Run:
                 self.best = {'step': self.step, 'accuracy': values['eval/accuracy']}
         self._save(values)
         self.clock.start()
-
-    def _refresh_statistics(self) -> None:
-        """Computes the norms' statistics afresh while their running averages lag."""
-        experiment = self.experiment
-        count = statistics_batches(
-            self.step,
-            len(experiment.train_source),
-            experiment.train_options['global_batch_size'],
-        )
-        norm = experiment.config['model'].get('norm') or {}
-        if not count or norm.get('kind') == 'frozen':
-            return
-        if not have_moving_statistics(self.state, experiment.step_options.frozen):
-            return
-        shardings = batch_shardings(self.mesh)
-        with contextlib.closing(experiment.train_batches(0)) as batches:
-            statistics = fresh_statistics(
-                self.statistics_step,
-                self.state.evaluation_variables(),
-                (to_global(batch, shardings) for batch in batches),
-                count,
-            )
-        self.state = with_statistics(self.state, statistics)
 
     def _look_at_pending(self) -> None:
         """Makes sure that the state is of steps that were seen to be good."""

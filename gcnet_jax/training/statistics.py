@@ -8,6 +8,7 @@ batches, all with the present weights. In training, norms use the statistics of 
 weights do not depend on it.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gcnet_jax.data import augment
+from gcnet_jax.training.experiment import Experiment
 from gcnet_jax.training.freezing import frozen_paths, frozen_statistics, merge, split
-from gcnet_jax.training.mesh import batch_shardings, replicated
+from gcnet_jax.training.mesh import batch_shardings, replicated, to_global
 from gcnet_jax.training.state import TrainState
 from gcnet_jax.training.steps import StepOptions, make_apply, make_split
 
@@ -133,3 +135,29 @@ def with_statistics(state: TrainState, statistics: Any) -> TrainState:
     if state.ema is not None:
         return state.replace(ema={**state.ema, 'batch_stats': statistics})
     return state.replace(batch_stats=statistics)
+
+
+def refresh_statistics(
+    state: TrainState, steps_done: int, experiment: Experiment, step: Callable
+) -> TrainState:
+    """Returns the state with fresh statistics for evaluation, while the running averages lag.
+
+    Args:
+      state: After `steps_done` steps.
+      steps_done: Number of steps done; from `SETTLED_STEPS` on the state is returned as it is.
+      experiment: Gives the training batches. The first ones of the run are used each time, so that
+        a run that was interrupted has the same statistics.
+      step: As returned by `jit_statistics_step`.
+    """
+    batch_size = experiment.train_options['global_batch_size']
+    count = statistics_batches(steps_done, len(experiment.train_source), batch_size)
+    norm = experiment.config['model'].get('norm') or {}
+    if not count or norm.get('kind') == 'frozen':
+        return state
+    if not have_moving_statistics(state, experiment.step_options.frozen):
+        return state
+    shardings = batch_shardings(experiment.mesh)
+    with contextlib.closing(experiment.train_batches(0)) as batches:
+        placed = (to_global(batch, shardings) for batch in batches)
+        statistics = fresh_statistics(step, state.evaluation_variables(), placed, count)
+    return with_statistics(state, statistics)
