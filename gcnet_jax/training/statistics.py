@@ -8,7 +8,6 @@ batches, all with the present weights. In training, norms use the statistics of 
 weights do not depend on it.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gcnet_jax.data import augment
+from gcnet_jax.data.loader import train_batches
 from gcnet_jax.training.experiment import Experiment
 from gcnet_jax.training.freezing import frozen_paths, frozen_statistics, merge, split
 from gcnet_jax.training.mesh import batch_shardings, replicated, to_global
@@ -157,7 +157,7 @@ def refresh_statistics(
     if not have_moving_statistics(state, experiment.step_options.frozen):
         return state
     shardings = batch_shardings(experiment.mesh)
-    with contextlib.closing(experiment.train_batches(0)) as batches:
+    with train_batches(experiment.train_source, **experiment.train_options) as batches:
         placed = (to_global(batch, shardings) for batch in batches)
         statistics = fresh_statistics(step, state.evaluation_variables(), placed, count)
     return with_statistics(state, statistics)
