@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from gcnet_jax.data import preprocess
+from gcnet_jax.data.color import ColorOptions, augment_color
 from gcnet_jax.errors import ConfigError, DataError, unknown_name
 
 MAX_SEED = 2**32 - 1
@@ -83,6 +84,7 @@ def train_batches(
     flip: bool = True,
     interpolation: str = 'bilinear',
     crop_scale: tuple[float, float] = preprocess.CROP_SCALE,
+    color: ColorOptions | None = None,
     num_threads: int | None = None,
     num_workers: int = 0,
     skip_damaged: bool = False,
@@ -101,6 +103,7 @@ def train_batches(
       flip: Mirror at random.
       interpolation: `nearest`, `bilinear` or `bicubic`.
       crop_scale: Range of the share of the area that `resized_crop` keeps.
+      color: RandAugment and colour jitter, after cropping and mirroring; None for neither.
       num_threads: Batches that are made at once; None for one a processor, at most 16; 0 for none,
         in the caller's thread. This many batches are held in memory. With workers: threads in each
         of them.
@@ -134,7 +137,9 @@ def train_batches(
         'crop_scale': tuple(crop_scale),
     }
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(_TrainExample(source, options, skip_damaged))
+    dataset = dataset.random_map(
+        _TrainExample(source, options, color or ColorOptions(), skip_damaged)
+    )
     dataset = dataset.batch(
         global_batch_size // process_count, drop_remainder=True, batch_fn=_stack
     )
@@ -203,6 +208,7 @@ class _TrainExample:
 
     source: ImageSource
     options: dict[str, Any]
+    color: ColorOptions
     skip_damaged: bool
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
@@ -217,7 +223,7 @@ class _TrainExample:
                 if not self.skip_damaged:
                     raise _damaged(self.source, place, reason) from error
             else:
-                return image, record['label'], True, skipped
+                return augment_color(image, rng, self.color), record['label'], True, skipped
         raise DataError(f'{self.source.describe(0)} and all others are damaged: {reason}')
 
 

@@ -177,6 +177,9 @@ def describe(
     if not with_context:
         model['context'] = None
     labels = _label_names(model['num_classes'], data)
+    if tree['training']['class_weights'] == 'balanced':
+        # The weights come from the images; the cost of a step does not depend on their values.
+        tree['training']['class_weights'] = (1.0,) * len(labels)
     sources = [
         StandInSource(data['name'], split, labels, length=batch_size)
         for split in (data['train_split'], data['evaluation_split'])

@@ -98,6 +98,14 @@ def _data() -> dict:
         'mixup_alpha': 0.0,
         'cutmix_alpha': 0.0,
         'erasing_probability': 0.0,
+        # RandAugment: number of operations for each image (0: off) and their strength, 0 to 30;
+        # None: 9.
+        'randaugment_ops': 0,
+        'randaugment_magnitude': placeholder(int),
+        # Largest relative change of brightness, contrast and saturation, and of the hue in turns
+        # of the colour wheel (at most 0.5).
+        'color_jitter': 0.0,
+        'hue_jitter': 0.0,
         # Leave damaged records out, counted in the log, instead of stopping at the first.
         'skip_damaged': False,
         # Reading and decoding: threads (None: one a processor, at most 16), and worker processes
@@ -115,6 +123,11 @@ def _optimizer() -> dict:
         'weight_decay': 1e-4,
         # Largest norm of the gradient; None: not clipped.
         'clip_norm': placeholder(float),
+        # Patterns of parameters that are not trained, such as ('stem*', 'stage1*') or, to train the
+        # classifier alone, ('*', '!classifier'); see gcnet_jax.training.freezing.frozen_paths.
+        'frozen': placeholder(object),
+        # Factor on the learning rate for each layer below the classifier; None: the same for all.
+        'layer_decay': placeholder(float),
         # Options that not every optimizer has; None: the default in
         # gcnet_jax.training.optimizers.OPTIMIZERS.
         'momentum': placeholder(float),
@@ -147,6 +160,10 @@ def _training() -> dict:
         # Micro-batches that a batch is computed in: less memory, the same gradient.
         'accumulation_steps': 1,
         'label_smoothing': 0.0,
+        # What an example of each class counts in the training loss: 'balanced' (inversely to the
+        # number of its examples; reads the labels of all training images at the start), or one
+        # number per class. None: 1 for all.
+        'class_weights': placeholder(object),
         # Decay of the moving average of the weights, which evaluation then uses; 0: none.
         'ema_decay': 0.0,
         # Everything random follows from it: weights, order of the data, augmentation, dropout.
@@ -155,6 +172,9 @@ def _training() -> dict:
         # end always does both.
         'evaluation_epochs': 1.0,
         'evaluation_steps': placeholder(int),
+        # End the run at an evaluation when eval/accuracy has not improved for so long; None: never.
+        'early_stopping_epochs': placeholder(float),
+        'early_stopping_steps': placeholder(int),
         'checkpoint_epochs': 1.0,
         'checkpoint_steps': placeholder(int),
         # How many of the newest checkpoints to keep, beside the best by eval/accuracy.
@@ -267,7 +287,7 @@ def check_config(config: ConfigDict) -> None:
     options = {
         key: value
         for key, value in given['optimizer'].items()
-        if key not in ('name', 'weight_decay', 'clip_norm')
+        if key not in ('name', 'weight_decay', 'clip_norm', 'frozen', 'layer_decay')
     }
     optimizer_options(given['optimizer']['name'], options)
     _check_together(given)
@@ -303,6 +323,11 @@ def _check_together(given: Mapping) -> None:
         raise ConfigError(
             f'config.data.crop_scale is {data["crop_scale"]} but config.data.augmentation is '
             f'{data["augmentation"]!r}; leave it unset, or choose resized_crop'
+        )
+    if data['randaugment_magnitude'] is not None and not data['randaugment_ops']:
+        raise ConfigError(
+            f'config.data.randaugment_magnitude is {data["randaugment_magnitude"]} but '
+            'config.data.randaugment_ops is 0; set it to the number of operations, such as 2'
         )
     if training['new_classifier'] and training['init_from'] is None:
         raise ConfigError(

@@ -13,12 +13,15 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from gcnet_jax.data.color import ColorOptions
 from gcnet_jax.data.loader import evaluation_batches, train_batches
 from gcnet_jax.data.sources import Source, load_source
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.stored_model import ModelDescription
 from gcnet_jax.training.config import check_config, plain, steps
+from gcnet_jax.training.freezing import parse_patterns
+from gcnet_jax.training.losses import balanced_weights
 from gcnet_jax.training.mesh import batch_parts, make_mesh
 from gcnet_jax.training.optimizers import make_optimizer, warmup_cosine
 from gcnet_jax.training.processes import ProcessOptions, check_connected, process_options
@@ -34,6 +37,7 @@ class RunOptions:
       total_steps: Where the run ends.
       evaluation_steps, checkpoint_steps, log_steps: How often each happens; see `config.is_due`.
       keep_checkpoints: Newest checkpoints that are kept, beside the best.
+      early_stopping_steps: How long eval/accuracy may go without improving, or None.
       max_bad_steps: Steps in a row that are not finite, at which the run stops.
       seed: Of everything random.
       init_from: Checkpoint that the weights start from, or None.
@@ -47,6 +51,7 @@ class RunOptions:
     checkpoint_steps: float
     log_steps: int
     keep_checkpoints: int
+    early_stopping_steps: float | None
     max_bad_steps: int
     seed: int
     init_from: str | None
@@ -167,12 +172,29 @@ def assemble(
             cutmix_alpha=config.data.cutmix_alpha,
             erasing_probability=config.data.erasing_probability,
             ema_decay=config.training.ema_decay,
+            frozen=parse_patterns(config.optimizer.frozen),
+            class_weights=_class_weights(config.training.class_weights, sources[0]),
         ),
         mesh=mesh,
         run=run,
     )
     check_shapes(experiment)
     return experiment
+
+
+def _class_weights(setting: Any, source: Source) -> tuple[float, ...] | None:
+    """Returns the weight of each class; 'balanced' reads the label of every image once."""
+    if setting is None:
+        return None
+    if setting == 'balanced':
+        labels = [source[index]['label'] for index in range(len(source))]
+        return balanced_weights(labels, source.num_classes)
+    if len(setting) != source.num_classes:
+        raise ConfigError(
+            f'config.training.class_weights has {len(setting)} numbers, but data set {source.name} '
+            f'has {source.num_classes} labels; give one for each, in the order of the labels'
+        )
+    return tuple(map(float, setting))
 
 
 def check_shapes(experiment: Experiment) -> None:
@@ -267,6 +289,14 @@ def _loader_options(config: ConfigDict, description: ModelDescription) -> tuple[
         'seed': config.training.seed,
         'augmentation': data.augmentation,
         'flip': data.flip,
+        'color': ColorOptions(
+            randaugment_ops=data.randaugment_ops,
+            randaugment_magnitude=(
+                9 if data.randaugment_magnitude is None else data.randaugment_magnitude
+            ),
+            jitter=data.color_jitter,
+            hue_jitter=data.hue_jitter,
+        ),
     }
     if data.crop_scale is not None:
         train['crop_scale'] = tuple(data.crop_scale)
@@ -290,6 +320,7 @@ def _run_options(config: ConfigDict, examples: int) -> RunOptions:
         total_steps=total,
         evaluation_steps=steps(training, 'evaluation', per_epoch),
         checkpoint_steps=steps(training, 'checkpoint', per_epoch),
+        early_stopping_steps=_optional_steps(training, 'early_stopping', per_epoch),
         log_steps=training.log_steps,
         keep_checkpoints=training.keep_checkpoints,
         max_bad_steps=training.max_bad_steps,
@@ -302,6 +333,12 @@ def _run_options(config: ConfigDict, examples: int) -> RunOptions:
         prefetch_batches=config.runtime.prefetch_batches,
         processes=process_options(config),
     )
+
+
+def _optional_steps(group: ConfigDict, name: str, per_epoch: float) -> float | None:
+    if group[f'{name}_epochs'] is None and group[f'{name}_steps'] is None:
+        return None
+    return steps(group, name, per_epoch)
 
 
 def _schedule(config: ConfigDict, examples: int, total_steps: int) -> Callable[[Any], Any]:

@@ -23,6 +23,7 @@ from gcnet_jax.stored_model import load_variables
 from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
 from gcnet_jax.training.config import check_config, is_due
 from gcnet_jax.training.experiment import Experiment, assemble, state_bytes
+from gcnet_jax.training.freezing import frozen_paths, split
 from gcnet_jax.training.lock import WorkdirLock, hold_workdir
 from gcnet_jax.training.mesh import batch_shardings, state_shardings, to_global
 from gcnet_jax.training.metrics import (
@@ -42,6 +43,11 @@ from gcnet_jax.training.processes import (
     sum_over_processes,
 )
 from gcnet_jax.training.state import TrainState, create_state
+from gcnet_jax.training.statistics import (
+    jit_statistics_step,
+    make_statistics_step,
+    refresh_statistics,
+)
 from gcnet_jax.training.steps import (
     jit_evaluation_step,
     jit_train_step,
@@ -146,6 +152,7 @@ class _Run:
             stack.callback(self.close)
             self.step = 0
             self.window, self.bad_in_a_row = Window(), 0
+            self.best = None
             self.pending = None
             self.state, shardings = self._start(initial, say)
             if first:
@@ -174,6 +181,8 @@ class _Run:
         self.train_step = jit_train_step(train_step, self.mesh, shardings)
         evaluation_step = make_evaluation_step(experiment.model, experiment.step_options)
         self.evaluation_step = jit_evaluation_step(evaluation_step, self.mesh, shardings)
+        statistics_step = make_statistics_step(experiment.model, experiment.step_options, self.mesh)
+        self.statistics_step = jit_statistics_step(statistics_step, self.mesh, shardings)
 
     def _start(self, initial: dict | None, say: Any) -> tuple[TrainState, TrainState]:
         """Restores the newest whole checkpoint, or makes the state of step 0."""
@@ -204,6 +213,7 @@ class _Run:
         if jax.process_index() != 0:
             self.window.sums['skipped'] = 0.0  # The first process holds those of all.
         self.bad_in_a_row = position['bad_in_a_row']
+        self.best = position.get('best')
         say(f'continuing from step {self.step}')
         return state, shardings
 
@@ -238,7 +248,7 @@ class _Run:
 
     def to_the_end(self) -> bool:
         """Runs every step that is left; says whether there was one."""
-        if self.step >= self.options.total_steps:
+        if self._is_done():
             return False
         with self.store.explain_errors():
             self._stop_if_preempted()
@@ -250,10 +260,26 @@ class _Run:
                 previous, self.pending = self.pending, (self.step, metrics, skipped)
                 self._look_at(previous)
                 self._evaluate_and_save()
-                if self.step >= self.options.total_steps:
+                if self._is_done():
                     break
                 self._stop_if_preempted()
             self.store.wait()
+        return True
+
+    def _is_done(self) -> bool:
+        """Whether the last step was taken, or evaluation has not improved for too long."""
+        if self.step >= self.options.total_steps:
+            return True
+        patience = self.options.early_stopping_steps
+        if patience is None or self.best is None:
+            return False
+        evaluated = is_due(self.step, self.options.evaluation_steps)
+        if not evaluated or self.step - self.best['step'] < patience:
+            return False
+        self.progress.say(
+            f'stopped early after step {self.step} of {self.options.total_steps}: eval/accuracy '
+            f'has not exceeded {self.best["accuracy"]:.2%} since step {self.best["step"]}'
+        )
         return True
 
     def _prefetched(self, batches: Any) -> Iterator[tuple[dict, int]]:
@@ -326,10 +352,15 @@ class _Run:
             return
         self._look_at_pending()
         self.clock.stop()
+        self.state = refresh_statistics(
+            self.state, self.step, self.experiment, self.statistics_step
+        )
         values = {}
         if evaluate:
             values = self._evaluate()
             self._write(self.step, values)
+            if self.best is None or values['eval/accuracy'] > self.best['accuracy']:
+                self.best = {'step': self.step, 'accuracy': values['eval/accuracy']}
         self._save(values)
         self.clock.start()
 
@@ -351,6 +382,7 @@ class _Run:
             'examples': len(self.experiment.train_source),
             'window': dict(self.window.sums),
             'bad_in_a_row': self.bad_in_a_row,
+            'best': self.best,
         }
         self.store.save(self.state, position, metrics)
 
@@ -413,6 +445,11 @@ def _introduce(experiment: Experiment, shapes: TrainState, say: Any) -> None:
         f'{len(train):,} training and {len(evaluation):,} evaluation images; '
         f'{experiment.run.total_steps:,} steps; mesh {axes} of {device.platform} devices'
     )
+    patterns = experiment.step_options.frozen
+    if patterns:
+        _, fixed = split(shapes.params, frozen_paths(shapes.params, patterns))
+        count = sum(leaf.size for leaf in jax.tree.leaves(fixed))
+        say(f'{count:,} of {parameters:,} parameters are frozen: {", ".join(patterns)}')
 
 
 def _silent(text: str) -> None:

@@ -35,8 +35,9 @@ class Window:
 
     def add(self, metrics: dict[str, Any], skipped: int) -> None:
         if metrics['finite']:
-            for name in ('loss', 'correct', 'count', 'gradient_norm'):
-                self.sums[name] += float(metrics[name])
+            for name in ('loss', 'correct', 'count', 'gradient_norm', 'weight'):
+                if name in metrics:
+                    self.sums[name] += float(metrics[name])
             self.sums['steps'] += 1
         else:
             self.sums['bad_steps'] += 1
@@ -45,7 +46,9 @@ class Window:
     def means(self) -> dict[str, float]:
         sums, values = self.sums, {}
         if sums['count']:
-            values['train/loss'] = sums['loss'] / sums['count']
+            # With class weights the mean is a weighted one; the sum is zero where all weights are.
+            weight = sums['weight'] if 'weight' in sums else sums['count']
+            values['train/loss'] = sums['loss'] / weight if weight else 0.0
             values['train/accuracy'] = sums['correct'] / sums['count']
             values['train/gradient_norm'] = sums['gradient_norm'] / sums['steps']
         if sums['bad_steps']:

@@ -7,6 +7,13 @@ import jax
 import optax
 
 from gcnet_jax.errors import ConfigError, unknown_name
+from gcnet_jax.training.freezing import (
+    frozen_paths,
+    layer_distances,
+    merge,
+    parse_patterns,
+    split,
+)
 
 # The options that each optimizer takes, with their defaults. An option of another optimizer is
 # refused.
@@ -72,6 +79,8 @@ def make_optimizer(
     *,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    frozen: Any = None,
+    layer_decay: float | None = None,
     **given: Any,
 ) -> optax.GradientTransformation:
     """Builds an optimizer.
@@ -82,6 +91,10 @@ def make_optimizer(
       weight_decay: For sgd and lars added to the gradient, for adamw and lamb decoupled from it;
         kernels only.
       clip_norm: The largest allowed norm of the whole gradient; None does not clip.
+      frozen: Patterns of the parameters that are not trained (see `freezing.frozen_paths`). Their
+        updates are zero and they have no optimizer state.
+      layer_decay: Multiplies the learning rate once for each layer below the classifier (see
+        `freezing.layer_distances`); None and 1 train all layers at the same rate.
       **given: Options of `OPTIMIZERS[name]`; None takes the default there.
 
     Raises:
@@ -109,4 +122,43 @@ def make_optimizer(
             weight_decay=weight_decay,
             mask=decay_mask,
         )
-    return core if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), core)
+    if clip_norm is not None:
+        core = optax.chain(optax.clip_by_global_norm(clip_norm), core)
+    patterns = parse_patterns(frozen)
+    if patterns:
+        core = _train_the_rest(core, patterns)
+    return core if layer_decay in (None, 1) else _decay_by_layer(core, layer_decay)
+
+
+def _train_the_rest(
+    core: optax.GradientTransformation, patterns: tuple[str, ...]
+) -> optax.GradientTransformation:
+    """Shows `core` only the parameters that are not frozen."""
+
+    def init(params):
+        return core.init(split(params, frozen_paths(params, patterns))[0])
+
+    def update(updates, state, params):
+        chosen = frozen_paths(params, patterns)
+        trained, fixed = split(updates, chosen)
+        trained, state = core.update(trained, state, split(params, chosen)[0])
+        return merge(trained, jax.tree.map(jax.numpy.zeros_like, fixed)), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _decay_by_layer(
+    core: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformation:
+    """Scales the finished updates, which scales the learning rate whatever the optimizer."""
+
+    def update(updates, state, params):
+        updates, state = core.update(updates, state, params)
+        scales = {name: decay**distance for name, distance in layer_distances(params).items()}
+        updates = {
+            name: jax.tree.map(lambda leaf, scale=scales[name]: leaf * scale, below)
+            for name, below in updates.items()
+        }
+        return updates, state
+
+    return optax.GradientTransformation(core.init, update)

@@ -43,6 +43,22 @@ def _is_address(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r'.+:\d{1,5}', value) is not None
 
 
+def _is_patterns(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(item, str) and item.strip() for item in value)
+    return isinstance(value, str)
+
+
+def _is_class_weights(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == 'balanced'
+    return (
+        isinstance(value, (tuple, list))
+        and all(_number(0, math.inf, open_high=True)[0](item) for item in value)
+        and any(value)
+    )
+
+
 _FLAG = _kind(bool, 'True or False')
 _NAME = _kind(str, 'a string')
 _COUNT = _whole(1)
@@ -69,11 +85,20 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'data.mixup_alpha': _FROM_0,
     'data.cutmix_alpha': _FROM_0,
     'data.erasing_probability': _number(0, 1),
+    'data.randaugment_ops': _whole(0),
+    'data.randaugment_magnitude': (
+        lambda value: _whole(0)[0](value) and value <= 30,
+        'a whole number from 0 to 30',
+    ),
+    'data.color_jitter': _FROM_0,
+    'data.hue_jitter': _number(0, 0.5),
     'data.skip_damaged': _FLAG,
     'data.num_threads': _whole(0),
     'data.num_workers': _whole(0),
     'optimizer.weight_decay': _FROM_0,
     'optimizer.clip_norm': _ABOVE_0,
+    'optimizer.frozen': (_is_patterns, "patterns such as ('stem*', 'stage1*')"),
+    'optimizer.layer_decay': _number(0, 1, open_low=True),
     'optimizer.momentum': _RATE,
     'optimizer.nesterov': _FLAG,
     'optimizer.beta1': _RATE,
@@ -89,6 +114,12 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'training.batch_size': _COUNT,
     'training.accumulation_steps': _COUNT,
     'training.label_smoothing': _RATE,
+    'training.class_weights': (
+        _is_class_weights,
+        "'balanced' or one number from 0 per class, not all 0",
+    ),
+    'training.early_stopping_epochs': _ABOVE_0,
+    'training.early_stopping_steps': _COUNT,
     'training.ema_decay': _RATE,
     'training.seed': _SEED,
     'training.evaluation_epochs': _ABOVE_0,

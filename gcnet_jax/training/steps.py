@@ -7,7 +7,6 @@ whole batch, with no axis name in the model. Steps return sums and counts; only 
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from gcnet_jax.data import augment
-from gcnet_jax.training.losses import cross_entropy, in_top, smooth_labels
+from gcnet_jax.training.freezing import (
+    evaluate_frozen,
+    frozen_paths,
+    frozen_statistics,
+    merge,
+    split,
+)
+from gcnet_jax.training.losses import (
+    cross_entropy,
+    example_weights,
+    in_top,
+    smooth_labels,
+)
 from gcnet_jax.training.mesh import batch_shardings, feature_sharding, replicated
 from gcnet_jax.training.state import TrainState
 
@@ -39,6 +50,8 @@ class StepOptions:
         off.
       erasing_probability: Share of the images in which a rectangle is erased.
       ema_decay: Of the moving average of the weights; 0 is off.
+      frozen: Patterns of the parameters that are not trained, see `freezing.frozen_paths`.
+      class_weights: How much an example of each class counts in the loss; None is 1 for all.
     """
 
     num_classes: int
@@ -50,6 +63,8 @@ class StepOptions:
     cutmix_alpha: float = 0.0
     erasing_probability: float = 0.0
     ema_decay: float = 0.0
+    frozen: tuple[str, ...] = ()
+    class_weights: tuple[float, ...] | None = None
 
 
 def prepare(
@@ -99,15 +114,19 @@ def place_features(mesh: Mesh) -> Callable:
     return intercept
 
 
-def make_loss(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
-    """Returns the function to a micro-batch's share of the batch's mean loss, and its sums."""
+def make_apply(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
+    """Returns a function computing logits and new running statistics in training.
 
-    places = contextlib.nullcontext
-    if mesh.shape['spatial'] > 1:
-        places = functools.partial(nn.intercept_methods, place_features(mesh))
+    Modules whose parameters are all frozen run as in evaluation.
+    """
 
-    def loss_share(params, batch_stats, images, targets, key, batch_size):
-        with places():
+    def apply(params, batch_stats, images, key):
+        with contextlib.ExitStack() as stack:
+            if mesh.shape['spatial'] > 1:
+                stack.enter_context(nn.intercept_methods(place_features(mesh)))
+            frozen = frozen_paths(params, options.frozen)
+            if frozen:
+                stack.enter_context(nn.intercept_methods(evaluate_frozen(params, frozen)))
             logits, updated = model.apply(
                 {'params': params, 'batch_stats': batch_stats},
                 images,
@@ -115,33 +134,65 @@ def make_loss(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
                 mutable=['batch_stats'],
                 rngs={'dropout': key},
             )
+        return logits, updated.get('batch_stats', {})
+
+    return apply
+
+
+def make_loss(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
+    """Returns a function computing a micro-batch's part of the batch's mean loss, and its sums.
+
+    The function takes the parameters in two parts, those to differentiate by and the frozen ones,
+    and `total`, the batch size or the sum of its examples' weights.
+    """
+    apply = make_apply(model, options, mesh)
+
+    def loss_share(params, fixed, batch_stats, images, targets, key, total):
+        params = merge(params, fixed) if fixed else params
+        logits, batch_stats = apply(params, batch_stats, images, key)
         losses = cross_entropy(logits, smooth_labels(targets, options.label_smoothing))
         correct = in_top(logits, jnp.argmax(targets, axis=-1), 1)
+        if options.class_weights is not None:
+            losses = losses * example_weights(targets, options.class_weights)
         sums = {'loss': jnp.sum(losses), 'correct': jnp.sum(correct.astype(jnp.float32))}
-        return sums['loss'] / batch_size, (updated.get('batch_stats', {}), sums)
+        return sums['loss'] / total, (batch_stats, sums)
 
     return loss_share
 
 
-def make_gradient(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
-    """Returns the function to a batch's gradient, new statistics and sums.
+def make_split(count: int, mesh: Mesh) -> Callable:
+    """Returns a function splitting an array of a batch into `count` micro-batches.
 
-    A micro-batch takes every n-th example, so that each device keeps its own rows. The gradient is
-    that of the mean over the whole batch; BatchNorm sees one micro-batch at a time.
+    A micro-batch takes every n-th example, so that each device keeps its own rows.
     """
-    gradient = jax.value_and_grad(make_loss(model, options, mesh), has_aux=True)
-    count = options.accumulation_steps
 
-    def split(array):
+    def split_batch(array):
         spec = PartitionSpec(None, *(('data', 'fsdp'), 'spatial')[: 2 if array.ndim == 4 else 1])
         parts = jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0)
         return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, spec))
 
-    def whole(params, batch_stats, images, targets, key):
-        size = images.shape[0]
+    return split_batch
+
+
+def make_gradient(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
+    """Returns a function computing a batch's gradient, new statistics and sums.
+
+    The gradient is that of the mean over the whole batch, with respect to the parameters that are
+    not frozen; BatchNorm sees one micro-batch at a time.
+    """
+    gradient = jax.value_and_grad(make_loss(model, options, mesh), has_aux=True)
+    count = options.accumulation_steps
+    parts = make_split(count, mesh)
+
+    def whole(params, fixed, batch_stats, images, targets, key):
+        total = images.shape[0]
+        if options.class_weights is not None:
+            total = jnp.sum(example_weights(targets, options.class_weights))
+            # Where all its examples count nothing, the batch's loss and gradient are zero.
+            total = jnp.where(total > 0, total, 1.0)
         if count == 1:
             (_, (batch_stats, sums)), grads = gradient(
-                params, batch_stats, images, targets, key, size
+                params, fixed, batch_stats, images, targets, key, total
             )
             return grads, batch_stats, sums
 
@@ -149,7 +200,7 @@ def make_gradient(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callabl
             grads, batch_stats, sums = carry
             images, targets, index = micro
             (_, (batch_stats, new)), more = gradient(
-                params, batch_stats, images, targets, jax.random.fold_in(key, index), size
+                params, fixed, batch_stats, images, targets, jax.random.fold_in(key, index), total
             )
             return (
                 jax.tree.map(jnp.add, grads, more),
@@ -160,11 +211,33 @@ def make_gradient(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callabl
         zero = jnp.zeros((), jnp.float32)
         start = (jax.tree.map(jnp.zeros_like, params), batch_stats, {'loss': zero, 'correct': zero})
         (grads, batch_stats, sums), _ = jax.lax.scan(
-            add, start, (split(images), split(targets), jnp.arange(count))
+            add, start, (parts(images), parts(targets), jnp.arange(count))
         )
         return grads, batch_stats, sums
 
     return whole
+
+
+def keep_frozen(learned: TrainState, state: TrainState, frozen: frozenset[str]) -> TrainState:
+    """Returns `learned` with the frozen parameters and statistics of `state`, bit for bit."""
+    if not frozen:
+        return learned
+    statistics = frozen_statistics(state.batch_stats, state.params, frozen)
+
+    def keep(new, old, chosen):
+        return merge(split(new, chosen)[0], split(old, chosen)[1])
+
+    ema = learned.ema
+    if ema is not None:
+        ema = {
+            'params': keep(ema['params'], state.ema['params'], frozen),
+            'batch_stats': keep(ema['batch_stats'], state.ema['batch_stats'], statistics),
+        }
+    return learned.replace(
+        params=keep(learned.params, state.params, frozen),
+        batch_stats=keep(learned.batch_stats, state.batch_stats, statistics),
+        ema=ema,
+    )
 
 
 def make_train_step(
@@ -174,8 +247,10 @@ def make_train_step(
 
     It maps the state and a batch {'image': uint8 [batch, height, width, channel], 'label': int32
     [batch]} to the next state and the batch's {'loss', 'correct', 'count': sums; 'gradient_norm':
-    before clipping; 'finite': bool}. Where loss or gradient are not finite, the new state has the
-    old weights, statistics and optimizer state, and only `step` moves.
+    before clipping, of what is not frozen; 'finite': bool}, with class weights also {'weight': sum
+    of the examples' weights, by which 'loss' is to be divided}. Where loss or gradient are not
+    finite, the new state has the old weights, statistics and optimizer state, and only `step`
+    moves.
     """
     gradient = make_gradient(model, options, mesh)
 
@@ -186,9 +261,14 @@ def make_train_step(
         # Parameters are stored in parts and used whole. Left to itself the partitioner computes
         # with the parts, and got gradients wrong inside the loop over micro-batches (jax 0.10.2).
         params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
-        grads, batch_stats, sums = gradient(params, state.batch_stats, images, targets, model_key)
+        frozen = frozen_paths(params, options.frozen)
+        trained, fixed = split(params, frozen)
+        grads, batch_stats, sums = gradient(
+            trained, fixed, state.batch_stats, images, targets, model_key
+        )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums['loss']) & jnp.isfinite(norm)
+        grads = merge(grads, jax.tree.map(jnp.zeros_like, fixed))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -198,9 +278,12 @@ def make_train_step(
         learned = state.replace(
             params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema
         )
+        learned = keep_frozen(learned, state, frozen)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, state)
         count = jnp.asarray(images.shape[0], jnp.float32)
         metrics = {**sums, 'count': count, 'gradient_norm': norm, 'finite': finite}
+        if options.class_weights is not None:
+            metrics['weight'] = jnp.sum(example_weights(targets, options.class_weights))
         return kept.replace(step=state.step + 1), metrics
 
     return step

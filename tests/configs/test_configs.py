@@ -29,6 +29,9 @@ class FakeSource:
     def __len__(self):
         return 50000
 
+    def __getitem__(self, index):
+        return {'label': index * index % self.num_classes}
+
     def __repr__(self):
         return f'{self.name} {self.split} {self.data_dir}'
 
@@ -81,7 +84,10 @@ def other(key, value):
         'data.crop_fraction': 0.5,
         'data.interpolation': 'nearest',
         'data.augmentation': 'none' if value != 'none' else 'pad_crop',
+        'data.randaugment_magnitude': 7,
         'optimizer.name': 'lars',
+        'optimizer.frozen': ('bias',),
+        'training.class_weights': 'balanced',
         'optimizer.nesterov': False,
         'training.init_from': '/elsewhere',
         'training.batch_size': value * 2 if isinstance(value, int) else value,
@@ -111,6 +117,7 @@ def other(key, value):
 
 # Settings that are refused unless another one has a certain value.
 NEEDS = {
+    'data.randaugment_magnitude': ('data.randaugment_ops', 2),
     'model.norm.channel_groups': ('model.norm.kind', 'group'),
     'runtime.coordinator_address': ('runtime.distributed', True),
     'runtime.num_processes': ('runtime.distributed', True),

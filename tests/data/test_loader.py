@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.data import preprocess
+from gcnet_jax.data.color import ColorOptions
 from gcnet_jax.data.loader import evaluation_batches, train_batches
 from gcnet_jax.errors import ConfigError, DataError
 
@@ -364,3 +365,17 @@ def test_only_so_many_batches_are_made_ahead(make):
         next(batches)
         time.sleep(0.3)
         assert 4 <= len(reads) <= 3 * 4
+
+
+def test_colours_are_a_function_of_seed_and_step_for_any_number_of_readers(make):
+    source = make.numbered_source(10)
+    options = PLAIN | {'global_batch_size': 4, 'color': ColorOptions(2, 20, 0.4, 0.1)}
+    whole = take(train_batches(source, seed=3, num_threads=0, **options), 4)
+    threads = take(train_batches(source, seed=3, num_threads=3, **options), 4)
+    assert_equal(whole, threads)
+    assert_equal(whole[2:], take(train_batches(source, seed=3, start_step=2, **options), 2))
+    plain = take(train_batches(source, seed=3, **options | {'color': None}), 4)
+    other = take(train_batches(source, seed=4, **options), 4)
+    for batches in (plain, other):
+        assert not np.array_equal(batches[0]['image'], whole[0]['image'])
+    np.testing.assert_array_equal(plain[0]['label'], whole[0]['label'])

@@ -136,6 +136,12 @@ def test_durations_that_depend_on_the_images_refuse_no_plan(small_config, traini
     planning.describe(small_config, jax.devices(), 64)
 
 
+def test_balanced_class_weights_need_no_images(small_config):
+    small_config.training.class_weights = 'balanced'
+    built = planning.describe(small_config, jax.devices(), 64)
+    assert len(built.step_options.class_weights) == built.step_options.num_classes
+
+
 @pytest.fixture(scope='module')
 def small_plan(make_small_config):
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 
 import jax
@@ -461,3 +462,97 @@ def test_a_home_directory_is_expanded(tmp_path, monkeypatch, whole_run):
         '~/run',
     )
     assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+
+def fine_tuning_config(**training):
+    """Everything that fine-tuning on few images has, at once."""
+    config = tiny_config(early_stopping_steps=6, evaluation_steps=2, **training)
+    config.optimizer.frozen = ('stage1_0/*norm*',)
+    config.optimizer.layer_decay = 0.5
+    config.optimizer.weight_decay = 0.1
+    config.data.randaugment_ops = 1
+    config.data.color_jitter = 0.4
+    config.training.class_weights = 'balanced'
+    config.schedule.peak_learning_rate = 1e-9  # The accuracy stays what it is.
+    config.schedule.warmup_epochs = 0.0
+    return config
+
+
+def test_early_stopping_ends_the_run_and_a_killed_run_stops_at_the_same_step(
+    tmp_path, monkeypatch, capsys
+):
+    final = train(fine_tuning_config(), tmp_path / 'whole')
+    out = capsys.readouterr().out
+    best = max(read_metrics(tmp_path / 'whole'), key=lambda line: line.get('eval/accuracy', -1))
+    assert final['step'] == best['step'] + 6 < 12
+    assert f'stopped early after step {final["step"]} of 12' in out
+    assert f'since step {best["step"]}' in out
+    assert re.search(r'\d+ of \d+ parameters are frozen: stage1_0/\*norm\*', out)
+    write = MetricsWriter.write
+
+    def write_and_die(self, step, *values):
+        write(self, step, *values)
+        if step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, 'write', write_and_die)
+        with pytest.raises(Killed):
+            train(fine_tuning_config(), tmp_path / 'killed')
+    again = train(fine_tuning_config(), tmp_path / 'killed')
+    assert again['step'] == final['step']
+    assert without_timing(tmp_path / 'killed') == without_timing(tmp_path / 'whole')
+    one, two = (load_variables(tmp_path / name)[1] for name in ('killed', 'whole'))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    capsys.readouterr()
+    lines = read_metrics(tmp_path / 'whole')
+    assert train(fine_tuning_config(), tmp_path / 'whole')['step'] == final['step']
+    assert 'was complete already' in capsys.readouterr().out
+    assert read_metrics(tmp_path / 'whole') == lines
+
+
+@pytest.mark.parametrize('ema', [0.0, 0.5])
+def test_few_steps_are_evaluated_with_statistics_of_the_weights_as_they_are(tmp_path, ema):
+    """The checkpoint of the first step has the mean statistics over all training images."""
+    config = tiny_config(total_steps=1, checkpoint_steps=1, ema_decay=ema)
+    final = train(config, tmp_path)
+    built = experiment.assemble(config)
+    variables = load_variables(tmp_path)[1]
+    zeros = jax.tree.map(np.zeros_like, variables['batch_stats'])
+
+    @jax.jit
+    def follow(params, images):
+        return built.model.apply(
+            {'params': params, 'batch_stats': zeros},
+            images,
+            train=True,
+            mutable=['batch_stats'],
+            rngs={'dropout': jax.random.key(0)},
+        )[1]['batch_stats']
+
+    found = []
+    with built.train_batches(0) as batches:
+        for _ in range(3):  # 44 images in batches of 16.
+            images = (next(batches)['image'] / 255 - built.step_options.mean) / (
+                built.step_options.std
+            )
+            kept = follow(variables['params'], images.astype(np.float32))
+            found.append(jax.tree.map(lambda leaf: np.asarray(leaf) / 0.1, kept))
+    mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *found)
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4),
+        variables['batch_stats'],
+        mean,
+    )
+    assert final['eval/loss'] < 3
+
+
+def test_fine_tunings_settings_that_do_not_fit_are_refused_before_anything_runs(tmp_path):
+    config = tiny_config()
+    config.optimizer.frozen = ('layer1*',)
+    with pytest.raises(ConfigError, match=r"'layer1\*', which matches no parameter"):
+        train(config, tmp_path)
+    config = tiny_config(class_weights=(1.0, 2.0))
+    with pytest.raises(ConfigError, match='has 2 numbers, but data set digits has 4 labels'):
+        train(config, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -2,7 +2,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gcnet_jax.training.losses import cross_entropy, in_top, smooth_labels
+from gcnet_jax.training.losses import (
+    balanced_weights,
+    cross_entropy,
+    example_weights,
+    in_top,
+    smooth_labels,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -41,3 +47,20 @@ def test_in_top_counts_like_a_stable_sort(count):
 def test_a_logit_that_is_not_a_number_is_never_right():
     logits = jnp.array([[jnp.nan, 1.0], [0.0, 1.0]])
     np.testing.assert_array_equal(in_top(logits, jnp.array([0, 1]), 1), [False, True])
+
+
+def test_balanced_weights_are_scikit_learns():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.array([0, 0, 0, 0, 2, 2, 3])
+    weights = balanced_weights(labels, 5)
+    expected = compute_class_weight('balanced', classes=np.array([0, 2, 3]), y=labels)
+    np.testing.assert_allclose([weights[0], weights[2], weights[3]], expected)
+    assert weights[1] == weights[4] == 0
+    assert np.mean([weights[label] for label in labels]) == pytest.approx(1)
+
+
+def test_a_mixed_example_has_its_classes_weights_in_the_same_shares():
+    labels = np.array([[1, 0, 0], [0, 0, 1], [0.25, 0.75, 0]], np.float32)
+    weights = example_weights(labels, (2.0, 4.0, 0.5))
+    np.testing.assert_allclose(weights, [2, 0.5, 3.5])

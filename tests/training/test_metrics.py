@@ -5,7 +5,7 @@ import pytest
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.files import as_place
 from gcnet_jax.training import metrics
-from gcnet_jax.training.metrics import Clock, MetricsWriter, Progress, read_metrics
+from gcnet_jax.training.metrics import Clock, MetricsWriter, Progress, Window, read_metrics
 from tests.bucket import local_bucket
 
 
@@ -140,3 +140,16 @@ def test_in_a_bucket_the_file_is_written_again(tmp_path, monkeypatch, capsys):
         write(workdir, 1, [2, 3])
         assert [line['step'] for line in read_metrics(workdir)] == [1, 2, 3]
         assert [path.name for path in workdir.iterdir()] == ['metrics.jsonl']
+
+
+def test_a_weighted_loss_is_divided_by_the_weights():
+    window = Window()
+    for weight in (1.0, 3.0):
+        step = {'loss': 2.0, 'correct': 1, 'count': 4, 'gradient_norm': 1, 'finite': True}
+        window.add(step | {'weight': weight}, 0)
+    again = Window(dict(window.sums))
+    assert again.means()['train/loss'] == 1.0
+    assert again.means()['train/accuracy'] == 0.25
+    nothing = Window()
+    nothing.add(step | {'loss': 0.0, 'weight': 0.0}, 0)
+    assert nothing.means()['train/loss'] == 0.0

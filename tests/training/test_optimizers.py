@@ -128,3 +128,64 @@ def test_an_unknown_optimizer_or_option_is_refused():
     with pytest.raises(ConfigError, match='it takes momentum, nesterov'):
         make_optimizer('sgd', 0.1, beta1=0.5)
     make_optimizer('sgd', 0.1, beta1=None)
+
+
+NETWORK = {
+    'stem_conv': {'kernel': PARAMS['conv']['kernel']},
+    'stage1_0': {'conv1': {'kernel': PARAMS['context']['reduce']['kernel']}},
+    'stage2_0': {'norm1': PARAMS['norm']},
+    'classifier': {'bias': PARAMS['norm']['bias']},
+}
+RATES = {'stem_conv': 0.125, 'stage1_0': 0.25, 'stage2_0': 0.5, 'classifier': 1.0}
+
+
+def run_network(name, rate, steps=3, **options):
+    optimizer = make_optimizer(name, rate, weight_decay=0.1, **options)
+    params = jax.tree.map(jnp.asarray, NETWORK)
+    state = optimizer.init(params)
+    for step in range(steps):
+        gradient = jax.tree.map(lambda leaf, step=step: jnp.cos(step + 3 * leaf), NETWORK)
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize('name', sorted(OPTIMIZERS))
+def test_layer_decay_gives_each_layer_the_rate_of_its_depth(name):
+    """Each layer against a run of the whole network at that layer's rate."""
+    decayed, _ = run_network(name, 0.2, layer_decay=0.5, clip_norm=1.0)
+    for module, rate in RATES.items():
+        alone, _ = run_network(name, 0.2 * rate, clip_norm=1.0)
+        for one, two in zip(
+            jax.tree.leaves(decayed[module]), jax.tree.leaves(alone[module]), strict=True
+        ):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'adamw'])
+def test_layer_decay_is_a_smaller_rate_in_the_textbook(name):
+    options = {'momentum': 0.0, 'nesterov': False} if name == 'sgd' else {'epsilon': 1e-3}
+    decayed, _ = run_network(name, 0.2, steps=1, layer_decay=0.5, **options)
+    for module, rate in RATES.items():
+        for one, start in zip(
+            jax.tree.leaves(decayed[module]), jax.tree.leaves(NETWORK[module]), strict=True
+        ):
+            gradient = np.cos(3 * start)
+            decay = 0.1 * start * (start.ndim > 1)
+            step = gradient if name == 'sgd' else gradient / (np.abs(gradient) + 1e-3)
+            np.testing.assert_allclose(one, start - 0.2 * rate * (step + decay), atol=1e-5)
+
+
+@pytest.mark.parametrize('name', sorted(OPTIMIZERS))
+def test_frozen_parameters_have_no_update_and_no_state(name):
+    frozen = ('stem*', 'stage1_0', 'classifier/bias')
+    params, state = run_network(name, 0.2, frozen=frozen, layer_decay=0.5)
+    for module in ('stem_conv', 'stage1_0', 'classifier'):
+        jax.tree.map(np.testing.assert_array_equal, params[module], NETWORK[module])
+    assert not np.array_equal(params['stage2_0']['norm1']['scale'], PARAMS['norm']['scale'])
+    assert all(leaf.shape in ((), (4,)) for leaf in jax.tree.leaves(state))
+    with pytest.raises(ConfigError, match="'stage9', which matches no parameter"):
+        run_network(name, 0.2, frozen='stage9')
+    # The gradient is clipped by the norm of what is trained.
+    free, _ = run_network(name, 0.2, frozen=frozen, clip_norm=1e9, layer_decay=0.5)
+    jax.tree.map(np.testing.assert_array_equal, free, params)

@@ -9,6 +9,7 @@ import pytest
 
 from gcnet_jax.models.registry import create_model
 from gcnet_jax.training.mesh import batch_shardings
+from gcnet_jax.training.optimizers import make_optimizer
 from gcnet_jax.training.steps import (
     jit_evaluation_step,
     jit_train_step,
@@ -295,3 +296,109 @@ def test_padding_that_is_not_finite_does_not_count(place, put, step_options, mak
     batch['image'][5:] = 0
     assert np.isfinite(step(state.evaluation_variables(), batch)['loss'])
     assert step(state.evaluation_variables(), batch)['count'] == 5
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
+def test_frozen_modules_stay_bit_for_bit_and_the_rest_is_trained(
+    shape, place, put, tiny_model, step_options, make_batch
+):
+    """With weight decay, momentum, accumulation and a moving average, on one device and many."""
+    options = dataclasses.replace(step_options, **EVERYTHING, frozen=('stage1*',))
+    optimizer = make_optimizer('sgd', 0.1, weight_decay=0.1, frozen=options.frozen)
+    mesh, shardings, state = place(shape, tiny_model, optimizer, use_ema=True)
+    before = jax.device_get(state)
+    step = compiled(tiny_model, options, mesh, shardings, optimizer)
+    for seed in range(2):
+        state, metrics = step(state, put(make_batch(seed=seed), batch_shardings(mesh)))
+    after = jax.device_get(state)
+    assert metrics['finite']
+    for name in ('params', 'batch_stats'):
+        for old, new in (
+            (getattr(before, name), getattr(after, name)),
+            (before.ema[name], after.ema[name]),
+        ):
+            jax.tree.map(np.testing.assert_array_equal, old['stage1_0'], new['stage1_0'])
+            for one, two in zip(
+                jax.tree.leaves(old['stage2_0']), jax.tree.leaves(new['stage2_0']), strict=True
+            ):
+                # The bias below a softmax has no gradient, and no decay.
+                if name == 'batch_stats' or one.ndim > 1:
+                    assert not np.array_equal(one, two)
+    trained = len(jax.tree.leaves(before.params)) - len(jax.tree.leaves(before.params['stage1_0']))
+    assert len(jax.tree.leaves(optax.tree.get(after.opt_state, 'trace'))) == trained
+
+
+def test_frozen_modules_use_their_running_statistics(place, put, step_options, make_batch):
+    """Only the classifier is trained: the step has evaluation's loss, and its gradient alone."""
+    shape = {'widths': (8,), 'stage_sizes': (1,), 'context': None}
+    model = create_model('gccnn', num_classes=4, stochastic_depth_rate=0.5, **shape)
+    options = dataclasses.replace(step_options, frozen=('*', '!classifier'))
+    optimizer = make_optimizer('sgd', 0.1, frozen=options.frozen)
+    mesh, shardings, state = place((4, 1, 2), model, optimizer)
+    variables = jax.device_get(state.evaluation_variables())
+    batch = make_batch()
+    images = (batch['image'] / 255 - step_options.mean) / step_options.std
+
+    def loss(classifier):
+        params = {**variables['params'], 'classifier': classifier}
+        logits = model.apply(
+            {**variables, 'params': params}, images.astype(np.float32), train=False
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean()
+
+    expected, gradient = jax.value_and_grad(loss)(variables['params']['classifier'])
+    step = compiled(model, options, mesh, shardings, optimizer)
+    _, metrics = step(state, put(batch, batch_shardings(mesh)))
+    np.testing.assert_allclose(metrics['loss'] / metrics['count'], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(gradient), rtol=1e-4)
+
+
+def test_frozen_parameters_cost_no_gradient(place, small_model, step_options, make_batch):
+    flops = []
+    for frozen in ((), ('conv', 'norm')):
+        options = dataclasses.replace(step_options, frozen=frozen)
+        optimizer = make_optimizer('sgd', 0.1, frozen=frozen)
+        mesh, shardings, state = place((1, 1, 1), small_model, optimizer)
+        step = compiled(small_model, options, mesh, shardings, optimizer)
+        flops.append(step.lower(state, make_batch()).compile().cost_analysis()['flops'])
+    assert flops[1] < 0.7 * flops[0]
+
+
+@pytest.mark.parametrize(('shape', 'count'), [((1, 1, 1), 1), ((4, 1, 2), 1), ((2, 2, 1), 4)])
+def test_class_weights_are_exact_over_devices_and_micro_batches(
+    shape, count, place, put, step_options, make_batch
+):
+    """The weighted mean over the whole batch, with smoothed labels, and its gradient."""
+    model, weights = PlainNet(), (0.5, 4.0, 0.0, 1.5)
+    options = dataclasses.replace(
+        step_options, class_weights=weights, label_smoothing=0.1, accumulation_steps=count
+    )
+    mesh, shardings, state = place(shape, model, SGD)
+    params, batch = jax.device_get(state.params), make_batch()
+    images = ((batch['image'] / 255 - step_options.mean) / step_options.std).astype(np.float32)
+    each = np.asarray(weights, np.float32)[batch['label']]
+
+    def loss(params):
+        logits = model.apply({'params': params}, images, train=True)
+        labels = optax.smooth_labels(jax.nn.one_hot(batch['label'], 4), 0.1)
+        return (each * optax.softmax_cross_entropy(logits, labels)).sum() / each.sum()
+
+    expected, gradient = jax.value_and_grad(loss)(params)
+    step = compiled(model, options, mesh, shardings)
+    state, metrics = step(state, put(batch, batch_shardings(mesh)))
+    close(jax.device_get(optax.tree.get(state.opt_state, 'trace')), gradient)
+    np.testing.assert_allclose(metrics['weight'], each.sum(), rtol=1e-6)
+    np.testing.assert_allclose(metrics['loss'] / metrics['weight'], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics['count'], 16)
+
+
+def test_a_batch_without_weight_teaches_nothing(place, put, step_options, make_batch):
+    options = dataclasses.replace(step_options, class_weights=(0.0, 1.0, 1.0, 1.0))
+    mesh, shardings, state = place((1, 1, 1), PlainNet(), SGD)
+    before = jax.device_get(state.params)
+    step = compiled(PlainNet(), options, mesh, shardings)
+    batch = make_batch() | {'label': np.zeros(16, np.int32)}
+    state, metrics = step(state, put(batch, batch_shardings(mesh)))
+    assert metrics['finite']
+    assert metrics['loss'] == metrics['weight'] == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
