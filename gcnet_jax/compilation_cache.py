@@ -18,6 +18,7 @@ import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from gcnet_jax.errors import ConfigError, one_line
+from gcnet_jax.files import as_path
 from gcnet_jax.private_directories import is_own_file, who_else_can_write
 
 OFF = 'off'
@@ -82,6 +83,8 @@ def _apply(settings: dict) -> None:
 
 def _prepare(directory: Path, asked_for: bool) -> Path | None:
     """Makes the part of a directory that is for this kind of machine, and tidies it up."""
+    if asked_for and ':/' in str(directory):
+        as_path(directory, 'config.runtime.compilation_cache')  # Refuses URLs.
     machine = _machine()
     try:
         place = directory.expanduser().absolute() / machine

@@ -285,3 +285,13 @@ def test_the_library_sets_no_cache():
     )
     environment = {name: value for name, value in os.environ.items() if 'CACHE' not in name}
     subprocess.run([sys.executable, '-c', code], check=True, env=environment)
+
+
+def test_a_bucket_is_no_place_for_programs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=r'compilation_cache gs:/b/c is a URL; name a local path'),
+        compilation_cache(tmp_path, 'gs://b/c'),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
