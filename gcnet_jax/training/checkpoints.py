@@ -283,16 +283,14 @@ class CheckpointStore:
 
 
 def _check_position(position: Mapping[str, Any], step: int, place: Path) -> None:
-    """Refuses a position that the loop could not go on from."""
-    counts = [value for name, value in position.items() if name != 'window']
-    window = position.get('window', {})
-    is_right = (
-        all(type(value) is int and value >= 0 for value in counts)
-        and position.get('step') == step
-        and isinstance(window, dict)
-        and all(isinstance(value, (int, float)) for value in window.values())
-    )
-    if not is_right:
+    """Refuses a position that the loop could not go on from: counts, and groups of numbers."""
+
+    def is_right(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(isinstance(item, (int, float)) for item in value.values())
+        return value is None or (type(value) is int and value >= 0)
+
+    if position.get('step') != step or not all(map(is_right, position.values())):
         raise CheckpointError(f'{place}: damaged: its position is {one_line(position, 120)}')
 
 

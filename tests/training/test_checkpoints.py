@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from gcnet_jax.checksums import json_checksum
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.stored_model import ModelDescription, find_checkpoint
 from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
@@ -286,3 +287,21 @@ def test_a_classifier_of_another_size_is_dropped_only_when_told():
 def test_weights_of_another_network_are_refused(fresh, loaded, message):
     with pytest.raises(CheckpointError, match=message):
         merge_initial(fresh, loaded, new_classifier=True, place='x')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{'step': 4}, {'step': 3.0}, {'examples': -1}, {'window': {'loss': 'x'}}, {'best': [1]}],
+)
+def test_a_position_that_the_loop_could_not_go_on_from_is_damage(tmp_path, change):
+    position = {'step': 3, 'examples': 9, 'window': {'loss': 0.5}, 'best': None}
+    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    store.save(make_state(3), position, {})
+    store.close()
+    place = tmp_path / 'checkpoints' / '3'
+    (place / 'position' / 'metadata').write_text(json.dumps(position | change))
+    sums = json.loads((place / 'checksums' / 'metadata').read_text())
+    sums['position'] = json_checksum(position | change)
+    (place / 'checksums' / 'metadata').write_text(json.dumps(sums))
+    with pytest.raises(CheckpointError, match='damaged: its position is'):
+        restore(tmp_path)
