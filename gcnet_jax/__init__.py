@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     )
     from gcnet_jax.inference.predictor import Classifier
     from gcnet_jax.models import create_model, list_models
+    from gcnet_jax.porting import load_pretrained, load_torch
 
 __version__ = '0.1.0'
 
@@ -25,6 +26,8 @@ __all__ = [
     'create_model',
     'insert',
     'list_models',
+    'load_pretrained',
+    'load_torch',
 ]
 
 
@@ -37,4 +40,6 @@ def __getattr__(name: str) -> Any:
         place = 'gcnet_jax.inference.predictor'
     elif name in ('create_model', 'list_models'):
         place = 'gcnet_jax.models'
+    elif name in ('load_pretrained', 'load_torch'):
+        place = 'gcnet_jax.porting'
     return getattr(importlib.import_module(place), name)

@@ -1,8 +1,8 @@
 """The command line: `python -m gcnet_jax COMMAND`. Reads flags, calls the package, prints.
 
 Exit codes: 0 all done; 1 an error that one line explains, nothing was done; 2 wrong usage; 3 some
-images could not be read, each is named in a line on stderr, and the others were done; 141 whoever
-read the output stopped (`| head`).
+images could not be read, each is named in a line on stderr, and the others were done; 130 Ctrl-C;
+141 whoever read the output stopped (`| head`).
 """
 
 import argparse
@@ -12,15 +12,17 @@ import re
 import sys
 from collections.abc import Sequence
 
+from gcnet_jax import __version__
 from gcnet_jax.commands import conversion, images, networks, training
-from gcnet_jax.commands.common import EXIT_ERROR, EXIT_PIPE_CLOSED
-from gcnet_jax.errors import UserError
+from gcnet_jax.commands.common import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED
+from gcnet_jax.errors import UserError, make_output_safe, print_error
 
 # In the order in which the help lists them.
 COMMANDS = (
     networks.add_models,
     networks.add_summary,
     training.add_prepare,
+    training.add_train,
     conversion.add_port,
     images.add_predict,
     images.add_evaluate,
@@ -35,11 +37,13 @@ CACHING_COMMANDS = ('predict', 'evaluate', 'features', 'attention')
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; an error is printed as one line."""
+    make_output_safe()
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # Settings of a config are not known here; the command that takes them checks them.
     options.settings = [text for text in rest if re.match(r'--(no)?config\.', text)]
-    if len(rest) > (len(options.settings) if options.command == 'plan' else 0):
+    takes_settings = options.command in ('plan', 'train')
+    if len(rest) > (len(options.settings) if takes_settings else 0):
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
     try:
         with _cache(options.command):
@@ -51,8 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE_CLOSED
     except UserError as error:
-        print(f'gcnet_jax {options.command}: {error}', file=sys.stderr)
+        print_error(f'gcnet_jax {options.command}', error)
         return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f'gcnet_jax {options.command}: interrupted', file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _cache(command: str) -> contextlib.AbstractContextManager:
@@ -68,10 +75,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='python -m gcnet_jax', description='Global-context networks in Flax.'
     )
+    parser.add_argument('--version', action='version', version=f'gcnet_jax {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for add_command in COMMANDS:
         add_command(commands)
+    for command in commands.choices.values():
+        _show_defaults(command)
     return parser
+
+
+def _show_defaults(command: argparse.ArgumentParser) -> None:
+    """Names the default of every flag that has one, where its help does not say it in words."""
+    for action in command._actions:
+        has_none = any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))
+        if not has_none and 'default' not in (action.help or ''):
+            action.help = f'{action.help}; default: %(default)s' if action.help else '%(default)s'
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Errors that a user can act on: one line that names the thing, its value, and what to do."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -54,3 +55,18 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     if nearest:
         return f'unknown {kind} {shown!r}; did you mean {" or ".join(map(repr, nearest))}?'
     return f'unknown {kind} {shown!r}; known: {", ".join(names) or "none"}'
+
+
+def print_error(program: str, error: BaseException) -> None:
+    """Prints an error on stderr as one line, whatever names of strangers it contains."""
+    print(f'{program}: {one_line(" ".join(str(error).split()), 2000)}', file=sys.stderr, flush=True)
+
+
+def make_output_safe() -> None:
+    """Lets stdout and stderr escape what their encoding lacks, instead of ending the program.
+
+    A terminal that is not UTF-8, and names of files that are not, would otherwise raise.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # Not where a notebook or a test has replaced them.
+            stream.reconfigure(errors='backslashreplace')

@@ -1,13 +1,21 @@
 """The command line: what it prints, and how it fails."""
 
 import json
+import os
+import re
 import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import gcnet_jax
 from gcnet_jax import planning
 from gcnet_jax.__main__ import main
 from gcnet_jax.data.sources import load_source
@@ -166,3 +174,101 @@ def test_usage_errors_exit_with_2(capsys):
         main(['sumary'])
     assert stopped.value.code == 2
     assert 'summary' in capsys.readouterr().err
+
+
+def test_the_version_and_the_defaults_are_told(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        main(['--version'])
+    assert capsys.readouterr().out == f'gcnet_jax {gcnet_jax.__version__}\n'
+    for command, flag in (('predict', 'top-k'), ('evaluate', 'batch-size'), ('prepare', 'seed')):
+        with pytest.raises(SystemExit, match='0'):
+            main([command, '--help'])
+        words = ' '.join(capsys.readouterr().out.split('options:')[1].split())
+        text = words.split(f'--{flag} ')[1].split(' --')[0]
+        assert re.search(r'default: \d+', text), (command, text)
+
+
+def test_train_takes_a_shipped_config_by_its_name_and_settings(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr('gcnet_jax.training.loop.train', lambda *given: calls.append(given))
+    monkeypatch.chdir('/')
+    assert main(['train', 'folder', '--config.data.name=pets', '--workdir', 'runs/pets']) == 0
+    assert main(['train', 'configs/imagenet.py:resnet50', '--config.training.seed=3']) == 0
+    (folder, place), (imagenet, default_place) = calls
+    assert (folder.data.name, str(place)) == ('pets', 'runs/pets')
+    assert (imagenet.model.name, imagenet.training.seed) == ('resnet50', 3)
+    assert str(default_place) == 'runs/imagenet_resnet50'
+    assert main(['train', 'foldr']) == 1
+    assert "gcnet_jax train: unknown config file (--config) 'foldr'" in capsys.readouterr().err
+    assert main(['train', 'folder', '--config.data.nam=x']) == 1
+    assert "did you mean 'config.data.name'" in capsys.readouterr().err
+
+
+def test_a_config_file_with_a_mistake_is_named_with_its_line(tmp_path, capsys):
+    file = tmp_path / 'own.py'
+    file.write_text('import os\ndef get_config(:\n    pass\n')
+    assert main(['train', str(file)]) == 1
+    assert re.search(r'own.py: .*line 2 of own.py: def get_config\(:', capsys.readouterr().err)
+
+
+def test_what_a_terminal_cannot_show_is_escaped(tmp_path):
+    """No name ends the program, whatever the encoding; and none moves the cursor."""
+    (tmp_path / 'a\udcff\x1b[2J猫.png').write_bytes(b'')
+    code = (
+        'import sys; from gcnet_jax.__main__ import main; '
+        f'sys.exit(main(["port", {str(tmp_path)!r} + "/a\\udcff\\x1b[2J猫.png", "--out", "x"]))'
+    )
+    environment = os.environ | {'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0'}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.decode('ascii').splitlines()
+    assert line.endswith(
+        r'a\udcff\x1b[2J\u732b.png is empty; the download was cut off: fetch it again'
+    )
+
+
+def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('gcnet_jax.models.list_models', interrupt)
+    assert main(['models']) == 130
+    assert capsys.readouterr().err == 'gcnet_jax models: interrupted\n'
+
+
+def test_the_wheel_has_every_package():
+    root = Path(__file__).parents[1]
+    listed = tomllib.loads((root / 'pyproject.toml').read_text())['tool']['setuptools']['packages']
+    found = {
+        str(path.parent.relative_to(root)).replace('/', '.')
+        for path in (root / 'gcnet_jax').rglob('__init__.py')
+    }
+    assert set(listed) == found | {'gcnet_jax.configs'}
+    assert (root / 'gcnet_jax' / 'py.typed').is_file()
+
+
+@pytest.mark.slow
+def test_an_installed_package_trains_by_its_own_configs(tmp_path):
+    """In an environment of its own, away from this directory."""
+    source, environment = tmp_path / 'source', tmp_path / 'environment'
+    root = Path(__file__).parents[1]
+    names = ('gcnet_jax', 'configs', 'pyproject.toml', 'requirements.txt', 'README.md', 'LICENSE')
+    for name in names:
+        copy = shutil.copytree if (root / name).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(root / name, source / name)
+    subprocess.run([sys.executable, '-m', 'venv', environment], check=True)
+    python = environment / 'bin' / 'python'
+    subprocess.run([python, '-m', 'pip', 'install', '-q', '--no-deps', source], check=True)
+    site = next(environment.glob('lib/python*/site-packages'))
+    (site / 'dependencies.pth').write_text(sysconfig.get_paths()['purelib'])
+    command = [environment / 'bin' / 'gcnet_jax', 'train', 'digits', '--workdir', 'run']
+    settings = ['--config.training.total_steps=1', '--config.data.data_dir=sets']
+    done = subprocess.run(
+        [*command, *settings, '--config.schedule.warmup_epochs=0'],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'after step 1; trained' in done.stdout

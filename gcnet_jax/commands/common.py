@@ -8,6 +8,7 @@ from gcnet_jax.errors import UserError
 
 EXIT_ERROR = 1
 EXIT_SOME_IMAGES_FAILED = 3
+EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
 
 

@@ -43,7 +43,9 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument(
         '--format', choices=EXPORT_FORMATS, help="default: what the file's name ends in"
     )
-    export.add_argument('--choose', choices=('best', 'newest'), default='best')
+    export.add_argument(
+        '--choose', choices=('best', 'newest'), default='best', help='of several checkpoints'
+    )
     export.add_argument('--size', type=int, help="of the images, in pixels; default: the network's")
     export.add_argument(
         '--family', help='with .safetensors: whose names, such as torchvision; default: timm'

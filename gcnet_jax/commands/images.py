@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from gcnet_jax.commands.common import EXIT_ERROR, EXIT_SOME_IMAGES_FAILED
-from gcnet_jax.errors import UserError, one_line
+from gcnet_jax.errors import UserError, one_line, print_error
 
 if TYPE_CHECKING:
     from gcnet_jax.inference.images import LeftOut
@@ -70,7 +70,9 @@ def add_attention(commands: argparse._SubParsersAction) -> None:
     attention.add_argument('images', nargs='+', metavar='IMAGE', help=IMAGES_HELP)
     attention.add_argument('--checkpoint', required=True, metavar='DIR', help='trained or ported')
     attention.add_argument('--out', required=True, metavar='DIR', help='where the pictures go')
-    attention.add_argument('--choose', choices=('best', 'newest'), default='best')
+    attention.add_argument(
+        '--choose', choices=('best', 'newest'), default='best', help='of several checkpoints'
+    )
     attention.add_argument(
         '--all-blocks', action='store_true', help='every block, not the last one of each stage'
     )
@@ -140,7 +142,7 @@ class _ImageStream:
             for path, result in self.results:
                 if isinstance(result, UserError):
                     self.failed += 1
-                    print(f'gcnet_jax {self.command}: {result}', file=sys.stderr)
+                    print_error(f'gcnet_jax {self.command}', result)
                     if self.as_json:
                         print(json.dumps({'image': str(path), 'error': str(result)}))
                 else:
@@ -171,7 +173,7 @@ def _predict(options: argparse.Namespace) -> int:
             ]
             print(json.dumps({'image': str(path), 'predictions': classes}))
         else:
-            print(f'{one_line(path)}: {prediction}')
+            print(f'{one_line(path)}: {one_line(prediction, 2000)}')
     return stream.exit_code()
 
 

@@ -1,4 +1,4 @@
-"""Commands before and after a training run: prepare, curves, plan."""
+"""Commands around a training run: prepare, train, curves, plan."""
 
 import argparse
 import json
@@ -28,6 +28,24 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
     )
     prepare.add_argument('--overwrite', action='store_true', help='replace a set of that name')
     prepare.set_defaults(run=_prepare)
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        'train',
+        help='train a network, or continue a run',
+        epilog='Settings: --config.GROUP.KEY=VALUE. Exit codes: 0 finished, 1 failed, 75 stopped '
+        'by SIGTERM and saved, 130 by Ctrl-C and saved; the same command continues a run.',
+    )
+    train.add_argument(
+        'config',
+        nargs='?',
+        default='digits',
+        metavar='CONFIG[:VARIANT]',
+        help='a config file, or the name of one that comes with the package, such as folder',
+    )
+    train.add_argument('--workdir', metavar='DIR', help='of the run; default: runs/CONFIG')
+    train.set_defaults(run=_train)
 
 
 def add_curves(commands: argparse._SubParsersAction) -> None:
@@ -87,7 +105,15 @@ def _prepare(options: argparse.Namespace) -> None:
         *prepared.train_settings()[1:],
     ]
     flags = ' '.join(shlex.quote(f'--config.{setting}') for setting in settings)
-    print(f'train on it: python train.py --config configs/folder.py {flags}')
+    print(f'train on it: python -m gcnet_jax train folder {flags}')
+
+
+def _train(options: argparse.Namespace) -> int:
+    from gcnet_jax.training.command import run
+
+    workdir = ['--workdir', options.workdir] if options.workdir else []
+    arguments = ['train', '--config', options.config, *workdir, *options.settings]
+    return run(arguments, Path(options.config), 'gcnet_jax train')
 
 
 def _curves(options: argparse.Namespace) -> None:

@@ -15,7 +15,13 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from gcnet_jax.errors import ConfigError, UserError, unknown_name
+from gcnet_jax.errors import (
+    ConfigError,
+    UserError,
+    make_output_safe,
+    print_error,
+    unknown_name,
+)
 from gcnet_jax.files import as_path, as_place, is_bucket
 from gcnet_jax.training.config import leaves
 
@@ -28,20 +34,22 @@ Exit codes: 0 finished, 1 failed, 75 stopped by SIGTERM and saved (run it again)
 Every setting with its default: gcnet_jax/training/config.py."""
 
 
-def run(arguments: Sequence[str], default_config_file: Path) -> int:
+def run(arguments: Sequence[str], default_config_file: Path, program: str = 'train.py') -> int:
     """Runs `train.py` with its command-line arguments.
 
     Args:
       arguments: Of the process, the program's name first.
       default_config_file: The config where `--config` is not given.
+      program: What errors begin with.
 
     Returns:
       The exit code.
     """
+    make_output_safe()
     try:
         config, name, workdir = read_flags(arguments, default_config_file)
     except UserError as error:
-        return _fail(error)
+        return _fail(program, error)
     workdir = workdir or Path('runs') / name
     # After the flags are read: a wrong flag should not wait for the imports.
     from gcnet_jax.training.loop import train
@@ -52,10 +60,10 @@ def run(arguments: Sequence[str], default_config_file: Path) -> int:
         return 0
     except Preempted as stop:
         if jax.process_index() == 0:
-            _fail(stop)
+            _fail(program, stop)
         return INTERRUPTED if isinstance(stop, Interrupted) else PREEMPTED
     except UserError as error:
-        code = _fail(error)
+        code = _fail(program, error)
     except KeyboardInterrupt:
         print(f'interrupted; the same command {_where(workdir)}', file=sys.stderr)
         code = INTERRUPTED
@@ -74,8 +82,8 @@ def _where(workdir: Path) -> str:
     return f'continues from step {max(steps)}' if steps else 'starts again, nothing was saved yet'
 
 
-def _fail(error: UserError) -> int:
-    print(f'train.py: {" ".join(str(error).split())}', file=sys.stderr)
+def _fail(program: str, error: UserError) -> int:
+    print_error(program, error)
     return FAILED
 
 
@@ -96,6 +104,7 @@ def read_flags(
     flags.DEFINE_string('config', str(default_config_file), 'FILE[:VARIANT]', values)
     flags.DEFINE_string('workdir', None, 'Directory of the run.', values)
     flags.DEFINE_boolean('help', False, 'Shows how to use the command.', values)
+    arguments = ['--help' if text == '-h' else text for text in arguments]
     overrides = [text for text in arguments if re.match(r'--?(no)?config\.', text)]
     try:
         rest = values([text for text in arguments if text not in overrides])[1:]
@@ -125,19 +134,40 @@ def load_config(file: str, variant: str = '') -> ConfigDict:
     Raises:
       ConfigError: There is no such file, or it cannot be used.
     """
-    path = as_path(file, '--config')
-    if not path.is_file():
-        near = sorted(map(str, path.parent.glob('*.py'))) if path.parent.is_dir() else []
-        raise ConfigError(unknown_name('config file (--config)', file, near))
+    path = _find_config(as_path(file, '--config'))
     try:
         get_config = runpy.run_path(str(path))['get_config']
         return get_config(variant) if variant else get_config()
     except UserError:
         raise
+    except SyntaxError as error:
+        raise ConfigError(
+            f'--config {file}: {error.msg}, line {error.lineno} of '
+            f'{Path(error.filename or path).name}: {(error.text or "").strip()}'
+        ) from error
     except Exception as error:  # Whatever is wrong in the user's file.
         raise ConfigError(
             f'--config {file}: get_config({variant!r}) failed: {type(error).__name__}: {error}'
         ) from error
+
+
+def shipped_configs() -> Path:
+    """Returns the directory of the configs that come with the package."""
+    package = Path(__file__).parents[1]
+    installed = package / 'configs'
+    return installed if installed.is_dir() else package.parent / 'configs'
+
+
+def _find_config(path: Path) -> Path:
+    """Returns the file itself, or the config of that name that comes with the package."""
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if path.parent in (Path(), Path('configs')) and (shipped / f'{path.stem}.py').is_file():
+        return shipped / f'{path.stem}.py'
+    near = sorted(map(str, path.parent.glob('*.py'))) if path.parent.is_dir() else []
+    names = {found.stem for found in shipped.glob('*.py')} - {'__init__'}
+    raise ConfigError(unknown_name('config file (--config)', path, {*near, *names}))
 
 
 def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
