@@ -101,9 +101,12 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         return final
     for line in read_metrics(workdir):
         final.update(line)
-    accuracy = f'eval/accuracy {final["eval/accuracy"]:.2%}, eval/loss {final["eval/loss"]:.4f}'
+    values = f'eval/accuracy {final["eval/accuracy"]:.2%}, eval/loss {final["eval/loss"]:.4f}'
+    best = ''
+    if run.best is not None and run.best['step'] != run.step:
+        best = f' (best {run.best["accuracy"]:.2%} at step {run.best["step"]})'
     how = f'trained in {final["seconds"]:.0f} s' if finished else 'was complete already'
-    run.progress.say(f'{accuracy} after step {run.step}; {how}; see {workdir}')
+    run.progress.say(f'{values} after step {run.step}{best}; {how}; see {workdir}')
     return final
 
 

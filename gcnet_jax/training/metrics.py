@@ -138,8 +138,17 @@ def _to_line(line: Mapping[str, Any]) -> str:
     return json.dumps(line, allow_nan=False) + '\n'
 
 
+# What has a line of its own above the bar.
+ABOVE_BAR = ('eval/loss', 'eval/accuracy', 'train/bad_steps', 'train/skipped_images')
+# With counts of six digits and ten hours left this fits 80 columns, with a short bar.
+BAR_FORMAT = '{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}'
+
+
 class Progress:
-    """A bar with the time left and the images a second on a terminal, plain lines elsewhere.
+    """A bar on a terminal, with what fits one line of it; plain lines with every value elsewhere.
+
+    Beside the bar stand the time left, images per second, loss and accuracy. The other values are
+    in metrics.jsonl; steps that were not finite and skipped images have a line above the bar.
 
     Args:
       mode: 'auto', 'bar', 'lines' or 'none'.
@@ -154,7 +163,11 @@ class Progress:
         self._bar = None
         if mode == 'bar':
             self._bar = tqdm.tqdm(
-                initial=step, total=total_steps, unit='step', dynamic_ncols=True, smoothing=0.1
+                initial=step,
+                total=total_steps,
+                dynamic_ncols=True,
+                smoothing=0.1,
+                bar_format=BAR_FORMAT,
             )
 
     def say(self, text: str) -> None:
@@ -171,16 +184,30 @@ class Progress:
 
     def report(self, step: int, epoch: float, values: Mapping[str, float], rate: float) -> None:
         """Shows metrics; `rate` is in steps a second, 0 if unknown."""
-        shown = ', '.join(f'{name} {_short(name, value)}' for name, value in values.items())
-        if self._bar is not None and not any(name.startswith('eval/') for name in values):
-            self._bar.set_postfix_str(shown.replace('train/', ''))
+        if self._bar is not None:
+            self._report_beside_bar(step, epoch, values)
             return
         left = (
             f', {_duration((self._total - step) / rate)} left'
             if rate and step < self._total
             else ''
         )
+        shown = ', '.join(f'{name} {_short(name, value)}' for name, value in values.items())
         self.say(f'step {step}/{self._total} (epoch {epoch:.2f}): {shown}{left}')
+
+    def _report_beside_bar(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        names = [name for name in values if name in ABOVE_BAR]
+        if names:
+            shown = ', '.join(f'{name} {_short(name, values[name])}' for name in names)
+            self.say(f'step {step}/{self._total} (epoch {epoch:.2f}): {shown}')
+        if 'train/loss' in values:
+            shown = [f'loss {_short("train/loss", values["train/loss"])}']
+            if values.get('train/images_per_second'):
+                shown.insert(0, f'{values["train/images_per_second"]:,.0f} images/s')
+            if 'train/accuracy' in values:
+                shown.append(f'accuracy {values["train/accuracy"]:.2%}')
+            # tqdm puts a comma before it.
+            self._bar.set_postfix_str(', '.join(shown))
 
     def close(self) -> None:
         """Leaves the bar as it is."""

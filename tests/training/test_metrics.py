@@ -76,16 +76,47 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     )
 
 
-def test_a_bar_has_the_time_left_and_the_last_values(capsys):
+STEP_VALUES = {
+    'train/loss': 1.5,
+    'train/accuracy': 0.25,
+    'train/gradient_norm': 0.123,
+    'train/learning_rate': 0.1,
+    'train/images_per_second': 12345.0,
+    'train/data_wait_fraction': 0.01,
+}
+
+
+def test_a_bar_has_the_time_left_and_the_last_values(capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '100')
+    monkeypatch.setenv('LINES', '30')
     progress = Progress('bar', 5, 20)
     progress.advance()
-    progress.report(6, 0.5, {'train/loss': 1.5, 'train/images_per_second': 1234.0}, rate=0.1)
-    progress.report(6, 0.5, {'eval/accuracy': 0.75}, rate=0.0)
+    progress.report(6, 0.5, STEP_VALUES, rate=0.1)
+    progress.report(6, 0.5, {'eval/accuracy': 0.75, 'eval/seconds': 3.0}, rate=0.0)
+    progress.report(7, 0.5, STEP_VALUES | {'train/bad_steps': 2}, rate=0.1)
     progress.close()
     shown = capsys.readouterr()
     assert '6/20' in shown.err
-    assert 'loss 1.5, images_per_second 1,234' in shown.err
-    assert 'eval/accuracy 75.00%' in shown.out
+    assert ' left, 12,345 images/s, loss 1.5, accuracy 25.00%' in shown.err
+    assert 'gradient_norm' not in shown.err
+    assert shown.out == (
+        'step 6/20 (epoch 0.50): eval/accuracy 75.00%\nstep 7/20 (epoch 0.50): train/bad_steps 2\n'
+    )
+
+
+@pytest.mark.parametrize('columns', [80, 100, 120])
+def test_a_bar_fits_its_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', str(columns))
+    monkeypatch.setenv('LINES', '30')
+    progress = Progress('bar', 225_180, 450_360)
+    progress.report(225_180, 45.0, STEP_VALUES, rate=4.2)
+    progress.close()
+    lines = capsys.readouterr().err.replace('\r', '\n').splitlines()
+    (line,) = {line for line in lines if 'images/s' in line}
+    assert line.endswith('accuracy 25.00%')
+    assert '225180/450360' in line
+    assert len(line) <= columns
+    assert len(line.partition('|')[0].strip()) >= 2  # The bar itself, half full.
 
 
 def test_the_clock_leaves_out_what_it_was_stopped_for(monkeypatch):
