@@ -1,6 +1,7 @@
 """What commands share."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,3 +27,22 @@ def refuse_flags(options: argparse.Namespace, command: str, names: Sequence[str]
     for name in names:
         if is_given(getattr(options, name)):
             raise UserError(f'--{name.replace("_", "-")} has no meaning with {command}')
+
+
+def report_choice(checkpoint: str, choose: str) -> None:
+    """Names the checkpoint on stderr, where `best` chose another one than the newest.
+
+    Raises:
+      CheckpointError: There is no checkpoint.
+    """
+    from gcnet_jax.stored_model import find_checkpoint
+
+    chosen = find_checkpoint(checkpoint, choose)
+    newest = find_checkpoint(checkpoint, 'newest')
+    if chosen != newest:
+        print(
+            f'checkpoint of step {chosen.name}, the most accurate; the newest is of step '
+            f'{newest.name} (--choose newest)',
+            file=sys.stderr,
+            flush=True,
+        )

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from gcnet_jax.commands.common import is_given, refuse_flags
+from gcnet_jax.commands.common import is_given, refuse_flags, report_choice
 from gcnet_jax.errors import UserError
 
 EXPORT_FORMATS = ('jaxexport', 'onnx', 'safetensors')
@@ -83,6 +83,8 @@ def _port(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     kind = options.format or Path(options.out).suffix.removeprefix('.')
     common = {'choose': options.choose, 'overwrite': options.overwrite}
+    if kind in EXPORT_FORMATS:
+        report_choice(options.checkpoint, options.choose)
     if kind == 'safetensors':
         from gcnet_jax import porting
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from gcnet_jax.commands.common import EXIT_ERROR, EXIT_SOME_IMAGES_FAILED
+from gcnet_jax.commands.common import EXIT_ERROR, EXIT_SOME_IMAGES_FAILED, report_choice
 from gcnet_jax.errors import UserError, one_line, print_error
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def _load_classifier(options: argparse.Namespace, **more: Any) -> Any:
 
     # Pillow warns of damaged files, which have a line of ours.
     warnings.filterwarnings('ignore', module=r'PIL\.')
+    report_choice(options.checkpoint, options.choose)
     return Classifier.load(
         options.checkpoint,
         choose=options.choose,
@@ -216,6 +217,7 @@ def _attention(options: argparse.Namespace) -> int:
     from gcnet_jax.inference.pictures import QUERIES
     from gcnet_jax.inference.query_distances import format_distances
 
+    report_choice(options.checkpoint, options.choose)
     left_out = LeftOut()
     results = write_pictures(
         options.checkpoint,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,22 @@ def test_predict_prints_a_line_an_image(run, stored, folder):
     assert (code, err, len(out)) == (0, [], 4)
     expected = Classifier.load(stored.directory)([str(name) for name in names], top_k=2)
     assert out == [f'{name}: {answer}' for name, answer in zip(names, expected, strict=True)]
+
+
+def test_a_checkpoint_that_is_not_the_newest_is_named(run, stored, folder, tmp_path):
+    for step, accuracy in ((10, 0.9), (20, 0.5)):
+        place = tmp_path / 'run' / 'checkpoints' / str(step)
+        shutil.copytree(stored.directory / 'checkpoints' / '0', place)
+        (place / 'metrics').mkdir()
+        (place / 'metrics' / 'metrics').write_text(json.dumps({'eval/accuracy': accuracy}))
+    arguments = ('predict', folder / 'a.png')
+    code, out, err = run(*arguments, checkpoint=tmp_path / 'run')
+    assert (code, len(out)) == (0, 1)
+    assert err == [
+        'checkpoint of step 10, the most accurate; the newest is of step 20 (--choose newest)'
+    ]
+    _, _, err = run(*arguments, '--choose', 'newest', checkpoint=tmp_path / 'run')
+    assert err == []
 
 
 def test_predict_prints_json(run, folder):
