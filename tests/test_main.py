@@ -169,6 +169,28 @@ def test_flags_that_a_command_does_not_have_exit_with_2(arguments, capsys):
     assert 'arguments' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (
+            ['plan', '--topolgy', 'v5e:1x1'],
+            'required: --config, --topology; unrecognized: --topolgy (did you mean --topology?)',
+        ),
+        (['port', '--outt=x', 'a.pth'], 'unrecognized: --outt=x (did you mean --out?)'),
+        (['plan', '--config=a', '--config.mesh.fsdp=4'], 'arguments are required: --topology\n'),
+        (['models', '--tpo-k=2', '--hlep'], '--tpo-k=2 --hlep (did you mean --help?)'),
+        (
+            ['plan', '--config=a', '--topology=b', '--batch-per-chp', '--config.mesh.fsdp=4'],
+            'unrecognized arguments: --batch-per-chp (did you mean --batch-per-chip?)\n',
+        ),
+    ],
+)
+def test_a_misspelt_flag_is_named_with_the_one_meant(arguments, message, capsys):
+    with pytest.raises(SystemExit, match='2'):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_usage_errors_exit_with_2(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(['sumary'])

@@ -19,11 +19,12 @@ from gcnet_jax.errors import (
     ConfigError,
     UserError,
     make_output_safe,
+    one_line,
     print_error,
     unknown_name,
 )
 from gcnet_jax.files import as_path, as_place, is_bucket
-from gcnet_jax.training.config import leaves
+from gcnet_jax.training.config import default_config, leaves
 
 FAILED = 1
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
@@ -136,19 +137,51 @@ def load_config(file: str, variant: str = '') -> ConfigDict:
     """
     path = _find_config(as_path(file, '--config'))
     try:
-        get_config = runpy.run_path(str(path))['get_config']
-        return get_config(variant) if variant else get_config()
+        get_config = runpy.run_path(str(path)).get('get_config')
+        if get_config is None:
+            raise ConfigError(
+                f'--config {file}: it defines no get_config(), which returns a config'
+            )
+        config = get_config(variant) if variant else get_config()
     except UserError:
         raise
     except SyntaxError as error:
+        raise ConfigError(f'--config {file}: {_explain_syntax(error, path)}') from error
+    except (Exception, SystemExit) as error:  # Whatever is wrong in the user's file.
+        call = f'get_config({variant!r})' if variant else 'get_config()'
+        place = _line_of(error, path)
+        raise ConfigError(f'--config {file}: {call} failed{place}: {_explain(error)}') from error
+    if not isinstance(config, ConfigDict):
         raise ConfigError(
-            f'--config {file}: {error.msg}, line {error.lineno} of '
-            f'{Path(error.filename or path).name}: {(error.text or "").strip()}'
-        ) from error
-    except Exception as error:  # Whatever is wrong in the user's file.
-        raise ConfigError(
-            f'--config {file}: get_config({variant!r}) failed: {type(error).__name__}: {error}'
-        ) from error
+            f'--config {file}: get_config() returned {type(config).__name__}; it must return a '
+            'ConfigDict, such as gcnet_jax.training.config.default_config() with changes'
+        )
+    return config
+
+
+def _explain_syntax(error: SyntaxError, path: Path) -> str:
+    name = Path(error.filename or path).name
+    line = f', line {error.lineno} of {name}' if error.lineno else f' ({name})'
+    text = (error.text or '').strip()
+    return f'{error.msg}{line}: {text}' if text else f'{error.msg}{line}'
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """Returns where in the config file an error came from: ', line N of NAME'; '' if unknown."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f', line {lines[-1]} of {path.name}' if lines else ''
+
+
+def _explain(error: BaseException) -> str:
+    """Returns an error in a config file in words; ConfigDict's own list the whole config."""
+    text = ' '.join(map(str, error.args)) or type(error).__name__
+    unknown = re.search(r'Key "(.+?)" does not exist|instead of "(.+?)"', text)
+    if unknown:
+        name = unknown[1] or unknown[2]
+        parts = {part for path, _ in leaves(default_config().to_dict()) for part in path.split('.')}
+        return unknown_name('setting', name, parts)
+    return one_line(f'{type(error).__name__}: {text}', 300)
 
 
 def shipped_configs() -> Path:

@@ -69,6 +69,43 @@ def test_a_wrong_flag_is_one_line(argument, message, capsys, monkeypatch):
     assert printed.err.count('\n') == 1
 
 
+@pytest.mark.parametrize(
+    ('line', 'message'),
+    [
+        (
+            'c.training.batchsize = 3',
+            r"get_config\(\) failed, line 4 of own.py: unknown setting 'batchsize'; did you mean "
+            "'batch_size'",
+        ),
+        ("c.update({'training': {'batchsize': 3}})", "line 4 of own.py: unknown setting 'batchs"),
+        (
+            'c.training.total_steps = c.training.batchsize',
+            "line 4 of own.py: unknown setting 'batc",
+        ),
+        ("c.training.batch_size = 'many'", 'line 4 of own.py: TypeError: Could not override'),
+        ('raise SystemExit(5)', 'line 4 of own.py: SystemExit: 5'),
+        ('c = {}', 'returned dict; it must return a ConfigDict'),
+        ('return None', 'returned NoneType; it must return a ConfigDict'),
+        ('c.training = (', r"'\(' was never closed, line 4 of own.py: c.training = \("),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_short_line(line, message, tmp_path, capsys):
+    file = tmp_path / 'own.py'
+    lines = ('from gcnet_jax.training.config import default_config', 'def get_config():')
+    file.write_text('\n'.join([*lines, '    c = default_config()', f'    {line}', '    return c']))
+    with pytest.raises(ConfigError, match=message):
+        read(f'--config={file}')
+    assert command.run(['train.py', f'--config={file}'], DIGITS) == 1
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert len(printed) < 300 + len(str(file))
+
+
+def test_a_config_file_without_get_config_is_refused(tmp_path):
+    (tmp_path / 'own.py').write_text('x = 1')
+    with pytest.raises(ConfigError, match=r'it defines no get_config\(\)'):
+        read(f'--config={tmp_path}/own.py')
+
+
 def test_a_run_goes_to_a_directory_named_after_its_config(monkeypatch):
     seen = []
     monkeypatch.setattr(loop, 'train', lambda config, workdir: seen.append(workdir))
