@@ -104,7 +104,7 @@ def planned(monkeypatch):
     """Plans are not made; returns what they would have been made of."""
     calls = []
 
-    def make_plans(config, topologies, batch_per_chip, *, find_largest, tell):
+    def make_plans(config, topologies, batch_per_chip, *, find_largest, tell, compiling):
         calls.append((config, topologies, batch_per_chip, find_largest))
         return ['first', 'second']
 

@@ -130,15 +130,16 @@ def _plan(options: argparse.Namespace) -> None:
     config, _, _ = read_flags(arguments, Path(options.config))
     planning.prepare_process()
 
-    def tell(plan: planning.Plan) -> None:
-        print(planning.format_progress(plan), file=sys.stderr, flush=True)
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     plans = planning.make_plans(
         config,
         options.topology,
         options.batch_per_chip,
         find_largest=options.largest_batch,
-        tell=tell,
+        tell=lambda plan: say(planning.format_progress(plan)),
+        compiling=planning.announcer(say),
     )
     if options.json:
         print(json.dumps([planning.plan_to_dict(plan) for plan in plans], indent=2))

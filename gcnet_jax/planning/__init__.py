@@ -1,6 +1,7 @@
 """Knowing before renting: compiles the real training step for a TPU that is not there."""
 
 from gcnet_jax.planning.chips import CHIPS, Chip, PlanError, parse_topology, prepare_process
+from gcnet_jax.planning.durations import announcer
 from gcnet_jax.planning.plan import Plan, Program, make_plan, make_plans
 from gcnet_jax.planning.report import format_plans, format_progress, plan_to_dict
 
@@ -10,6 +11,7 @@ __all__ = [
     'Plan',
     'PlanError',
     'Program',
+    'announcer',
     'format_plans',
     'format_progress',
     'make_plan',

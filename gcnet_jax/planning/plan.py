@@ -5,6 +5,7 @@ of a chip's share of one step are exact for that compiler; divided by the chip's
 the speed. Nothing here is measured on a TPU.
 """
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -19,12 +20,17 @@ from gcnet_jax.data.sources import read_label_names
 from gcnet_jax.errors import ConfigError, DataError, UserError
 from gcnet_jax.planning.chips import Chip, PlanError, parse_topology, topology_devices
 from gcnet_jax.planning.hlo import Traffic, read_traffic
+from gcnet_jax.planning.stand_in import StandInSource
 from gcnet_jax.training.config import check_config
 from gcnet_jax.training.experiment import Experiment, assemble
 from gcnet_jax.training.mesh import batch_shardings, state_shardings
 from gcnet_jax.training.steps import jit_train_step, make_train_step
 
 BATCH_MULTIPLE = 8
+
+
+# Called with what is compiled, in words, and entered meanwhile.
+Compiling = Callable[[str], contextlib.AbstractContextManager]
 
 
 class OutOfMemory(UserError):
@@ -135,24 +141,6 @@ class Plan:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class StandInSource:
-    """Takes the place of images in a plan, which needs no more than their labels."""
-
-    name: str
-    split: str
-    label_names: tuple[str, ...]
-    length: int
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.label_names)
-
-    def __len__(self) -> int:
-        return self.length
-
-
 def describe(
     config: ConfigDict, devices: Sequence[Any], batch_size: int, *, with_context: bool = True
 ) -> Experiment:
@@ -260,12 +248,11 @@ def make_plan(config: ConfigDict, topology: str, batch_per_chip: int | None = No
       UserError: The topology, the compiler or a setting; one line that says what to do.
     """
     chip, chips = parse_topology(topology)
-    if batch_per_chip is not None and batch_per_chip < 1:
-        raise ConfigError(f'the batch for each chip is {batch_per_chip}; it must be 1 or more')
+    _check_batch(batch_per_chip)
     batch_size = config.training.batch_size if batch_per_chip is None else batch_per_chip * chips
     experiment = describe(config, topology_devices(topology), batch_size)
     plan = Plan(
-        network=f'{config.model.name}, {config.data.image_size} pixels, {config.model.dtype}',
+        network=_network(config),
         topology=topology,
         chip=chip,
         chips=chips,
@@ -281,13 +268,31 @@ def make_plan(config: ConfigDict, topology: str, batch_per_chip: int | None = No
     return dataclasses.replace(plan, program=program, needed_bytes=program.memory)
 
 
-def add_twin(plan: Plan, config: ConfigDict) -> Plan:
+def _check_batch(batch_per_chip: int | None) -> None:
+    if batch_per_chip is not None and batch_per_chip < 1:
+        raise ConfigError(f'the batch for each chip is {batch_per_chip}; it must be 1 or more')
+
+
+def _network(config: ConfigDict) -> str:
+    return f'{config.model.name}, {config.data.image_size} pixels, {config.model.dtype}'
+
+
+def _title(config: ConfigDict, topology: str, batch_per_chip: int | None) -> str:
+    """Returns in words what `make_plan` compiles."""
+    _, chips = parse_topology(topology)
+    batch = config.training.batch_size / chips if batch_per_chip is None else batch_per_chip
+    return f'{_network(config)} for {topology}, {batch:g} images a chip'
+
+
+def add_twin(plan: Plan, config: ConfigDict, compiling: Compiling = contextlib.nullcontext) -> Plan:
     """Compiles the same network without context too; a network that has none is left as it is."""
     devices = topology_devices(plan.topology)
     if not getattr(describe(config, devices, plan.batch_size).model, 'context', ()):
         return plan
     plain = describe(config, devices, plan.batch_size, with_context=False)
-    return dataclasses.replace(plan, twin=compile_step(plain), twin_parameters=_parameters(plain))
+    with compiling(f'{plan.network} for {plan.topology} without its context'):
+        twin = compile_step(plain)
+    return dataclasses.replace(plan, twin=twin, twin_parameters=_parameters(plain))
 
 
 def _parameters(experiment: Experiment) -> int:
@@ -325,6 +330,7 @@ def make_plans(
     *,
     find_largest: bool = False,
     tell: Callable[[Plan], None] = lambda plan: None,
+    compiling: Compiling = contextlib.nullcontext,
 ) -> list[Plan]:
     """Compiles a config's training step for several topologies.
 
@@ -336,32 +342,41 @@ def make_plans(
       batch_per_chip: As for `make_plan`.
       find_largest: Find the largest batch a chip, on multiples of 8, beginning there.
       tell: Called with every plan that was tried.
+      compiling: Called before each compilation with what is compiled, in words; the result is
+        entered while that is done, see `gcnet_jax.planning.announcer`.
 
     Raises:
       UserError: As `make_plan`; or not even the smallest batch fits.
     """
     for topology in topologies:
         parse_topology(topology)  # A wrong one is told before the first is compiled.
+    _check_batch(batch_per_chip)
     plans, needs_twin = [], True
     for topology in topologies:
         if find_largest:
-            plan = _largest_plan(config, topology, batch_per_chip, tell)
+            plan = _largest_plan(config, topology, batch_per_chip, tell, compiling)
         else:
-            plan = make_plan(config, topology, batch_per_chip)
+            with compiling(_title(config, topology, batch_per_chip)):
+                plan = make_plan(config, topology, batch_per_chip)
             tell(plan)
         if needs_twin and plan.program is not None:
-            plan, needs_twin = add_twin(plan, config), False
+            plan, needs_twin = add_twin(plan, config, compiling), False
         plans.append(plan)
     return plans
 
 
 def _largest_plan(
-    config: ConfigDict, topology: str, start: int | None, tell: Callable[[Plan], None]
+    config: ConfigDict,
+    topology: str,
+    start: int | None,
+    tell: Callable[[Plan], None],
+    compiling: Compiling,
 ) -> Plan:
     tried = {}
 
     def fits(size: int) -> bool:
-        tried[size] = make_plan(config, topology, size)
+        with compiling(_title(config, topology, size)):
+            tried[size] = make_plan(config, topology, size)
         tell(tried[size])
         return tried[size].program is not None
 

@@ -242,7 +242,7 @@ def pretend_plans(monkeypatch, example_plan):
             example_plan, topology=topology, program=example_plan.program if fits else None
         )
 
-    def add_twin(plan, config):
+    def add_twin(plan, config, compiling):
         asked.append((plan.topology, 'twin'))
         return dataclasses.replace(plan, twin=plan.program)
 
@@ -251,16 +251,16 @@ def pretend_plans(monkeypatch, example_plan):
     return asked
 
 
-def test_the_twin_is_compiled_for_one_topology(pretend_plans):
+def test_the_twin_is_compiled_for_one_topology(pretend_plans, small_config):
     told = []
-    plans = planning.make_plans({}, ['v5e:1x1', 'v5e:4x4'], tell=told.append)
+    plans = planning.make_plans(small_config, ['v5e:1x1', 'v5e:4x4'], tell=told.append)
     assert pretend_plans == [('v5e:1x1', None), ('v5e:1x1', 'twin'), ('v5e:4x4', None)]
     assert [plan.twin is not None for plan in plans] == [True, False]
     assert [plan.topology for plan in told] == ['v5e:1x1', 'v5e:4x4']
 
 
-def test_the_twin_is_compiled_where_the_step_fits(pretend_plans):
-    planning.make_plans({}, ['v5e:1x1'], 64)
+def test_the_twin_is_compiled_where_the_step_fits(pretend_plans, small_config):
+    planning.make_plans(small_config, ['v5e:1x1'], 64)
     assert pretend_plans == [('v5e:1x1', 64)]
 
 
