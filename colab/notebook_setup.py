@@ -1,11 +1,13 @@
 """What a notebook needs before gcnet_jax can be imported, and what only a notebook needs.
 
 Imports nothing but the standard library until what is missing has been installed. The package is
-used as it lies in its directory: that is put on the path, and nothing of it is installed.
+used as it lies in its directory: that is put on the path, and nothing of it is installed into the
+runtime.
 """
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,13 +17,15 @@ from typing import Any
 
 SMOKE = 'GCNET_JAX_SMOKE'
 DRIVE = '/content/drive'
+# In requirements.txt for the tests alone.
+TEST_TOOLS = ('beartype', 'pytest', 'pytest-xdist')
 
 
 def prepare(source: str | os.PathLike, *, expect_tpu: bool = False) -> SimpleNamespace:
     """Makes the package importable and says what jax runs on.
 
     Args:
-      source: The directory of gcnet_jax.
+      source: The project's directory, or that of the package where it was installed.
       expect_tpu: Say loudly if there is none.
 
     Returns:
@@ -29,7 +33,9 @@ def prepare(source: str | os.PathLike, *, expect_tpu: bool = False) -> SimpleNam
       on little data.
     """
     source = Path(source).absolute()
-    install_missing(source / 'requirements.txt')
+    if (source / '__init__.py').is_file():
+        source = source.parent
+    install_missing(read_requirements(source))
     if str(source) not in sys.path:
         sys.path.insert(0, str(source))
     smoke = os.environ.get(SMOKE, '') not in ('', '0')
@@ -37,8 +43,31 @@ def prepare(source: str | os.PathLike, *, expect_tpu: bool = False) -> SimpleNam
     return SimpleNamespace(source=source, smoke=smoke)
 
 
-def install_missing(requirements: Path) -> list[str]:
-    """Installs what a file of requirements names and is absent; changes nothing that is there.
+def read_requirements(source: Path) -> str:
+    """Returns what the package needs, one requirement per line, without the tests' tools.
+
+    Args:
+      source: The project's directory, or one that the package was installed into.
+    """
+    from packaging.requirements import Requirement  # The notebook's own kernel needs it.
+
+    if (source / 'requirements.txt').is_file():
+        lines = (source / 'requirements.txt').read_text().splitlines()
+    else:
+        found = importlib.metadata.distributions(name='gcnet-jax', path=[str(source)])
+        lines = [line for distribution in found for line in distribution.requires or ()]
+    texts = filter(None, (line.partition('#')[0].strip() for line in lines))
+    wanted = (Requirement(text) for text in texts)
+    return '\n'.join(
+        str(requirement)
+        for requirement in wanted
+        if requirement.name not in TEST_TOOLS
+        and (requirement.marker is None or requirement.marker.evaluate({'extra': ''}))
+    )
+
+
+def install_missing(requirements: str) -> list[str]:
+    """Installs what is absent of requirements, one per line; changes nothing that is there.
 
     An upgrade of jax would come without its TPU library, and jax then runs on the CPU in silence.
 
@@ -48,7 +77,7 @@ def install_missing(requirements: Path) -> list[str]:
     Raises:
       RuntimeError: Something that is there is too old, or the installation failed.
     """
-    missing, too_old = find_missing(requirements.read_text())
+    missing, too_old = find_missing(requirements)
     if too_old:
         raise RuntimeError(
             f'too old for gcnet_jax: {"; ".join(too_old)}. Choose a newer runtime version in Colab '
@@ -70,7 +99,7 @@ def install_missing(requirements: Path) -> list[str]:
 
 def find_missing(requirements: str) -> tuple[list[str], list[str]]:
     """Returns the requirements that are absent, and those that are there and too old, with why."""
-    from packaging.requirements import Requirement  # The notebook's own kernel needs it.
+    from packaging.requirements import Requirement
 
     missing, too_old = [], []
     for line in requirements.splitlines():
@@ -138,6 +167,7 @@ def training_config(
     stages: str = '',
     position: str = '',
     ratio: float | None = None,
+    dtype: str = '',
     batch_size: int = 0,
     learning_rate: float = 0.0,
 ) -> Any:
@@ -150,18 +180,18 @@ def training_config(
       dataset: 'digits', 'folder' or a TFDS set.
       epochs: How long.
       folder: With 'folder': where the images are, one folder a class.
-      image_size, network, batch_size, learning_rate: What is empty is left as in the file.
+      image_size, network, dtype, batch_size, learning_rate: What is empty is left as in the file.
       block: A context block, 'none' for no context; empty as in the file.
       stages, position, ratio: Where it goes, and its ratio if it has one.
     """
     from gcnet_jax.data.folder import prepare_folder
-    from gcnet_jax.training.command import load_config
+    from gcnet_jax.training.command import load_config, shipped_configs
 
     if setup.smoke:
         dataset, epochs = 'digits', 1
     own_file = dataset if dataset in ('digits', 'folder') else ''
     by_size = 'cifar10' if image_size <= 64 else 'folder'
-    config = load_config(str(setup.source / 'configs' / f'{own_file or by_size}.py'))
+    config = load_config(str(shipped_configs() / f'{own_file or by_size}.py'))
     if dataset == 'folder':
         prepared = prepare_folder(folder, 'my_images', overwrite=True)
         dataset, splits = prepared.name, list(prepared.split_sizes)
@@ -184,6 +214,7 @@ def training_config(
     config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, epochs / 4)
     config.training.batch_size = batch_size or config.training.batch_size
     config.schedule.peak_learning_rate = learning_rate or config.schedule.peak_learning_rate
+    config.model.dtype = dtype or config.model.dtype
     config.runtime.progress = 'lines'
     return config
 
@@ -199,6 +230,28 @@ def run_directory(name: str, *, on_drive: bool) -> Path:
     elif on_drive:
         print('this is not Colab, so there is no Drive to save to')
     return (root / name).absolute()
+
+
+def train(config: Any, workdir: Path) -> dict[str, float]:
+    """Trains a network, or continues a run; an error names the fields of the form.
+
+    Raises:
+      UserError: As `gcnet_jax.training.loop.train`.
+    """
+    from gcnet_jax.errors import UserError
+    from gcnet_jax.training.loop import train
+
+    try:
+        return train(config, workdir)
+    except UserError as error:
+        # What belongs to the command line has another name in the form.
+        text = re.sub(
+            r'--workdir \S+ holds a run', f'the run {workdir.name!r} is there', str(error)
+        )
+        text = text.replace('another --workdir', 'another run_name')
+        if text == str(error):
+            raise
+        raise type(error)(text) from None
 
 
 def prepare_tfds(name: str, data_dir: str = '') -> None:

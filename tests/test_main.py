@@ -265,7 +265,7 @@ def test_the_wheel_has_every_package():
         str(path.parent.relative_to(root)).replace('/', '.')
         for path in (root / 'gcnet_jax').rglob('__init__.py')
     }
-    assert set(listed) == found | {'gcnet_jax.configs'}
+    assert set(listed) == found | {'gcnet_jax.colab', 'gcnet_jax.configs'}
     assert (root / 'gcnet_jax' / 'py.typed').is_file()
 
 
@@ -274,7 +274,15 @@ def test_an_installed_package_trains_by_its_own_configs(tmp_path):
     """In an environment of its own, away from this directory."""
     source, environment = tmp_path / 'source', tmp_path / 'environment'
     root = Path(__file__).parents[1]
-    names = ('gcnet_jax', 'configs', 'pyproject.toml', 'requirements.txt', 'README.md', 'LICENSE')
+    names = (
+        'gcnet_jax',
+        'colab',
+        'configs',
+        'pyproject.toml',
+        'requirements.txt',
+        'README.md',
+        'LICENSE',
+    )
     for name in names:
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy
         source.mkdir(exist_ok=True)

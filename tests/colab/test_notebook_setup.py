@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import subprocess
 import sys
 import types
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.data.sources import load_source
-from gcnet_jax.errors import UserError
+from gcnet_jax.errors import CheckpointError, UserError
 from gcnet_jax.porting import load_pretrained
 from gcnet_jax.training.command import load_config
 from gcnet_jax.training.config import check_config
@@ -45,15 +46,14 @@ def pip(setup, monkeypatch):
     return types.SimpleNamespace(calls=calls, run=run)
 
 
-def requirements(tmp_path, *lines):
-    path = tmp_path / 'requirements.txt'
-    path.write_text('\n'.join(lines))
-    return path
+def requirements(setup, tmp_path, *lines):
+    (tmp_path / 'requirements.txt').write_text('\n'.join(lines))
+    return setup.read_requirements(tmp_path)
 
 
 def test_only_what_is_missing_is_installed_and_the_rest_is_held(setup, pip, tmp_path):
     lines = ('# a comment', 'jax>=0.7  # why', 'no-such-thing>=2', 'numpy>=1', '', 'another_one')
-    missing = setup.install_missing(requirements(tmp_path, *lines))
+    missing = setup.install_missing(requirements(setup, tmp_path, *lines))
     assert missing == ['no-such-thing>=2', 'another_one']
     ((command, constraints),) = pip.calls
     assert command[-2:] == missing
@@ -63,20 +63,62 @@ def test_only_what_is_missing_is_installed_and_the_rest_is_held(setup, pip, tmp_
 
 
 def test_nothing_is_installed_where_nothing_is_missing(setup, pip):
-    assert setup.install_missing(ROOT / 'requirements.txt') == []
+    assert setup.install_missing(setup.read_requirements(ROOT)) == []
     assert pip.calls == []
 
 
 def test_what_is_too_old_is_an_error_and_not_upgraded(setup, pip, tmp_path):
     with pytest.raises(RuntimeError, match=r'jax is .*, needed is >=999.*newer runtime'):
-        setup.install_missing(requirements(tmp_path, 'jax>=999', 'no-such-thing'))
+        setup.install_missing(requirements(setup, tmp_path, 'jax>=999', 'no-such-thing'))
     assert pip.calls == []
+
+
+def test_the_tests_own_tools_are_not_installed(setup, tmp_path):
+    found = {line.partition('>')[0] for line in setup.read_requirements(ROOT).splitlines()}
+    assert {'jax', 'flax', 'etils[epath]'} <= found
+    assert not found & {'pytest', 'pytest-xdist', 'beartype'}
+    # Where the package was installed into a directory, its metadata say what it needs.
+    (tmp_path / 'gcnet_jax').mkdir()
+    place = tmp_path / 'gcnet_jax-0.1.0.dist-info'
+    place.mkdir()
+    needed = ('jax>=0.7', 'pytest>=8', 'gcsfs ; extra == "gcs"', 'x ; python_version < "3"')
+    lines = ['Metadata-Version: 2.4', 'Name: gcnet-jax', 'Version: 0.1.0']
+    (place / 'METADATA').write_text(
+        '\n'.join([*lines, *(f'Requires-Dist: {text}' for text in needed)])
+    )
+    assert setup.read_requirements(tmp_path) == 'jax>=0.7'
+
+
+def test_an_installed_package_is_put_on_the_path(setup, monkeypatch, tmp_path):
+    (tmp_path / 'gcnet_jax').mkdir()
+    (tmp_path / 'gcnet_jax' / '__init__.py').touch()
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    assert setup.prepare(tmp_path / 'gcnet_jax').source == tmp_path
+    assert sys.path[0] == str(tmp_path)
+
+
+def test_a_changed_form_is_told_in_the_notebooks_words(setup, tmp_path):
+    from gcnet_jax.training.workdir import CONFIG_FILE
+
+    config = setup.training_config(smoke(True), dataset='digits', epochs=1, dtype='bfloat16')
+    assert config.model.dtype == 'bfloat16'
+    config.data.data_dir = str(tmp_path / 'sets')
+    workdir = tmp_path / 'runs' / 'first'
+    workdir.mkdir(parents=True)
+    before = config.to_dict() | {'schedule': {**config.schedule, 'peak_learning_rate': 9.0}}
+    (workdir / CONFIG_FILE).write_text(json.dumps(before))
+    with pytest.raises(CheckpointError) as raised:
+        setup.train(config, workdir)
+    assert str(raised.value) == (
+        "the run 'first' is there with another config (config.schedule.peak_learning_rate); "
+        'choose another run_name, or give the same settings to continue that run'
+    )
 
 
 def test_a_failed_installation_is_an_error(setup, pip, tmp_path):
     pip.run.returncode = 1
     with pytest.raises(RuntimeError, match='pip could not install no-such-thing'):
-        setup.install_missing(requirements(tmp_path, 'no-such-thing'))
+        setup.install_missing(requirements(setup, tmp_path, 'no-such-thing'))
 
 
 def test_it_needs_only_the_standard_library_until_then():

@@ -5,7 +5,10 @@ import base64
 import json
 import os
 import re
+import subprocess
 import sys
+import tomllib
+import types
 from pathlib import Path
 
 import pytest
@@ -59,9 +62,89 @@ def test_every_cell_is_plain_python(notebook):
 
 def test_it_defines_nothing_and_touches_no_package(notebook):
     kinds = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.While)
-    for code in code_of(notebook):
+    for number, code in enumerate(code_of(notebook)):
         assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(code)))
-        assert 'pip' not in re.findall(r'\w+', code)
+        # The first cell fetches the package, into a directory of its own.
+        assert number == 0 or 'pip' not in re.findall(r'\w+', code)
+
+
+def set_up(notebook, source):
+    """Runs the first cell with a source in its form."""
+    code = code_of(notebook)[0].replace("source = ''", f'source = {source!r}', 1)
+    names = {}
+    exec(compile(code, notebook.name, 'exec'), names)
+    return names
+
+
+@pytest.fixture
+def pretend_pip(monkeypatch, tmp_path):
+    """Takes the place of pip, and of what the notebook imports; returns what was installed."""
+    installed = []
+
+    def run(command, check):
+        installed.append(command[-1])
+        place = Path(command[command.index('--target') + 1])
+        if 'wrong' not in command[-1]:
+            (place / 'gcnet_jax' / 'colab').mkdir(parents=True, exist_ok=True)
+        assert '--no-deps' in command
+        return types.SimpleNamespace(returncode=int('wrong' in command[-1]))
+
+    helper = types.SimpleNamespace(prepare=lambda place, expect_tpu: place)
+    monkeypatch.setitem(sys.modules, 'notebook_setup', helper)
+    monkeypatch.setattr(subprocess, 'run', run)
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.delenv('GCNET_JAX_SOURCE', raising=False)
+    monkeypatch.chdir(tmp_path)
+    return installed
+
+
+@pytest.mark.parametrize(
+    ('source', 'installed'),
+    [
+        ('https://host/owner/name', 'git+https://host/owner/name'),
+        ('https://host/owner/name.git', 'git+https://host/owner/name.git'),
+        ('git+ssh://git@host/name.git@main', 'git+ssh://git@host/name.git@main'),
+        ('https://host/name.zip', 'https://host/name.zip'),
+        ('gcnet-jax==0.1', 'gcnet-jax==0.1'),
+        ('uploaded/gcnet.zip', 'uploaded/gcnet.zip'),
+    ],
+)
+def test_the_first_cell_fetches_the_package(notebook, pretend_pip, source, installed, tmp_path):
+    place = str(tmp_path / 'gcnet_jax_source' / 'gcnet_jax')
+    assert set_up(notebook, source)['setup'] == place
+    assert pretend_pip == [installed]
+    assert sys.path[0] == f'{place}/colab'
+
+
+def test_a_copy_is_used_as_it_lies(notebook, pretend_pip, tmp_path, monkeypatch):
+    assert set_up(notebook, str(ROOT))['setup'] == str(ROOT)
+    (tmp_path / 'copy' / 'colab').mkdir(parents=True)
+    (tmp_path / 'copy' / 'colab' / 'notebook_setup.py').touch()
+    assert set_up(notebook, '')['setup'] == 'copy/'
+    assert pretend_pip == []
+
+
+def test_a_zip_on_drive_is_found_once_drive_is_there(notebook, pretend_pip, monkeypatch):
+    mounted = []
+    drive = types.SimpleNamespace(mount=mounted.append)
+    monkeypatch.setitem(sys.modules, 'google.colab', types.SimpleNamespace(drive=drive))
+    set_up(notebook, '/content/drive/MyDrive/gcnet.zip')
+    assert mounted == ['/content/drive']
+    assert pretend_pip == ['/content/drive/MyDrive/gcnet.zip']
+
+
+def test_without_a_source_the_first_cell_says_what_to_do(notebook, pretend_pip):
+    with pytest.raises(FileNotFoundError, match='name in `source` where it comes from'):
+        set_up(notebook, '')
+    set_up(notebook, 'gcnet-jax')  # What an earlier try has left is not used.
+    with pytest.raises(FileNotFoundError, match=r"no gcnet_jax from 'wrong'.*Check that address"):
+        set_up(notebook, 'wrong')
+
+
+def test_the_default_source_is_the_projects_address(notebook):
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    address = project.get('urls', {}).get('Repository', '')
+    assert f'source = {address!r}  # @param' in code_of(notebook)[0]
 
 
 def test_what_it_imports_from_the_package_exists(notebook):
