@@ -12,10 +12,16 @@ EXPORT_FORMATS = ('jaxexport', 'onnx', 'safetensors')
 def add_port(commands: argparse._SubParsersAction) -> None:
     port = commands.add_parser('port', help='turn a PyTorch checkpoint into one of ours, or back')
     port.add_argument(
-        'checkpoint', nargs='?', help="a .safetensors or .pth file, or 'hf-hub:OWNER/NAME'"
+        'checkpoint',
+        nargs='?',
+        help="a .safetensors or .pth file, a directory of the hub's form, or 'hf-hub:OWNER/NAME'",
     )
     port.add_argument('--model', help='the network; default: recognised from the file')
-    port.add_argument('--out', required=True, help='the directory, or with --reverse the file')
+    port.add_argument(
+        '--out',
+        required=True,
+        help="the directory; with --reverse a .safetensors file, or a directory of the hub's form",
+    )
     port.add_argument(
         '--weights',
         choices=('auto', 'model', 'ema'),
@@ -27,6 +33,14 @@ def add_port(commands: argparse._SubParsersAction) -> None:
     )
     port.add_argument(
         '--label-names', metavar='FILE', help='a text file with the name of a class on each line'
+    )
+    port.add_argument(
+        '--allow-nonfinite', action='store_true', help='take weights that are NaN or infinite'
+    )
+    port.add_argument(
+        '--ignore-architecture',
+        action='store_true',
+        help='take the weights although the file names another network',
     )
     port.add_argument('--reverse', metavar='DIR', help='a checkpoint of ours to turn back')
     port.add_argument('--family', help='whose names: timm, torchvision, mmdetection or gccnn')
@@ -61,6 +75,7 @@ def _port(options: argparse.Namespace) -> None:
         raise UserError('give either a CHECKPOINT to port, or --reverse DIR')
     if options.reverse is not None:
         flags = ('model', 'weights', 'num_classes', 'drop_classifier', 'label_names')
+        flags += ('allow_nonfinite', 'ignore_architecture')
         refuse_flags(options, '--reverse', flags)
         if options.family is None:
             raise UserError('--reverse needs --family, such as timm or torchvision')
@@ -72,6 +87,7 @@ def _port(options: argparse.Namespace) -> None:
         return
     # What is not given is left to the file.
     names = ('weights', 'family', 'num_classes', 'drop_classifier', 'label_names')
+    names += ('allow_nonfinite', 'ignore_architecture')
     choices = {name: getattr(options, name) for name in names if is_given(getattr(options, name))}
     description, report = porting.port(
         options.checkpoint, options.out, options.model, overwrite=options.overwrite, **choices

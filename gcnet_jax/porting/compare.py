@@ -34,7 +34,8 @@ def compare_with_timm(
       CheckpointError: The weights cannot be read, or are not of a network of timm's.
     """
     torch, timm = _import('torch'), _import('timm')
-    path, name = find_pretrained(source)
+    found = find_pretrained(source)
+    path, name = found.path, found.name
     loaded = load_named(path, name)
     if loaded.report.family != FAMILY or loaded.name is None:
         raise CheckpointError(

@@ -81,6 +81,7 @@ def from_torch(
     model: nn.Module,
     *,
     drop_classifier: bool = False,
+    allow_nonfinite: bool = False,
     seed: int = 0,
     channels: int = 3,
 ) -> tuple[dict[str, Any], Report]:
@@ -91,6 +92,7 @@ def from_torch(
       family: Whose names they have.
       model: The network.
       drop_classifier: Leave the file's classifier and initialise one of the network's size.
+      allow_nonfinite: Report weights that no network can use, instead of refusing them.
       seed: For what is newly initialised.
       channels: Width of the input where `model` is a context block.
 
@@ -106,8 +108,17 @@ def from_torch(
     flat, damaged = {}, {}
     for name, pairing in wanted.items():
         flat[pairing.ours] = _converted(tensors[name], pairing.leaf.to_ours)
-        if bad := int(np.count_nonzero(~np.isfinite(flat[pairing.ours]))):
-            damaged[name] = bad
+        values = flat[pairing.ours]
+        bad = ~np.isfinite(values)
+        if pairing.leaf.theirs == 'running_var':
+            bad |= values < 0
+        if bad.any():
+            damaged[name] = int(np.count_nonzero(bad))
+    if damaged and not allow_nonfinite:
+        raise CheckpointError(
+            f'{_warnings(damaged)[0]}; a network would answer nonsense without a sign of it. Take '
+            'another file, or port this one all the same with --allow-nonfinite'
+        )
     report = Report(
         family.library,
         ported=len(flat),
@@ -245,6 +256,17 @@ class Difference:
                 f'Most likely the number of classes differs: give num_classes={got[0]} to keep the '
                 f'classifier, or drop it (--drop-classifier) to start one of {want[0]}'
             )
+        channels = [(got[1], want[1]) for _, got, want in self.misshapen if want[1:2] == (3,)]
+        if channels and all(len(got) == 4 for _, got, _ in self.misshapen):
+            return (
+                f'Most likely it reads images of {channels[0][0]} channels; networks here read '
+                f'{channels[0][1]}: take weights for RGB images'
+            )
+        if any(re.search(r'layer\d+\.\d+\.se\w*\.', name) for name in self.extra):
+            return (
+                'Most likely it is an SE ResNet: those are not among the networks here, whose '
+                'squeeze_excite is a block of its own'
+            )
         if any('offset' in name for name in self.extra):
             return 'Most likely it uses deformable convolutions (DCN), which are not supported'
         if only_shapes and all(_is_context(name) for name in misshapen):
@@ -308,7 +330,8 @@ def _warnings(damaged: Mapping[str, int]) -> tuple[str, ...]:
     if not damaged:
         return ()
     total, names = sum(damaged.values()), list(damaged)
-    return (f'{total} values are NaN or infinite, in {len(names)} tensors: {_shown(names, SHOWN)}',)
+    bad = f'{total} values are NaN, infinite or negative variances'
+    return (f'{bad}, in {len(names)} tensors: {_shown(names, SHOWN)}',)
 
 
 def _new_values(

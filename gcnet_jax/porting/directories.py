@@ -1,6 +1,7 @@
 """From a PyTorch file to a checkpoint directory of ours and back: what the command line calls."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from gcnet_jax.errors import CheckpointError, ConfigError
+from gcnet_jax.errors import CheckpointError, ConfigError, one_line
+from gcnet_jax.files import as_path
 from gcnet_jax.models.registry import model_entry
+from gcnet_jax.porting.architectures import check_architecture
 from gcnet_jax.porting.convert import Report, to_torch_arrays
-from gcnet_jax.porting.load import find_pretrained, load_named, write_safetensors
+from gcnet_jax.porting.hub import HubConfig, write_hub_config
+from gcnet_jax.porting.load import HUB_FILES, find_pretrained, load_named, write_safetensors
 from gcnet_jax.porting.recognise import family_of
 from gcnet_jax.stored_model import CHECKPOINTS, ModelDescription, load_variables, write_ported
 
@@ -31,11 +35,12 @@ def port(
     """Writes a PyTorch checkpoint as a directory that training, evaluation and inference read.
 
     Args:
-      checkpoint: A file, or 'hf-hub:' and a repository; see `load_pretrained`.
+      checkpoint: A file, a directory in the hub's form, or 'hf-hub:' and a repository; see
+        `load_pretrained`. Where there is a `config.json`, preprocessing and labels are its.
       out: The directory; new, unless `overwrite`.
       model: The network's name; None takes it from the file.
-      label_names: A text file with the name of a class on each line, in the order of the logits:
-        PyTorch's files hold none.
+      label_names: A text file with the name of a class on each line, in the order of the logits;
+        None takes those of a `config.json` beside the weights (PyTorch's files hold none).
       overwrite: Replace a directory of that name, if it holds a checkpoint.
       **options: See `load_torch`.
 
@@ -47,11 +52,11 @@ def port(
         No directory is left behind.
       ConfigError: The label names cannot be read, or are not one for each class.
     """
-    out = Path(out).expanduser().absolute()
+    out = as_path(out).absolute()
     _check_out(out, overwrite)
-    labels = () if label_names is None else _read_label_names(Path(label_names))
-    path, name = find_pretrained(checkpoint)
-    loaded = load_named(path, name if model is None else model, **options)
+    labels = () if label_names is None else _read_label_names(as_path(label_names))
+    source = find_pretrained(checkpoint)
+    loaded = load_named(source.path, source.name if model is None else model, **options)
     if loaded.name is None:
         raise CheckpointError(
             f'{checkpoint} holds a context block, not a network: load it with '
@@ -63,11 +68,18 @@ def port(
             f'{loaded.network.num_classes} classes; write one name a line, in the order of the '
             'classes'
         )
+    preprocessing = model_entry(loaded.name).preprocessing
+    if source.config is not None:
+        if not options.get('ignore_architecture'):
+            check_architecture(source.config.architecture, loaded.name, one_line(checkpoint))
+        preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
+        if label_names is None and not options.get('drop_classifier'):
+            labels = _labels_of(source.config, loaded.network.num_classes, checkpoint)
     description = ModelDescription(
         name=loaded.name,
         options=dict(loaded.options),
         label_names=labels,
-        preprocessing=model_entry(loaded.name).preprocessing,
+        preprocessing=preprocessing,
         source=f'ported from {Path(checkpoint).name} ({loaded.report.family})',
     )
     _to_jax(loaded.variables)
@@ -84,12 +96,13 @@ def port_reverse(
     choose: str = 'newest',
     overwrite: bool = False,
 ) -> Report:
-    """Writes a checkpoint of ours as a `.safetensors` file that a PyTorch library loads.
+    """Writes a checkpoint of ours as a file or a directory that a PyTorch library loads.
 
     Args:
       directory: A workdir, one of its checkpoints or a ported directory.
       family: Whose names: 'timm', 'torchvision', 'mmdetection' or 'gccnn'.
-      out: The file; new, unless `overwrite`.
+      out: A file that ends in `.safetensors`, or a directory, which gets the hub's form:
+        `model.safetensors` and `config.json`; new, unless `overwrite`.
       choose: 'newest' or 'best', where there are several checkpoints.
       overwrite: Replace a file of that name.
 
@@ -97,15 +110,42 @@ def port_reverse(
       CheckpointError: The checkpoint cannot be read, the library has no such network, or the file
         cannot be written.
     """
-    out = Path(out).expanduser()
-    if out.suffix != '.safetensors':
-        raise CheckpointError(f'the file to write must end in .safetensors, got {out}')
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise CheckpointError(f'{out} exists; name a new file or replace it with --overwrite')
+    out = as_path(out)
+    is_file = out.suffix == '.safetensors'
+    if not is_file and out.suffix:
+        raise CheckpointError(f'the file to write must end in .safetensors, got {one_line(out)}')
+    if out.exists() and (not overwrite or out.is_dir() == is_file):
+        raise CheckpointError(
+            f'{one_line(out)} exists; name a new file or replace it with --overwrite'
+        )
     description, variables = load_variables(directory, choose)
-    arrays, report = to_torch_arrays(variables, family_of(description.build(), family))
-    write_safetensors(out, arrays)
+    network = description.build()
+    arrays, report = to_torch_arrays(variables, family_of(network, family))
+    if is_file:
+        write_safetensors(out, arrays)
+        return report
+    if out.exists() and any(out.iterdir()) and not (out / HUB_FILES[0]).is_file():
+        raise CheckpointError(f'{one_line(out)} holds something else; name a new directory')
+    with _whole_or_not_at_all(out.absolute()) as partial:
+        partial.mkdir()
+        write_safetensors(partial / HUB_FILES[0], arrays)
+        write_hub_config(
+            partial,
+            description.name.removeprefix('gc_') if family == 'torchvision' else description.name,
+            description.preprocessing,
+            description.label_names,
+            network.num_classes,
+        )
     return report
+
+
+def _labels_of(config: HubConfig, classes: int, checkpoint: object) -> tuple[str, ...]:
+    if len(config.label_names) not in (0, classes):
+        raise CheckpointError(
+            f'{one_line(checkpoint)}: its config names {len(config.label_names)} labels and the '
+            f'network has {classes} classes; give the names with --label-names'
+        )
+    return config.label_names
 
 
 def _read_label_names(path: Path) -> tuple[str, ...]:

@@ -12,10 +12,17 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from gcnet_jax.errors import CheckpointError, ConfigError
+from gcnet_jax.errors import CheckpointError, ConfigError, one_line
+from gcnet_jax.files import as_path, reason, write_whole
 from gcnet_jax.models.registry import create_model, list_models
-from gcnet_jax.porting.convert import Report, from_torch, to_torch_arrays
+from gcnet_jax.porting.architectures import (
+    check_architecture,
+    check_settings,
+    told_architectures,
+)
+from gcnet_jax.porting.convert import Report, from_torch, is_classifier, to_torch_arrays
 from gcnet_jax.porting.files import TorchFile, read_checkpoint
+from gcnet_jax.porting.hub import CONFIG_FILE, HubConfig, read_hub_config
 from gcnet_jax.porting.names import Family
 from gcnet_jax.porting.recognise import (
     family_of,
@@ -35,19 +42,24 @@ def load_torch(
     weights: str = 'auto',
     family: str | None = None,
     drop_classifier: bool = False,
+    allow_nonfinite: bool = False,
+    ignore_architecture: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> tuple[nn.Module, dict[str, Any], Report]:
     """Loads a PyTorch checkpoint.
 
     Args:
-      path: A `.safetensors` file, or a `.pth`, `.pt` or `.bin` file (needs torch).
+      path: A `.safetensors` file, or a `.pth`, `.pt` or `.bin` file.
       model: The network, or its name; None recognises it. A file of mmsegmentation gives its
         context block alone.
       weights: 'ema', 'model', or 'auto' for the averaged ones where there are any.
       family: Whose names the file has: 'timm', 'torchvision', 'mmdetection', 'mmsegmentation' or
         'gccnn'; None recognises it.
       drop_classifier: Initialise a new classifier, of `num_classes`, and leave the file's.
+      allow_nonfinite: Take weights that are NaN or infinite, and negative variances, with a warning
+        in the report, instead of refusing them.
+      ignore_architecture: Take the weights although the file names another network.
       seed: For what is newly initialised: a new classifier, or the context blocks of a GC network
         that a plain one is loaded into.
       **options: Of the network, see `create_model`: `num_classes`, `dtype`, `context`, ...
@@ -65,6 +77,8 @@ def load_torch(
         weights=weights,
         family=family,
         drop_classifier=drop_classifier,
+        allow_nonfinite=allow_nonfinite,
+        ignore_architecture=ignore_architecture,
         seed=seed,
         **options,
     )
@@ -97,6 +111,8 @@ def load_named(
     weights: str = 'auto',
     family: str | None = None,
     drop_classifier: bool = False,
+    allow_nonfinite: bool = False,
+    ignore_architecture: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> Loaded:
@@ -113,6 +129,10 @@ def load_named(
         name = None
     else:
         name, options = _named_options(file, names, model, drop_classifier, options)
+        if not ignore_architecture:
+            check_settings(file.metadata, name, one_line(file.path))
+            for told in told_architectures(file.metadata):
+                check_architecture(told, name, one_line(file.path))
         network = create_model(name, **options)
     if not isinstance(network, names.module):
         raise CheckpointError(
@@ -125,6 +145,7 @@ def load_named(
             names,
             network,
             drop_classifier=drop_classifier,
+            allow_nonfinite=allow_nonfinite,
             seed=seed,
             channels=channels,
         )
@@ -148,7 +169,9 @@ def _named_options(
 ) -> tuple[str, dict[str, Any]]:
     """The name, and the options that are not the row's: those given, then those of the file."""
     if model is not None:
-        return model, dict(options)
+        classes = [shape[0] for key, shape in file.tensors.shapes.items() if is_classifier(key)]
+        found = {'num_classes': classes[0]} if classes and not drop_classifier else {}
+        return model, found | dict(options)
     name, found = recognise_model(file.tensors.shapes, family)
     classes = options.get('num_classes', found['num_classes'])
     if found['num_classes'] not in (0, classes) and not drop_classifier:
@@ -176,23 +199,72 @@ def load_pretrained(
     Raises:
       CheckpointError: It cannot be downloaded (says what to do), is damaged, or does not fit.
     """
-    path, name = find_pretrained(source)
-    return load_torch(path, name if model is None else model, **options)
+    found = find_pretrained(source)
+    loaded = load_named(found.path, found.name if model is None else model, **options)
+    if loaded.name and found.config and not options.get('ignore_architecture'):
+        check_architecture(found.config.architecture, loaded.name, one_line(source))
+    return loaded.network, loaded.variables, loaded.report
 
 
-def find_pretrained(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """Returns the file of a source, downloaded if need be, and the network that its name tells."""
-    if not str(source).startswith(HUB):
-        return _file_in(Path(source).expanduser()), None
-    repository, _, revision = str(source).removeprefix(HUB).partition('@')
-    path = _download(repository, revision or None)
-    _check_hash(path)
-    name = repository.rpartition('/')[2].partition('.')[0]
-    return path, name if name in list_models() else None
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights that were found.
+
+    Attributes:
+      path: The file.
+      name: The network that the repository's name or the config tells; None if none of ours.
+      config: What the `config.json` beside the file says, if there is one.
+    """
+
+    path: Path
+    name: str | None = None
+    config: HubConfig | None = None
 
 
-def _file_in(path: Path) -> Path:
+def find_pretrained(source: str | os.PathLike[str]) -> Source:
+    """Returns the file of a source, downloaded if need be, and what is known about it.
+
+    Raises:
+      CheckpointError: There is no such file, it cannot be downloaded, or its config is damaged.
+    """
+    if str(source).startswith(HUB):
+        repository, _, revision = str(source).removeprefix(HUB).partition('@')
+        path = _download(repository, revision or None)
+        _check_hash(path)
+        config, names = _hub_config(repository, revision or None), [repository.rpartition('/')[2]]
+    else:
+        given = as_path(source, 'the checkpoint')
+        path = _file_in(given, source)
+        config, names = (read_hub_config(given) if given.is_dir() else None), []
+    names += [config.architecture] if config else []
+    plain = (name.partition('.')[0] for name in names)
+    return Source(path, next((name for name in plain if name in list_models()), None), config)
+
+
+def _hub_config(repository: str, revision: str | None) -> HubConfig | None:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        path = huggingface_hub.hf_hub_download(repository, CONFIG_FILE, revision=revision)
+    except Exception as error:
+        is_local = isinstance(error, LocalEntryNotFoundError)
+        if isinstance(error, EntryNotFoundError) and not is_local:
+            return None
+        raise CheckpointError(
+            f'cannot download {CONFIG_FILE} of {one_line(repository)}, which says how images are '
+            f'prepared: {reason(error)}'
+        ) from None
+    return read_hub_config(Path(path).parent)
+
+
+def _file_in(path: Path, source: object) -> Path:
     if not path.is_dir():
+        if not path.exists() and re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
+            raise CheckpointError(
+                f'no such checkpoint: {one_line(source)}; write {HUB}{one_line(source)} if you '
+                'mean the repository of that name on the hub'
+            )
         return path
     found = [path / name for name in HUB_FILES if (path / name).is_file()]
     if not found:
@@ -213,9 +285,8 @@ def _download(repository: str, revision: str | None) -> Path:
             )  # not in the cache, and no network
             if isinstance(error, EntryNotFoundError) and not is_local:
                 continue
-            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ''
             raise CheckpointError(
-                f'cannot download {repository}: {reason or type(error).__name__}. Without a '
+                f'cannot download {one_line(repository)}: {reason(error)}. Without a '
                 f'network, fetch its {HUB_FILES[0]} elsewhere and give the path of that instead'
             ) from None
     raise CheckpointError(f'{repository} on the hub holds none of {", ".join(HUB_FILES)}')
@@ -252,17 +323,15 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any], family: str) -> dic
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a state dict as a file that timm, torch and others load; whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    path = Path(path).expanduser()
-    partial = path.with_name(path.name + '.partial')
-    try:
-        partial.touch()
-        mode = stat.S_IMODE(partial.stat().st_mode)
-        save_file(dict(tensors), partial, metadata={'format': 'pt'})
-        partial.chmod(mode)  # safetensors lets nobody else read its files.
-        os.replace(partial, path)
-    except Exception as error:
-        raise CheckpointError(f'cannot write {path}: {error}') from error
-    finally:
-        partial.unlink(missing_ok=True)
+    path = as_path(path)
+    with write_whole(path, CheckpointError) as partial:
+        try:
+            partial.touch()
+            mode = stat.S_IMODE(partial.stat().st_mode)
+            save_file(dict(tensors), partial, metadata={'format': 'pt'})
+            partial.chmod(mode)  # safetensors lets nobody else read its files.
+        except SafetensorError as error:
+            raise CheckpointError(f'cannot write {one_line(path)}: {reason(error)}') from error

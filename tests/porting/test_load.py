@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
+from gcnet_jax.__main__ import main
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.models import create_model
 from gcnet_jax.porting import (
@@ -160,6 +161,17 @@ def test_another_number_of_classes_only_when_asked(plain):
             ['deformable convolutions'],
         ),
         (
+            lambda t: t.update({'conv1.weight': np.ones((16, 1, 3, 3), np.float32)}),
+            [
+                'conv1.weight is [16, 1, 3, 3]',
+                'it reads images of 1 channels; networks here read 3',
+            ],
+        ),
+        (
+            lambda t: t.update({'layer2.0.se.fc1.weight': np.ones((4, 32, 1, 1), np.float32)}),
+            ['1 without a place: layer2.0.se.fc1.weight', 'it is an SE ResNet'],
+        ),
+        (
             lambda t: [t.pop('fc.weight'), t.pop('fc.bias')],
             ['2 missing in the file: fc.bias, fc.weight', 'the file is a backbone'],
         ),
@@ -199,18 +211,24 @@ def test_the_file_of_another_network(tmp_path, plain, backbone):
         load_torch(plain, family='torchvison')
 
 
-def test_damaged_values_are_counted(tmp_path, plain):
+def test_values_that_are_not_finite_are_refused_unless_asked_for(tmp_path, plain):
     tensors = load_file(plain)
     tensors['layer1.0.conv1.weight'][0, 0, 0] = [np.nan, np.inf, 1]
     tensors['fc.bias'][3] = -np.inf
-    save_file(tensors, tmp_path / 'a.safetensors')
-    _, _, report = load_torch(tmp_path / 'a.safetensors')
-    assert report.warnings == (
-        '3 values are NaN or infinite, in 2 tensors: fc.bias, layer1.0.conv1.weight',
-    ) or report.warnings == (
-        '3 values are NaN or infinite, in 2 tensors: layer1.0.conv1.weight, fc.bias',
-    )
-    assert report.lines()[-1].startswith('warning: 3 values')
+    tensors['bn1.running_var'][0] = -1e-3
+    file = tmp_path / 'a.safetensors'
+    save_file(tensors, file)
+    counted = r'4 values are NaN, infinite or negative variances, in 3 tensors: '
+    with pytest.raises(CheckpointError, match=counted + r'.*fc\.bias.*--allow-nonfinite'):
+        load_torch(file)
+    assert main(['port', str(file), '--out', str(tmp_path / 'out')]) == 1
+    assert not (tmp_path / 'out').exists()
+    _, _, report = load_torch(file, allow_nonfinite=True)
+    assert re.match(counted, report.warnings[0])
+    assert report.lines()[-1].startswith('warning: 4 values')
+    assert main(['port', str(file), '--out', str(tmp_path / 'out'), '--allow-nonfinite']) == 0
+    with pytest.raises(CheckpointError, match='3 of its arrays cannot be used'):
+        load_variables(tmp_path / 'out')
 
 
 def test_libraries_that_lack_the_network():
@@ -352,7 +370,10 @@ def test_hub_names_the_network_and_checks_the_file(tmp_path, plain, monkeypatch)
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
     model, _, _ = load_pretrained('hf-hub:someone/resnet20.cifar@main')
     assert model == create_model('resnet20')
-    assert asked == [('someone/resnet20.cifar', 'model.safetensors', 'main')]
+    assert asked == [
+        ('someone/resnet20.cifar', 'model.safetensors', 'main'),
+        ('someone/resnet20.cifar', 'config.json', 'main'),
+    ]
     with pytest.raises(CheckpointError, match='which are not those of a ByobNet'):
         load_pretrained('hf-hub:timm/gcresnet50t.ra2_in1k')
     with pytest.raises(CheckpointError, match=r'is damaged .*delete it and load again'):

@@ -1,0 +1,183 @@
+"""A network in the form of timm and the hub: `model.safetensors` and beside it `config.json`.
+
+`config.json` says what the weights do not: the architecture, how images are prepared
+(`pretrained_cfg`; old files have its fields at the top) and the names of the classes.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gcnet_jax.errors import CheckpointError, ConfigError, one_line
+from gcnet_jax.files import read_json, write_whole
+from gcnet_jax.models.registry import Preprocessing
+
+CONFIG_FILE = 'config.json'
+# What timm resizes and crops in evaluation; its other modes are for other networks.
+CROP_MODE = 'center'
+# Arguments of a network that do not change what it computes at inference.
+HARMLESS_ARGUMENTS = {'num_classes', 'drop_rate', 'drop_path_rate', 'drop_block_rate', 'in_chans'}
+
+
+@dataclasses.dataclass(frozen=True)
+class HubConfig:
+    """What a `config.json` says.
+
+    Attributes:
+      architecture: The name that its library gives to the network; '' if it names none.
+      preprocessing: What differs from a network's own, by the name of the field.
+      label_names: A name for each class, in the order of the logits; empty if there are none.
+    """
+
+    architecture: str = ''
+    preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    label_names: tuple[str, ...] = ()
+
+
+def read_hub_config(directory: str | os.PathLike) -> HubConfig | None:
+    """Reads the `config.json` of a directory; None where there is none.
+
+    Raises:
+      CheckpointError: It is damaged, or asks for something that the networks here do not do.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not os.path.lexists(path):
+        return None
+    fields = read_json(path, CheckpointError)
+    try:
+        if not isinstance(fields, dict):
+            raise ConfigError(f'it is {type(fields).__name__}, not an object')
+        pretrained = fields.get('pretrained_cfg', fields)
+        if not isinstance(pretrained, dict):
+            raise ConfigError('pretrained_cfg is no object')
+        _check_arguments(fields, pretrained)
+        return HubConfig(
+            architecture=_text(fields, 'architecture') or _text(pretrained, 'architecture'),
+            preprocessing=_preprocessing(pretrained),
+            label_names=_label_names(fields, pretrained),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f'{one_line(path)}: {error}') from error
+
+
+def write_hub_config(
+    directory: Path,
+    architecture: str,
+    preprocessing: Preprocessing,
+    label_names: tuple[str, ...],
+    num_classes: int,
+) -> None:
+    """Writes `config.json` as timm does, for `timm.create_model('local-dir:DIR')` and the hub."""
+    sizes = {'input_size': [3, preprocessing.train_size, preprocessing.train_size]}
+    crop = {'crop_pct': preprocessing.crop_fraction}
+    if preprocessing.test_size != preprocessing.train_size:
+        sizes['test_input_size'] = [3, preprocessing.test_size, preprocessing.test_size]
+        crop['test_crop_pct'] = preprocessing.crop_fraction
+    config = {
+        'architecture': architecture,
+        'num_classes': num_classes,
+        'pretrained_cfg': {
+            **sizes,
+            **crop,
+            'interpolation': preprocessing.interpolation,
+            'crop_mode': CROP_MODE,
+            'mean': list(preprocessing.mean),
+            'std': list(preprocessing.std),
+            'num_classes': num_classes,
+        },
+    }
+    if label_names:
+        config['label_names'] = list(label_names)
+    with write_whole(directory / CONFIG_FILE, CheckpointError) as partial:
+        partial.write_text(json.dumps(config, indent=2) + '\n')
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name) or ''
+    if not isinstance(value, str):
+        raise ConfigError(f'{name} is {one_line(repr(value), 80)}, not a name')
+    return value
+
+
+def _check_arguments(fields: Mapping[str, Any], pretrained: Mapping[str, Any]) -> None:
+    """Refuses what makes another network of the same weights."""
+    arguments = fields.get('model_args') or {}
+    if not isinstance(arguments, dict):
+        raise ConfigError('model_args is no object')
+    others = sorted(map(str, arguments.keys() - HARMLESS_ARGUMENTS))
+    if others:
+        raise ConfigError(
+            f'model_args has {one_line(", ".join(others))}: another network than the one of that '
+            'name here'
+        )
+    pooling = fields.get('global_pool', 'avg')
+    if pooling not in ('avg', 'fast', 'fastavg'):
+        raise ConfigError(f'global_pool is {one_line(repr(pooling), 40)}; networks here average')
+    mode = pretrained.get('crop_mode') or CROP_MODE
+    if mode != CROP_MODE:
+        raise ConfigError(
+            f'crop_mode is {one_line(repr(mode), 40)}; only {CROP_MODE!r} is known: images would '
+            'be prepared in another way than the weights expect'
+        )
+
+
+def _preprocessing(pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of Preprocessing that the file has, checked as those of any checkpoint are.
+
+    Evaluation takes the test size and its crop where the file recommends them, as timm's published
+    accuracies do.
+    """
+    found: dict[str, Any] = {}
+    for name in ('mean', 'std'):
+        if pretrained.get(name) is not None:
+            value = pretrained[name]
+            found[name] = tuple(value) if isinstance(value, list) else value
+    if pretrained.get('interpolation') is not None:
+        found['interpolation'] = pretrained['interpolation']
+    crop = pretrained.get('crop_pct')
+    if pretrained.get('input_size') is not None:
+        found['train_size'] = found['test_size'] = _side(pretrained, 'input_size')
+    if pretrained.get('test_input_size') is not None:
+        found['test_size'] = _side(pretrained, 'test_input_size')
+        crop = crop if pretrained.get('test_crop_pct') is None else pretrained['test_crop_pct']
+    if crop is not None:
+        found['crop_fraction'] = crop
+    Preprocessing(**found)
+    return found
+
+
+def _side(pretrained: Mapping[str, Any], name: str) -> int:
+    """The height and width in `[channels, height, width]`."""
+    size = pretrained[name]
+    is_list = isinstance(size, list) and len(size) == 3
+    if not is_list or size[0] != 3 or size[1] != size[2]:
+        raise ConfigError(
+            f'{name} is {one_line(repr(size), 80)}; networks here take [3, size, size]: three '
+            'channels, as high as wide'
+        )
+    return size[1]
+
+
+def _label_names(fields: Mapping[str, Any], pretrained: Mapping[str, Any]) -> tuple[str, ...]:
+    names = fields.get('label_names', pretrained.get('label_names', fields.get('labels')))
+    described = fields.get('label_descriptions', pretrained.get('label_descriptions')) or {}
+    if not names:
+        return ()
+    if isinstance(names, dict):
+        try:
+            names = [names[key] for key in sorted(names, key=int)]
+            keys = sorted(map(int, fields.get('label_names', names)))
+        except (TypeError, ValueError):
+            raise ConfigError('label_names has keys that are no numbers of classes') from None
+        if keys != list(range(len(keys))):
+            raise ConfigError('label_names leaves out some classes; a name for each is needed')
+    is_right = isinstance(names, list) and all(isinstance(n, str) and n.strip() for n in names)
+    if not is_right or not isinstance(described, dict):
+        raise ConfigError('label_names must be a list of names, label_descriptions an object')
+    shown = [described.get(name, name) for name in names]
+    if not all(isinstance(name, str) for name in shown):
+        raise ConfigError('label_descriptions must hold texts')
+    return tuple(shown)
