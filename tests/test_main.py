@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+import types
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,15 @@ def test_what_a_terminal_cannot_show_is_escaped(tmp_path):
     assert line.endswith(
         r'a\udcff\x1b[2J\u732b.png is empty; the download was cut off: fetch it again'
     )
+
+
+def test_what_is_printed_of_files_is_escaped(tmp_path, monkeypatch, capsys):
+    report = types.SimpleNamespace(lines=lambda: ['left 1: \x1b]0;title\x07 (a\nb)'])
+    description = types.SimpleNamespace(name='net\x1b[2J')
+    monkeypatch.setattr('gcnet_jax.porting.port', lambda *_, **__: (description, report))
+    assert main(['port', 'a.pth', '--out', 'out\x1b']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [r'left 1: \x1b]0;title\x07 (a\nb)', r'wrote net\x1b[2J to out\x1b']
 
 
 def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys):

@@ -2,15 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gcnet_jax.errors import UserError
+from gcnet_jax.errors import UserError, one_line
 
 EXIT_ERROR = 1
 EXIT_SOME_IMAGES_FAILED = 3
 EXIT_INTERRUPTED = 130
 EXIT_PIPE_CLOSED = 141
+MAX_LINE = 2000
 
 
 def is_given(value: Any) -> bool:
@@ -27,6 +28,12 @@ def refuse_flags(options: argparse.Namespace, command: str, names: Sequence[str]
     for name in names:
         if is_given(getattr(options, name)):
             raise UserError(f'--{name.replace("_", "-")} has no meaning with {command}')
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints lines that contain names from files or of files; control characters are escaped."""
+    for line in lines:
+        print(one_line(line, MAX_LINE))
 
 
 def report_choice(checkpoint: str, choose: str) -> None:

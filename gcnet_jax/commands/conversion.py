@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from gcnet_jax.commands.common import is_given, refuse_flags, report_choice
+from gcnet_jax.commands.common import is_given, print_lines, refuse_flags, report_choice
 from gcnet_jax.errors import UserError
 
 EXPORT_FORMATS = ('jaxexport', 'onnx', 'safetensors')
@@ -82,8 +82,8 @@ def _port(options: argparse.Namespace) -> None:
         report = porting.port_reverse(
             options.reverse, options.family, options.out, overwrite=options.overwrite
         )
-        print('\n'.join(report.lines()))
-        print(f'wrote {options.out}')
+        print_lines(report.lines())
+        print_lines([f'wrote {options.out}'])
         return
     # What is not given is left to the file.
     names = ('weights', 'family', 'num_classes', 'drop_classifier', 'label_names')
@@ -92,8 +92,8 @@ def _port(options: argparse.Namespace) -> None:
     description, report = porting.port(
         options.checkpoint, options.out, options.model, overwrite=options.overwrite, **choices
     )
-    print('\n'.join(report.lines()))
-    print(f'wrote {description.name} to {options.out}')
+    print_lines(report.lines())
+    print_lines([f'wrote {description.name} to {options.out}'])
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -108,7 +108,7 @@ def _export(options: argparse.Namespace) -> None:
         report = porting.port_reverse(
             options.checkpoint, options.family or 'timm', options.out, **common
         )
-        print('\n'.join(report.lines()))
+        print_lines(report.lines())
     elif kind in EXPORT_FORMATS:
         from gcnet_jax.inference import export
 
@@ -125,4 +125,4 @@ def _export(options: argparse.Namespace) -> None:
             f'--out {options.out}: end it in .{", .".join(EXPORT_FORMATS)}, or say which with '
             '--format'
         )
-    print(f'wrote {options.out}')
+    print_lines([f'wrote {options.out}'])

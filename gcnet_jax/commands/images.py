@@ -207,7 +207,7 @@ def _features(options: argparse.Namespace) -> int:
     shape = write_features(
         options.out, stream, layer=options.layer, source=name, overwrite=options.overwrite
     )
-    print(f'wrote {list(shape)} of {options.layer} of {name} to {one_line(options.out)}')
+    print(f'wrote {list(shape)} of {options.layer} of {one_line(name)} to {one_line(options.out)}')
     return stream.exit_code()
 
 

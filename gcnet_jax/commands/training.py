@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from gcnet_jax.commands.common import print_lines
 from gcnet_jax.errors import one_line
 
 
@@ -93,9 +94,9 @@ def _prepare(options: argparse.Namespace) -> None:
         progress=sys.stderr.isatty(),
     )
     for problem in prepared.damaged:
-        print(f'left out: {problem}')
+        print_lines([f'left out: {problem}'])
     for folder in prepared.empty:
-        print(f'no class: {folder} (an empty folder)')
+        print_lines([f'no class: {folder} (an empty folder)'])
     splits = ', '.join(f'{split} {size:,}' for split, size in prepared.split_sizes.items())
     print(f'{prepared.name}: {len(prepared.label_names)} classes, images: {splits}')
     print(f'in {one_line(prepared.path)}')
@@ -119,7 +120,7 @@ def _train(options: argparse.Namespace) -> int:
 def _curves(options: argparse.Namespace) -> None:
     from gcnet_jax.inference.curves import write_curves
 
-    print(f'wrote {write_curves(options.runs, options.out, by=options.by)}')
+    print_lines([f'wrote {write_curves(options.runs, options.out, by=options.by)}'])
 
 
 def _plan(options: argparse.Namespace) -> None:

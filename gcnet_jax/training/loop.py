@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gcnet_jax.errors import CheckpointError, UserError
+from gcnet_jax.errors import CheckpointError, UserError, one_line
 from gcnet_jax.files import as_place
 from gcnet_jax.stored_model import load_variables
 from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
@@ -145,7 +145,7 @@ class _Run:
         self.progress = Progress('none', 0, 0)
         self.writer = self.batches = None
         first = jax.process_index() == 0
-        say = print if first and self.options.progress != 'none' else _silent
+        say = _print if first and self.options.progress != 'none' else _silent
         self.store = CheckpointStore(
             workdir, experiment.description, self.options.keep_checkpoints, say
         )
@@ -453,6 +453,10 @@ def _introduce(experiment: Experiment, shapes: TrainState, say: Any) -> None:
         _, fixed = split(shapes.params, frozen_paths(shapes.params, patterns))
         count = sum(leaf.size for leaf in jax.tree.leaves(fixed))
         say(f'{count:,} of {parameters:,} parameters are frozen: {", ".join(patterns)}')
+
+
+def _print(text: str) -> None:
+    print(one_line(text, 2000))  # Names of data sets, labels and files are others'.
 
 
 def _silent(text: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import tqdm
 
-from gcnet_jax.errors import CheckpointError
+from gcnet_jax.errors import CheckpointError, one_line
 from gcnet_jax.files import is_bucket, write_whole
 from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
 
@@ -171,7 +171,8 @@ class Progress:
             )
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+        """Prints a line, above the bar if there is one; control characters are escaped."""
+        text = one_line(text, 2000)
         if self._mode == 'bar':
             self._bar.write(text)
         elif self._mode == 'lines':

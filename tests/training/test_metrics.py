@@ -104,6 +104,14 @@ def test_a_bar_has_the_time_left_and_the_last_values(capsys, monkeypatch):
     )
 
 
+@pytest.mark.parametrize('mode', ['bar', 'lines'])
+def test_a_name_cannot_control_the_terminal(mode, capsys):
+    progress = Progress(mode, 0, 2)
+    progress.say('label \x1b[2Ja\nb')
+    progress.close()
+    assert 'label \\x1b[2Ja\\nb\n' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('columns', [80, 100, 120])
 def test_a_bar_fits_its_terminal(columns, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', str(columns))
