@@ -487,6 +487,8 @@ def test_early_stopping_ends_the_run_and_a_killed_run_stops_at_the_same_step(
     assert final['step'] == best['step'] + 6 < 12
     assert f'stopped early after step {final["step"]} of 12' in out
     assert f'since step {best["step"]}' in out
+    accuracy = f'best {best["eval/accuracy"]:.2%} at step {best["step"]}'
+    assert f'after step {final["step"]} ({accuracy}); trained in' in out.splitlines()[-1]
     assert re.search(r'\d+ of \d+ parameters are frozen: stage1_0/\*norm\*', out)
     write = MetricsWriter.write
 
