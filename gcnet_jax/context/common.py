@@ -1,5 +1,6 @@
 """What every context block checks and computes alike: its input, its mask and its hidden width."""
 
+import math
 from typing import Any
 
 import jax
@@ -69,6 +70,11 @@ def hidden_size(channels: int, ratio: float, hidden_channels: int | None, roundi
     return max(1, int(channels * ratio + (0.5 if rounding == 'nearest' else 0.0)))
 
 
+def float32_or_wider(dtype: Any) -> Any:
+    """Returns the type for statistics and sums; `jnp.promote_types` raises in strict promotion."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
 def flatten_positions(
     features: Float[Array, 'batch *spatial channel'], mask: Bool[Array, 'batch *spatial'] | None
 ) -> tuple[Float[Array, 'batch position channel'], Bool[Array, 'batch position'] | None]:
@@ -76,11 +82,12 @@ def flatten_positions(
 
     Zeroed, because zero attention alone would not keep a NaN in the padding out of a weighted sum.
     """
-    batch, *_, channels = features.shape
-    positions = features.reshape(batch, -1, channels)
+    batch, *spatial, channels = features.shape
+    count = math.prod(spatial)  # Not -1, which an empty batch leaves open.
+    positions = features.reshape(batch, count, channels)
     if mask is None:
         return positions, None
-    mask = mask.reshape(batch, -1)
+    mask = mask.reshape(batch, count)
     return jnp.where(mask[..., None], positions, 0), mask
 
 

@@ -26,6 +26,7 @@ from gcnet_jax.context.common import (
     check_choice,
     check_features,
     flatten_positions,
+    float32_or_wider,
     hidden_size,
     masked_softmax,
 )
@@ -104,7 +105,7 @@ class AttentionPool(nn.Module):
         if mask is not None:
             inner = jnp.where(mask[..., None], inner, 0)
             mask = mask.reshape(batch, -1)
-        wide = jnp.promote_types(inner.dtype, jnp.float32)
+        wide = float32_or_wider(inner.dtype)
         kernel = kernel.astype(inner.dtype)
         weights = self._logits(inner.dtype).get_variable('params', 'kernel')[:, 0]
         direction = kernel @ (features.scale * weights).astype(inner.dtype)
@@ -112,7 +113,8 @@ class AttentionPool(nn.Module):
         attention = masked_softmax(logits.reshape(batch, -1), mask).reshape(batch, *spatial)
         self.sow('intermediates', 'attention', attention)
         expanded = pooled_product(features.product, inner, kernel, attention)
-        context = (expanded - features.mean) * features.scale + features.shift
+        mean, scale, shift = (x[None] for x in (features.mean, features.scale, features.shift))
+        context = (expanded.astype(mean.dtype) - mean) * scale + shift
         return context.astype(inner.dtype)
 
 
@@ -142,7 +144,7 @@ def _pooled_product_backward(residuals, gradient):
     inner, kernel, attention = residuals
     of_pooled = over_positions(gradient @ kernel.T, inner.ndim).astype(attention.dtype)
     of_attention = jnp.sum(inner.astype(attention.dtype) * of_pooled, axis=-1)
-    of_product = attention[..., None] * over_positions(gradient, inner.ndim)
+    of_product = attention[..., None] * over_positions(gradient.astype(attention.dtype), inner.ndim)
     zeros = jnp.zeros_like(inner), jnp.zeros_like(kernel)
     return of_product.astype(gradient.dtype), *zeros, of_attention
 
@@ -175,7 +177,9 @@ class ContextTransform(nn.Module):
         hidden = nn.Dense(
             self.hidden_channels, kernel_init=nn.initializers.he_normal(), name='reduce', **options
         )(context)
-        hidden = nn.LayerNorm(epsilon=self.norm_epsilon, name='norm', **options)(hidden)
+        # All of it in float32, as flax computes it in any case.
+        norm = nn.LayerNorm(self.norm_epsilon, param_dtype=self.param_dtype, name='norm')
+        hidden = norm(hidden.astype(float32_or_wider(hidden.dtype))).astype(hidden.dtype)
         kernel_init = nn.initializers.zeros if self.zero_init else nn.initializers.he_normal()
         return nn.Dense(self.features, kernel_init=kernel_init, name='expand', **options)(
             self.activation(hidden)
@@ -314,7 +318,7 @@ def average_pool(
     if valid is None:
         return positions.mean(axis=1, dtype=jnp.float32).astype(features.dtype)
     count = jnp.maximum(valid.sum(axis=1, keepdims=True, dtype=jnp.float32), 1.0)
-    return weighted_sum(positions, valid / count)
+    return weighted_sum(positions, valid.astype(jnp.float32) / count)
 
 
 def over_positions(

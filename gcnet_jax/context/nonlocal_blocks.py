@@ -134,7 +134,8 @@ class NonLocal(nn.Module):
             return masked_softmax(weights * scale, valid)
         if valid is None:
             return weights / keys.shape[1]
-        return jnp.where(valid, weights, 0.0) / jnp.maximum(valid.sum(-1, keepdims=True), 1)
+        count = jnp.maximum(valid.sum(-1, keepdims=True, dtype=jnp.float32), 1.0)
+        return jnp.where(valid, weights, 0.0) / count
 
     def _concatenation(
         self, queries: Float[Array, 'batch query hidden'], keys: Float[Array, 'batch key hidden']

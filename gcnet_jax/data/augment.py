@@ -36,6 +36,8 @@ def normalize(
     """
     scale = 1 / (255 * jnp.asarray(std, jnp.float32))
     shift = 255 * jnp.asarray(mean, jnp.float32)
+    # Ranks are made equal by hand: users may tell JAX to raise where they are not.
+    shift, scale = (values.reshape((1,) * (images.ndim - 1) + (-1,)) for values in (shift, scale))
     return ((images.astype(jnp.float32) - shift) * scale).astype(dtype)
 
 
@@ -122,7 +124,8 @@ def _below(
     uniform: Float[Array, '*batch'], count: int | Int[Array, '*batch']
 ) -> Int[Array, '*batch']:
     """Makes an integer from 0 to count - 1 of a number from 0 to 1."""
-    return jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
+    count = jnp.asarray(count, jnp.int32)
+    return jnp.minimum((uniform * count.astype(uniform.dtype)).astype(jnp.int32), count - 1)
 
 
 def _cutmix_rectangle(
@@ -154,7 +157,8 @@ def _rectangle(
     left: Int[Array, '*batch'],
     right: Int[Array, '*batch'],
 ) -> Bool[Array, '*batch height width']:
-    rows, columns = jnp.arange(height), jnp.arange(width)
+    like_one = (1,) * top.ndim + (-1,)
+    rows, columns = (jnp.arange(size).reshape(like_one) for size in (height, width))
     inside_rows = (rows >= top[..., None]) & (rows < bottom[..., None])
     inside_columns = (columns >= left[..., None]) & (columns < right[..., None])
     return inside_rows[..., :, None] & inside_columns[..., None, :]

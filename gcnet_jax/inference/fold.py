@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gcnet_jax.context.common import float32_or_wider
 from gcnet_jax.models.layers import Conv
 
 CONVOLUTIONS = (Conv, nn.Conv)
@@ -68,7 +69,9 @@ def _add_bias(method: Callable, args: tuple, keywords: dict, context: Any) -> An
     ):
         return method(*args, **keywords)
     features = args[0]
-    return (features + module.get_variable('params', 'bias')).astype(features.dtype)
+    bias = module.get_variable('params', 'bias').reshape((1,) * (features.ndim - 1) + (-1,))
+    dtype = float32_or_wider(features.dtype)
+    return (features.astype(dtype) + bias.astype(dtype)).astype(features.dtype)
 
 
 def _find_pairs(

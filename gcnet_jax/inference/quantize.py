@@ -46,7 +46,8 @@ def dequantize_kernels(variables: Mapping[str, Any]) -> dict[str, Any]:
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, QuantizedKernel):
             return leaf
-        return leaf.values.astype(jnp.float32) * leaf.scale
+        channels_last = (1,) * (leaf.values.ndim - 1) + (-1,)
+        return leaf.values.astype(jnp.float32) * leaf.scale.reshape(channels_last)
 
     return jax.tree.map(
         convert, dict(variables), is_leaf=lambda leaf: isinstance(leaf, QuantizedKernel)

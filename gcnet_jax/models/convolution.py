@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gcnet_jax.context.common import float32_or_wider
+
 Features = Float[Array, 'batch height width channel']
 Kernel = Float[Array, 'size size in_channel out_channel']
 Output = Float[Array, 'batch out_height out_width out_channel']
@@ -206,7 +208,7 @@ def _depthwise(features: Features, kernel: Kernel, stride: int) -> Output:
     size = kernel.shape[0]
     padding = (size - 1) // 2
     # In float32 from here on, so that the sums of the gradient are too.
-    dtype = jnp.promote_types(features.dtype, jnp.float32)
+    dtype = float32_or_wider(features.dtype)
     around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(features.astype(dtype), around)
     height, width = (stride * (-(-edge // stride) - 1) + 1 for edge in features.shape[1:3])
@@ -214,7 +216,7 @@ def _depthwise(features: Features, kernel: Kernel, stride: int) -> Output:
     for row in range(size):
         for column in range(size):
             seen = padded[:, row : row + height : stride, column : column + width : stride]
-            total += seen * kernel[row, column, 0].astype(dtype)
+            total += seen * kernel[None, None, row, column].astype(dtype)
     return total.astype(features.dtype)
 
 
@@ -244,7 +246,7 @@ def _narrow_kernel_gradient(
         together -= 1
     padded = jnp.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)))
     parts = [array.reshape(-1, together, *array.shape[1:]) for array in (padded, gradient)]
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    dtype = float32_or_wider(kernel.dtype)
 
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         over = (((0, 1, 2), (0, 1, 2)), ((), ()))
@@ -278,7 +280,7 @@ def _sum_of_products(
         left,
         right,
         (((0,), (0,)), ((), ())),
-        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
+        preferred_element_type=float32_or_wider(left.dtype),
     )
 
 

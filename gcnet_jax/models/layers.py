@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from gcnet_jax.context.common import check_choice
+from gcnet_jax.context.common import check_choice, float32_or_wider
 from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.models.convolution import convolve
 from gcnet_jax.models.convolution import max_pool as max_pool
@@ -62,7 +62,8 @@ class Conv(nn.Module):
             bias = self.param('bias', nn.initializers.zeros, (self.features,), self.param_dtype)
         if scale is not None:
             scale = scale.astype(kernel.dtype)
-            kernel, bias = kernel * scale, None if bias is None else bias * scale
+            kernel = kernel * scale[None, None, None, :]
+            bias = None if bias is None else bias * scale
         features, kernel, bias = nn.dtypes.promote_dtype(features, kernel, bias, dtype=self.dtype)
         output = convolve(features, kernel, self.stride, self.groups)
         return output if bias is None else output + bias
@@ -104,17 +105,17 @@ class BatchNorm(nn.BatchNorm):
             and returns mean, scale and shift in float32; not with a group size.
         """
         running = self.frozen or not train
-        if self.is_initializing():
-            return super().__call__(features, use_running_average=running)
-        if self.group_size is not None and not running:
+        if self.group_size is not None and not running and not self.is_initializing():
             return self._by_group(features)
         mean, scale, shift = self._affine(features, running)
         if not normalize:
             return mean, scale, shift
         # Not `(features - mean) * scale + shift`: for the gradient of the scale a CPU would store
         # the difference beside the features.
-        dtype = nn.dtypes.canonicalize_dtype(features, scale, shift, dtype=self.dtype)
-        return (features * scale + (shift - mean * scale)).astype(dtype)
+        dtype = self.dtype or float32_or_wider(features.dtype)
+        shift = shift - mean * scale
+        scale, shift = (x.reshape((1,) * (features.ndim - 1) + (-1,)) for x in (scale, shift))
+        return (features.astype(scale.dtype) * scale + shift).astype(dtype)
 
     @property
     def is_affine(self) -> bool:
@@ -139,7 +140,7 @@ class BatchNorm(nn.BatchNorm):
         self, features: Float[Array, '*any channel'], axes: tuple[int, ...]
     ) -> tuple[Array, Array]:
         """Mean and biased variance over axes, which stay where they are not all but the last."""
-        values = jnp.asarray(features, jnp.promote_types(features.dtype, jnp.float32))
+        values = jnp.asarray(features, float32_or_wider(features.dtype))
         keep = len(axes) < features.ndim - 1
         mean = values.mean(axes, keepdims=keep)
         return mean, jnp.maximum(0.0, jnp.square(values).mean(axes, keepdims=keep) - mean**2)
@@ -148,6 +149,8 @@ class BatchNorm(nn.BatchNorm):
     def _follow(self, mean: Array, variance: Array) -> None:
         """Moves the running statistics towards the mean over all groups."""
         kept = self._running(mean.shape[-1])
+        if self.is_initializing():
+            return  # A new network starts with a mean of 0 and a variance of 1.
         for running, new in zip(kept, (mean, variance), strict=True):
             new = new.reshape(-1, new.shape[-1]).mean(axis=0)
             running.value = self.momentum * running.value + (1 - self.momentum) * new
@@ -202,7 +205,7 @@ class GroupNorm(nn.GroupNorm):
                 f'norm.channel_groups is {self.num_groups}; it must divide the '
                 f'{features.shape[-1]} channels of {"/".join(self.path)}'
             )
-        return super().__call__(features)
+        return super().__call__(features.astype(float32_or_wider(features.dtype)))
 
 
 # The kinds of norm, and the options that each of them takes with the attribute that it sets.

@@ -161,10 +161,10 @@ def _add_pooled_first(
     update = context(Expanded(inner, kernel, branch, mean, scale, shift)).astype(shift.dtype)
     # For each image and channel both, for the gradients' sake: the sums behind those of scale and
     # shift then have one shape, and one pass makes them both. The barrier keeps it so.
-    scale = jnp.broadcast_to(scale, update.shape)
+    scale, shift, mean = (jnp.broadcast_to(x[None], update.shape) for x in (scale, shift, mean))
     scale, shift = jax.lax.optimization_barrier((scale, shift + update - mean * scale))
-    branch = branch * scale[:, None, None] + shift[:, None, None]
-    return (branch + shortcut).astype(shortcut.dtype)
+    branch = branch.astype(scale.dtype) * scale[:, None, None] + shift[:, None, None]
+    return (branch + shortcut.astype(branch.dtype)).astype(shortcut.dtype)
 
 
 def _shortcut(block: BasicBlock | BottleneckBlock, features, out_channels: int, train: bool):
@@ -284,15 +284,15 @@ class ResNet(nn.Module):
         sign = jnp.where(gamma < 0, -1, 1).astype(gamma.dtype)
         turned = self.stem_conv(images, scale=sign)
         mean, scale, shift = self.stem_norm(
-            turned * sign.astype(turned.dtype), train=True, normalize=False
+            turned * sign.astype(turned.dtype)[None, None, None], train=True, normalize=False
         )
-        shift = shift - mean * scale
-        scale = scale * sign
+        shift = (shift - mean * scale)[None, None, None]
+        scale = (scale * sign)[None, None, None]
 
-        dtype = nn.dtypes.canonicalize_dtype(turned, scale, shift, dtype=self.stem_norm.dtype)
+        dtype = self.stem_norm.dtype or scale.dtype
 
         def finish(values):
-            return nn.relu((values * scale + shift).astype(dtype))
+            return nn.relu((values.astype(scale.dtype) * scale + shift).astype(dtype))
 
         # What is not used, most often the map, is not computed under jit.
         return finish(turned), finish(max_pool(turned))

@@ -58,6 +58,6 @@ def in_top(
     """
     logits = logits.astype(jnp.float32)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    classes = jnp.arange(logits.shape[-1])
+    classes = jnp.arange(logits.shape[-1])[None, :]
     higher = (logits > own) | ((logits == own) & (classes < labels[:, None]))
     return (jnp.sum(higher, axis=-1) < count) & jnp.all(jnp.isfinite(logits), axis=-1)

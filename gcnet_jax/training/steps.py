@@ -309,7 +309,7 @@ def make_evaluation_step(model: nn.Module, options: StepOptions) -> Callable[[di
         }
         # Padding is selected away, not multiplied: zero times infinity is not a number.
         return {
-            name: jnp.sum(jnp.where(mask, value, 0).astype(jnp.float32))
+            name: jnp.sum(jnp.where(mask, value.astype(jnp.float32), 0.0))
             for name, value in values.items()
         }
 

@@ -219,6 +219,6 @@ def test_timm_loads_a_reverse_port_with_its_preprocessing(tmp_path, random_varia
     network = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True)
     assert network.num_classes == 2
     settings = timm.data.resolve_model_data_config(network, use_test_size=True)
-    assert settings['input_size'] == (3, 288, 288)
+    assert tuple(settings['input_size']) == (3, 288, 288)
     assert settings['crop_pct'] == 1.0
     assert settings['interpolation'] == 'bicubic'
