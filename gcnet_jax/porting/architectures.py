@@ -16,13 +16,17 @@ from gcnet_jax.models.registry import list_models, model_entry
 PREFIXES = ('tv_', 'ssl_', 'swsl_', 'gluon_', 'legacy_')
 # A word that is a name of an architecture, and not of a person, a run or a data set.
 LOOKS_LIKE_A_NETWORK = re.compile(r'[a-z0-9_]*(res|vgg|mobile|dense|efficient|regnet)[a-z0-9_]*')
-# What makes another network of the same tensors in a config of mmdetection or mmsegmentation.
+# What makes another network of the same tensors in a config of mmdetection or mmsegmentation, which
+# is Python (`style='caffe'`) or JSON (`"style": "caffe"`).
 FOREIGN_SETTINGS = {
-    r'style\s*=\s*[\'"]caffe[\'"]': "style='caffe' (the stride is on the first convolution)",
-    r'avg_down\s*=\s*True': 'avg_down=True (the shortcut averages)',
-    r'type\s*=\s*[\'"]ResNetV1d[\'"]': "type='ResNetV1d' (the shortcut averages)",
-    r'conv_cfg\s*=\s*dict\(\s*type\s*=\s*[\'"]ConvWS[\'"]': 'ConvWS (standardised weights)',
+    'style': (r'caffe', 'the stride is on the first convolution'),
+    'avg_down': (r'true', 'the shortcut averages'),
+    'type': (r'(ResNetV1d|ConvWS|SEResNet|SEResNeXt|ResNeSt|Res2Net)', 'another backbone'),
+    'dilations': (r'[(\[][\s\d,]*[2-9][\s\d,]*[)\]]', 'dilated convolutions'),
 }
+# Where training programs keep the name of the architecture, and within which group of settings.
+GROUPS = ('args', 'hyper_parameters', 'hparams', 'config')
+NAMES = ('arch', 'architecture', 'model', 'model_name', 'backbone')
 
 
 def check_architecture(told: str, built: str, place: object) -> None:
@@ -48,16 +52,11 @@ def check_architecture(told: str, built: str, place: object) -> None:
 
 def told_architectures(metadata: Mapping[str, Any]) -> Iterator[str]:
     """Yields every name of an architecture that a training checkpoint holds beside its weights."""
-    arguments = metadata.get('args')
-    arguments = arguments if isinstance(arguments, Mapping) else {}
-    for value in (
-        metadata.get('arch'),
-        metadata.get('architecture'),
-        arguments.get('arch'),
-        arguments.get('model'),
-    ):
-        if isinstance(value, str) and _known_name(value):
-            yield value
+    for group in (metadata, *map(metadata.get, GROUPS)):
+        for name in NAMES if isinstance(group, Mapping) else ():
+            value = group.get(name)
+            if isinstance(value, str) and _known_name(value):
+                yield value
 
 
 def check_settings(metadata: Mapping[str, Any], built: str, place: object) -> None:
@@ -67,13 +66,19 @@ def check_settings(metadata: Mapping[str, Any], built: str, place: object) -> No
       CheckpointError: Names the setting.
     """
     meta = metadata.get('meta')
-    text = meta.get('config') if isinstance(meta, Mapping) else None
-    for pattern, what in FOREIGN_SETTINGS.items():
-        if isinstance(text, str) and re.search(pattern, text):
-            raise CheckpointError(
-                f'{place} was trained with {what}, and {built} would be built of it: the same '
-                'tensors, another computation. --ignore-architecture takes the weights as they are'
-            )
+    meta = meta if isinstance(meta, Mapping) else {}
+    # mmcv writes 'config', mmengine 'cfg': the text of the file, or its settings.
+    for config in (meta.get('config'), meta.get('cfg')):
+        text = config if isinstance(config, str) else repr(config)
+        for setting, (value, what) in FOREIGN_SETTINGS.items():
+            pattern = rf'\b{setting}[\'"]?\s*[=:]\s*([\'"]?{value}[\'"]?)(?![\w])'
+            found = re.search(pattern, text, re.IGNORECASE)
+            if found:
+                raise CheckpointError(
+                    f'{place} was trained with {setting}={one_line(found[1], 40)} ({what}), and '
+                    f'{built} would be built of it: the same tensors, another computation. '
+                    '--ignore-architecture takes the weights as they are'
+                )
 
 
 def _known_name(told: str) -> str:

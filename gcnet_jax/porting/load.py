@@ -235,7 +235,9 @@ def find_pretrained(source: str | os.PathLike[str]) -> Source:
     else:
         given = as_path(source, 'the checkpoint')
         path = _file_in(given, source)
-        config, names = (read_hub_config(given) if given.is_dir() else None), []
+        # A file of the hub's own name has its config beside it, as a directory has it inside.
+        has_config = given.is_dir() or path.name in HUB_FILES
+        config, names = (read_hub_config(path.parent) if has_config else None), []
     names += [config.architecture] if config else []
     plain = (name.partition('.')[0] for name in names)
     return Source(path, next((name for name in plain if name in list_models()), None), config)
@@ -260,16 +262,25 @@ def _hub_config(repository: str, revision: str | None) -> HubConfig | None:
 
 def _file_in(path: Path, source: object) -> Path:
     if not path.is_dir():
-        if not path.exists() and re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
-            raise CheckpointError(
-                f'no such checkpoint: {one_line(source)}; write {HUB}{one_line(source)} if you '
-                'mean the repository of that name on the hub'
-            )
+        if not path.exists():
+            _suggest_hub(str(source))
         return path
     found = [path / name for name in HUB_FILES if (path / name).is_file()]
     if not found:
         raise CheckpointError(f'{path} holds none of {", ".join(HUB_FILES)}; give the file itself')
     return found[0]
+
+
+def _suggest_hub(source: str) -> None:
+    """Raises an error that says how to name a repository, where `source` looks like one."""
+    name = re.sub(r'^(hf[-_]?hub:|hf:|timm:|huggingface\.co/)/*', '', source, flags=re.IGNORECASE)
+    if name.partition('.')[0] in list_models():
+        name = f'timm/{name}'
+    if re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w.-]+)?', name):
+        raise CheckpointError(
+            f'no such checkpoint: {one_line(source)}; write {HUB}{one_line(name)} if you mean the '
+            'repository of that name on the hub'
+        )
 
 
 def _download(repository: str, revision: str | None) -> Path:

@@ -52,6 +52,8 @@ def test_every_place_where_training_scripts_say_it():
         'epoch': 7,
     }
     assert list(told_architectures(metadata)) == [f'resnet{n}' for n in (50, 51, 52, 53)]
+    lightning = {'hyper_parameters': {'model_name': 'resnetaa50', 'lr': 0.1}}
+    assert list(told_architectures(lightning)) == ['resnetaa50']
     assert list(told_architectures({'arch': 'my best run', 'args': 3})) == []
     assert list(told_architectures({'arch': ['resnet50'], 'args': {'model': 50}})) == []
 
@@ -64,15 +66,23 @@ def test_every_place_where_training_scripts_say_it():
         "type='ResNetV1d'",
         'avg_down=True',
         "conv_cfg=dict(type='ConvWS')",
+        '{"backbone": {"type": "ResNet", "style": "caffe"}}',
+        {'backbone': {'type': 'ResNet', 'style': 'caffe'}},
+        'strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4)',
     ],
 )
-def test_a_backbone_of_another_kind_is_refused(text):
+@pytest.mark.parametrize('key', ['config', 'cfg'])
+def test_a_backbone_of_another_kind_is_refused(text, key):
+    """mmcv writes 'config' and mmengine 'cfg'."""
     with pytest.raises(CheckpointError, match=r'was trained with .* and gc_resnet50 would'):
-        check_settings({'meta': {'config': text}}, 'gc_resnet50', 'detector.pth')
+        check_settings({'meta': {key: text}}, 'gc_resnet50', 'detector.pth')
 
 
 def test_the_papers_own_settings_pass():
-    text = "backbone=dict(type='ResNet', depth=50, style='pytorch', norm_cfg=dict(type='SyncBN'))"
+    text = (
+        "backbone=dict(type='ResNet', depth=50, style='pytorch', dilations=(1, 1, 1, 1), "
+        "norm_cfg=dict(type='SyncBN'))"
+    )
     check_settings({'meta': {'config': text}}, 'gc_resnet50', 'detector.pth')
     for metadata in ({}, {'meta': 3}, {'meta': {'config': 7}}):
         check_settings(metadata, 'gc_resnet50', 'detector.pth')

@@ -135,7 +135,11 @@ def test_the_papers_protocol_in_one_command(tmp_path, weights, capsys):
         ({'architecture': ['resnet18']}, 'architecture is .*, not a name'),
         ({'global_pool': 'max'}, "global_pool is 'max'"),
         ({'label_names': ['a', 'b']}, 'its config names 2 labels and the network has 3 classes'),
-        ({'label_names': ['a', ' ', 'c']}, 'label_names must be a list of names'),
+        ({'label_names': ['a', ' ', 'c']}, 'label 1 is blank'),
+        ({'label_names': ['a', 'b', 3]}, 'label_names must be a list of names'),
+        ({'label_names': ['a', 'b\nx', 'c']}, 'label 1, .* contains a line break'),
+        ({'label_names': ['a', 'b', '\x1b[2J']}, 'label 2, .* another control character'),
+        ({'label_offset': 1}, 'label_offset is 1'),
         ({'label_names': {'0': 'a', '2': 'c'}}, 'leaves out some classes'),
         ({'label_names': {'a': 'x'}}, 'keys that are no numbers'),
         ({'label_descriptions': {'n01': 3}}, 'label_descriptions must hold texts'),
@@ -147,6 +151,46 @@ def test_what_cannot_be_followed_is_refused(tmp_path, weights, fields, message):
         port(source, tmp_path / 'out')
     assert str(caught.value).isprintable()
     assert not (tmp_path / 'out').exists()
+
+
+def test_what_timm_writes_about_a_plain_network_passes(tmp_path, weights):
+    arguments = {'num_classes': 3, 'global_pool': 'avg', 'in_chans': 3, 'aa_layer': None}
+    config = CONFIG | {'model_args': arguments}
+    assert read_hub_config(write(tmp_path / 'hub', weights, config)).architecture == 'resnet18'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'global_pool': 'catavgmax'}, "global_pool is 'catavgmax'"),
+        ({'aa_layer': 'blur'}, 'model_args has aa_layer'),
+        ({'output_stride': 16, 'num_classes': 3}, 'model_args has output_stride'),
+    ],
+)
+def test_arguments_of_another_network_are_refused(tmp_path, weights, arguments, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_hub_config(write(tmp_path / 'hub', weights, CONFIG | {'model_args': arguments}))
+
+
+def test_labels_inside_pretrained_cfg(tmp_path, weights):
+    config = changed(label_names=None)
+    config['pretrained_cfg']['label_names'] = {'0': 'n01', '2': 'c', '1': 'b'}
+    labels = read_hub_config(write(tmp_path / 'hub', weights, config)).label_names
+    assert labels == ('tench, a fish', 'b', 'c')
+
+
+def test_a_test_crop_without_a_test_size_is_used_for_evaluation(tmp_path, weights):
+    config = changed(test_input_size=None)
+    preprocessing = read_hub_config(write(tmp_path / 'hub', weights, config)).preprocessing
+    assert (preprocessing['test_size'], preprocessing['crop_fraction']) == (160, 0.95)
+
+
+def test_the_file_itself_has_its_config_beside_it(tmp_path, weights):
+    source = write(tmp_path / 'hub', weights, CONFIG) / 'model.safetensors'
+    port(source, tmp_path / 'out')
+    description = read_model_description(tmp_path / 'out')
+    assert description.label_names == ('tench, a fish', 'n02', 'crane')
+    assert description.preprocessing.test_size == 192
 
 
 @pytest.mark.parametrize(
@@ -189,6 +233,7 @@ def test_a_reverse_port_to_a_directory_is_read_back_whole(tmp_path, weights):
     with pytest.raises(CheckpointError, match='exists; name a new file or replace it'):
         port_reverse(tmp_path / 'ours', 'torchvision', tmp_path / 'again')
     port_reverse(tmp_path / 'ours', 'torchvision', tmp_path / 'again', overwrite=True)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith('.')]
     (tmp_path / 'own').mkdir()
     (tmp_path / 'own' / 'thesis.txt').write_text('')
     with pytest.raises(CheckpointError, match='holds something else'):
@@ -196,9 +241,18 @@ def test_a_reverse_port_to_a_directory_is_read_back_whole(tmp_path, weights):
     assert (tmp_path / 'own' / 'thesis.txt').exists()
 
 
-def test_a_name_of_the_hub_without_its_prefix_says_what_to_write():
+@pytest.mark.parametrize(
+    'name',
+    [
+        'timm/resnet50.a1_in1k',
+        'resnet50.a1_in1k',
+        'hf_hub:timm/resnet50.a1_in1k',
+        'huggingface.co/timm/resnet50.a1_in1k',
+    ],
+)
+def test_a_name_of_the_hub_without_its_prefix_says_what_to_write(name):
     with pytest.raises(CheckpointError, match=r'write hf-hub:timm/resnet50.a1_in1k if you mean'):
-        load_pretrained('timm/resnet50.a1_in1k')
+        load_pretrained(name)
 
 
 @pytest.mark.torch

@@ -328,8 +328,8 @@ def test_bad_files_leave_no_directory(tmp_path, plain, damage):
 
 
 def test_no_space_leaves_no_directory(tmp_path, plain, monkeypatch):
-    def full(*_):
-        (tmp_path / '.out.partial').mkdir()
+    def full(directory, *_):
+        directory.mkdir()
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr('gcnet_jax.porting.directories.write_ported', full)
