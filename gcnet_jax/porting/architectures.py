@@ -16,6 +16,8 @@ from gcnet_jax.models.registry import list_models, model_entry
 PREFIXES = ('tv_', 'ssl_', 'swsl_', 'gluon_', 'legacy_')
 # A word that is a name of an architecture, and not of a person, a run or a data set.
 LOOKS_LIKE_A_NETWORK = re.compile(r'[a-z0-9_]*(res|vgg|mobile|dense|efficient|regnet)[a-z0-9_]*')
+# 'ResNet-50' and the like, as people write them.
+HYPHENATED = re.compile(r'(se-?|eca-?)?res(net|next)-?\d+-?[a-z]{0,2}')
 # What makes another network of the same tensors in a config of mmdetection or mmsegmentation, which
 # is Python (`style='caffe'`) or JSON (`"style": "caffe"`).
 FOREIGN_SETTINGS = {
@@ -45,8 +47,8 @@ def check_architecture(told: str, built: str, place: object) -> None:
         return
     raise CheckpointError(
         f'{place} says that it is a {one_line(told, 80)}, and {built} would be built of it: the '
-        'same tensors, another computation. Give --model if the network has another name here; if '
-        'you know that both compute the same, --ignore-architecture takes the weights as they are'
+        'same tensors, another computation. Name the network that it is with --model if it is '
+        'among those here; --ignore-architecture takes the weights as they are'
     )
 
 
@@ -83,7 +85,9 @@ def check_settings(metadata: Mapping[str, Any], built: str, place: object) -> No
 
 def _known_name(told: str) -> str:
     """The name in its plainest form; '' for what is no name of an architecture."""
-    name = told.strip().rpartition('/')[2].partition('.')[0].lower()
+    name = told.strip().rpartition('/')[2].partition('.')[0].lower().removesuffix('_weights')
+    if HYPHENATED.fullmatch(name):
+        name = name.replace('-', '')
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     name = re.sub('_v1b$', '', name)

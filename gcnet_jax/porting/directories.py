@@ -70,9 +70,9 @@ def port(
             'classes'
         )
     preprocessing = model_entry(loaded.name).preprocessing
+    if not options.get('ignore_architecture'):
+        check_architecture(source.architecture, loaded.name, one_line(checkpoint))
     if source.config is not None:
-        if not options.get('ignore_architecture'):
-            check_architecture(source.config.architecture, loaded.name, one_line(checkpoint))
         preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
         if label_names is None and not options.get('drop_classifier'):
             labels = _labels_of(source.config, loaded.network.num_classes, checkpoint)

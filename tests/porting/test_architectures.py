@@ -20,6 +20,8 @@ from gcnet_jax.porting.architectures import (
         ('gluon_resnet50_v1b', 'resnet50'),
         ('gc_resnet50_r4', 'gc_resnet50'),
         ('gcresnet50t', 'gcresnet50t'),
+        ('ResNet-50', 'resnet50'),
+        ('ResNet50_Weights.IMAGENET1K_V2', 'gc_resnet50'),
         ('', 'resnet50'),
         ('alice-run-7', 'resnet50'),
     ],
@@ -35,7 +37,13 @@ def test_the_same_computation_passes(told, built):
         *(('seresnet50', 'resnet50'), ('resnet50d', 'resnet50'), ('resnetblur50', 'resnet50')),
         *(('wide_resnet50_2', 'resnet50'), ('resnet50_gn', 'resnet50'), ('resnet50c', 'resnet50')),
         *(('ecaresnet50t', 'gcresnet50t'), ('resnet50', 'gcresnet50t')),
-        *(('resnet34', 'resnet18'), ('resnext50_32x4d', 'resnet50'), ('ResNet101', 'resnet50')),
+        *(
+            ('resnet34', 'resnet18'),
+            ('ResNet-50-D', 'resnet50'),
+            ('SE-ResNet-50', 'resnet50'),
+            ('resnext50_32x4d', 'resnet50'),
+            ('ResNet101', 'resnet50'),
+        ),
         ('gcresnext50ts', 'gcresnet50t'),
     ],
 )

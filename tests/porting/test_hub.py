@@ -3,14 +3,16 @@
 import json
 import math
 
+import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 from gcnet_jax.__main__ import main
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models import create_model
-from gcnet_jax.porting import load_pretrained, port, port_reverse, to_torch
+from gcnet_jax.porting import load_pretrained, load_torch, port, port_reverse, to_torch
 from gcnet_jax.porting.hub import read_hub_config
 from gcnet_jax.stored_model import load_variables, read_model_description
 from tests.porting.seeded import seeded_tensors
@@ -185,6 +187,36 @@ def test_a_test_crop_without_a_test_size_is_used_for_evaluation(tmp_path, weight
     assert (preprocessing['test_size'], preprocessing['crop_fraction']) == (160, 0.95)
 
 
+def test_a_file_that_its_config_contradicts_is_refused_from_python_too(tmp_path, weights):
+    source = write(tmp_path / 'hub', weights, changed(architecture='resnetblur18'))
+    path = source / 'model.safetensors'
+    for name in (None, 'gc_resnet18'):
+        with pytest.raises(CheckpointError, match='says that it is a resnetblur18'):
+            load_torch(path, name)
+    network, _, _ = load_torch(path, ignore_architecture=True)
+    assert network == create_model('resnet18', num_classes=3)
+
+
+def test_timms_own_prefix_of_a_directory(tmp_path, weights):
+    source = write(tmp_path / 'hub', weights, CONFIG)
+    assert load_pretrained(f'local-dir:{source}')[0] == create_model('resnet18', num_classes=3)
+
+
+def test_a_hub_repository_without_a_config_is_what_timm_calls_it(tmp_path, weights, monkeypatch):
+    (write(tmp_path / 'hub', weights, CONFIG) / 'config.json').unlink()
+
+    def download(repository, name, revision=None):
+        if not (tmp_path / 'hub' / name).exists():
+            raise EntryNotFoundError(name)
+        return tmp_path / 'hub' / name
+
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
+    load_pretrained('hf-hub:timm/resnet18.a1_in1k')
+    load_pretrained('hf-hub:alice/resnet_of_mine')
+    with pytest.raises(CheckpointError, match='says that it is a resnetblur18'):
+        load_pretrained('hf-hub:timm/resnetblur18.bt_in1k')
+
+
 def test_the_file_itself_has_its_config_beside_it(tmp_path, weights):
     source = write(tmp_path / 'hub', weights, CONFIG) / 'model.safetensors'
     port(source, tmp_path / 'out')
@@ -248,11 +280,20 @@ def test_a_reverse_port_to_a_directory_is_read_back_whole(tmp_path, weights):
         'resnet50.a1_in1k',
         'hf_hub:timm/resnet50.a1_in1k',
         'huggingface.co/timm/resnet50.a1_in1k',
+        'https://huggingface.co/timm/resnet50.a1_in1k',
     ],
 )
 def test_a_name_of_the_hub_without_its_prefix_says_what_to_write(name):
-    with pytest.raises(CheckpointError, match=r'write hf-hub:timm/resnet50.a1_in1k if you mean'):
-        load_pretrained(name)
+    for load in (load_pretrained, load_torch):
+        with pytest.raises(
+            CheckpointError, match=r'write hf-hub:timm/resnet50.a1_in1k if you mean'
+        ):
+            load(name)
+
+
+def test_load_torch_says_what_reads_the_hub():
+    with pytest.raises(CheckpointError, match='load_torch reads files; load_pretrained reads'):
+        load_torch('hf-hub:timm/resnet50.a1_in1k')
 
 
 @pytest.mark.torch
@@ -273,6 +314,6 @@ def test_timm_loads_a_reverse_port_with_its_preprocessing(tmp_path, random_varia
     network = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True)
     assert network.num_classes == 2
     settings = timm.data.resolve_model_data_config(network, use_test_size=True)
-    assert settings['input_size'] == (3, 288, 288)
+    assert tuple(settings['input_size']) == (3, 288, 288)
     assert settings['crop_pct'] == 1.0
     assert settings['interpolation'] == 'bicubic'
