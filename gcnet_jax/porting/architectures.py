@@ -11,6 +11,7 @@ from typing import Any
 
 from gcnet_jax.errors import CheckpointError, one_line
 from gcnet_jax.models.registry import list_models, model_entry
+from gcnet_jax.porting.hub import HARMLESS_ARGUMENTS
 
 # Other names of the same computation: published under these by timm.
 PREFIXES = ('tv_', 'ssl_', 'swsl_', 'gluon_', 'legacy_')
@@ -62,11 +63,23 @@ def told_architectures(metadata: Mapping[str, Any]) -> Iterator[str]:
 
 
 def check_settings(metadata: Mapping[str, Any], built: str, place: object) -> None:
-    """Refuses a file of mmdetection or mmsegmentation whose config is of another network.
+    """Refuses a file whose training config is of another network.
+
+    That is a config of mmdetection or mmsegmentation, or the arguments of timm's training script.
 
     Raises:
       CheckpointError: Names the setting.
     """
+    arguments = metadata.get('args')
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    others = arguments.get('model_kwargs')
+    others = set(others) - HARMLESS_ARGUMENTS if isinstance(others, Mapping) else ()
+    if others:
+        raise CheckpointError(
+            f'{place} was trained with model_kwargs of {one_line(", ".join(map(str, others)), 80)},'
+            f' and {built} would be built of it: the same tensors, maybe another computation. '
+            '--ignore-architecture takes the weights as they are'
+        )
     meta = metadata.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
     # mmcv writes 'config', mmengine 'cfg': the text of the file, or its settings.

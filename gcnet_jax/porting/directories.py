@@ -35,6 +35,10 @@ def port(
 ) -> tuple[ModelDescription, Report]:
     """Writes a PyTorch checkpoint as a directory that training, evaluation and inference read.
 
+    A plain network goes into a GC network too: `port('hf-hub:timm/resnet50.a1_in1k', 'start',
+    'gc_resnet50')` gives what the paper fine-tunes, a trained ResNet-50 whose new context blocks
+    start as the identity.
+
     Args:
       checkpoint: A file, a directory in the hub's form, or 'hf-hub:' and a repository; see
         `load_pretrained`. Where there is a `config.json`, preprocessing and labels are its.
@@ -74,7 +78,8 @@ def port(
         check_architecture(source.architecture, loaded.name, one_line(checkpoint))
     if source.config is not None:
         preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
-        if label_names is None and not options.get('drop_classifier'):
+        is_new = any(path.startswith('params/classifier/') for path in loaded.report.initialised)
+        if label_names is None and loaded.network.num_classes and not is_new:
             labels = _labels_of(source.config, loaded.network.num_classes, checkpoint)
     description = ModelDescription(
         name=loaded.name,

@@ -86,6 +86,14 @@ def test_a_backbone_of_another_kind_is_refused(text, key):
         check_settings({'meta': {key: text}}, 'gc_resnet50', 'detector.pth')
 
 
+def test_arguments_of_timms_training_script_are_compared():
+    arguments = {'model': 'resnet50', 'model_kwargs': {'aa_layer': 'avg', 'num_classes': 3}}
+    with pytest.raises(CheckpointError, match='model_kwargs of aa_layer, and resnet50 would'):
+        check_settings({'args': arguments}, 'resnet50', 'last.pth')
+    for kwargs in ({}, {'num_classes': 3}, None, 'x'):
+        check_settings({'args': {'model_kwargs': kwargs}}, 'resnet50', 'last.pth')
+
+
 def test_the_papers_own_settings_pass():
     text = (
         "backbone=dict(type='ResNet', depth=50, style='pytorch', dilations=(1, 1, 1, 1), "

@@ -240,6 +240,15 @@ def test_a_damaged_config_is_refused(tmp_path, weights):
         port(source, tmp_path / 'out')
 
 
+def test_a_new_classifier_has_no_labels_whatever_the_config_says(tmp_path, weights):
+    backbone = {name: value for name, value in weights.items() if not name.startswith('fc.')}
+    source = write(tmp_path / 'hub', backbone, CONFIG)
+    port(source, tmp_path / 'out', drop_classifier=True, num_classes=3)
+    description = read_model_description(tmp_path / 'out')
+    assert description.label_names == ()
+    assert description.preprocessing.test_size == 192
+
+
 def test_label_names_of_ones_own_win(tmp_path, weights):
     source = write(tmp_path / 'hub', weights, changed(label_names=['only one']))
     (tmp_path / 'names.txt').write_text('x\ny\nz\n')
