@@ -11,18 +11,25 @@ from typing import Any
 
 from gcnet_jax.errors import CheckpointError, one_line
 from gcnet_jax.models.registry import list_models, model_entry
+from gcnet_jax.porting.hub import HARMLESS_ARGUMENTS
 
 # Other names of the same computation: published under these by timm.
 PREFIXES = ('tv_', 'ssl_', 'swsl_', 'gluon_', 'legacy_')
 # A word that is a name of an architecture, and not of a person, a run or a data set.
 LOOKS_LIKE_A_NETWORK = re.compile(r'[a-z0-9_]*(res|vgg|mobile|dense|efficient|regnet)[a-z0-9_]*')
-# What makes another network of the same tensors in a config of mmdetection or mmsegmentation.
+# 'ResNet-50' and the like, as people write them.
+HYPHENATED = re.compile(r'(se-?|eca-?)?res(net|next)-?\d+-?[a-z]{0,2}')
+# What makes another network of the same tensors in a config of mmdetection or mmsegmentation, which
+# is Python (`style='caffe'`) or JSON (`"style": "caffe"`).
 FOREIGN_SETTINGS = {
-    r'style\s*=\s*[\'"]caffe[\'"]': "style='caffe' (the stride is on the first convolution)",
-    r'avg_down\s*=\s*True': 'avg_down=True (the shortcut averages)',
-    r'type\s*=\s*[\'"]ResNetV1d[\'"]': "type='ResNetV1d' (the shortcut averages)",
-    r'conv_cfg\s*=\s*dict\(\s*type\s*=\s*[\'"]ConvWS[\'"]': 'ConvWS (standardised weights)',
+    'style': (r'caffe', 'the stride is on the first convolution'),
+    'avg_down': (r'true', 'the shortcut averages'),
+    'type': (r'(ResNetV1d|ConvWS|SEResNet|SEResNeXt|ResNeSt|Res2Net)', 'another backbone'),
+    'dilations': (r'[(\[][\s\d,]*[2-9][\s\d,]*[)\]]', 'dilated convolutions'),
 }
+# Where training programs keep the name of the architecture, and within which group of settings.
+GROUPS = ('args', 'hyper_parameters', 'hparams', 'config')
+NAMES = ('arch', 'architecture', 'model', 'model_name', 'backbone')
 
 
 def check_architecture(told: str, built: str, place: object) -> None:
@@ -41,44 +48,59 @@ def check_architecture(told: str, built: str, place: object) -> None:
         return
     raise CheckpointError(
         f'{place} says that it is a {one_line(told, 80)}, and {built} would be built of it: the '
-        'same tensors, another computation. Give --model if the network has another name here; if '
-        'you know that both compute the same, --ignore-architecture takes the weights as they are'
+        'same tensors, another computation. Name the network that it is with --model if it is '
+        'among those here; --ignore-architecture takes the weights as they are'
     )
 
 
 def told_architectures(metadata: Mapping[str, Any]) -> Iterator[str]:
     """Yields every name of an architecture that a training checkpoint holds beside its weights."""
-    arguments = metadata.get('args')
-    arguments = arguments if isinstance(arguments, Mapping) else {}
-    for value in (
-        metadata.get('arch'),
-        metadata.get('architecture'),
-        arguments.get('arch'),
-        arguments.get('model'),
-    ):
-        if isinstance(value, str) and _known_name(value):
-            yield value
+    for group in (metadata, *map(metadata.get, GROUPS)):
+        for name in NAMES if isinstance(group, Mapping) else ():
+            value = group.get(name)
+            if isinstance(value, str) and _known_name(value):
+                yield value
 
 
 def check_settings(metadata: Mapping[str, Any], built: str, place: object) -> None:
-    """Refuses a file of mmdetection or mmsegmentation whose config is of another network.
+    """Refuses a file whose training config is of another network.
+
+    That is a config of mmdetection or mmsegmentation, or the arguments of timm's training script.
 
     Raises:
       CheckpointError: Names the setting.
     """
+    arguments = metadata.get('args')
+    arguments = arguments if isinstance(arguments, Mapping) else {}
+    others = arguments.get('model_kwargs')
+    others = set(others) - HARMLESS_ARGUMENTS if isinstance(others, Mapping) else ()
+    if others:
+        raise CheckpointError(
+            f'{place} was trained with model_kwargs of {one_line(", ".join(map(str, others)), 80)},'
+            f' and {built} would be built of it: the same tensors, maybe another computation. '
+            '--ignore-architecture takes the weights as they are'
+        )
     meta = metadata.get('meta')
-    text = meta.get('config') if isinstance(meta, Mapping) else None
-    for pattern, what in FOREIGN_SETTINGS.items():
-        if isinstance(text, str) and re.search(pattern, text):
-            raise CheckpointError(
-                f'{place} was trained with {what}, and {built} would be built of it: the same '
-                'tensors, another computation. --ignore-architecture takes the weights as they are'
-            )
+    meta = meta if isinstance(meta, Mapping) else {}
+    # mmcv writes 'config', mmengine 'cfg': the text of the file, or its settings.
+    for config in (meta.get('config'), meta.get('cfg')):
+        text = config if isinstance(config, str) else repr(config)
+        for setting, (value, what) in FOREIGN_SETTINGS.items():
+            pattern = rf'\b{setting}[\'"]?\s*[=:]\s*([\'"]?{value}[\'"]?)(?![\w])'
+            found = re.search(pattern, text, re.IGNORECASE)
+            if found:
+                raise CheckpointError(
+                    f'{place} was trained with {setting}={one_line(found[1], 40)} ({what}), and '
+                    f'{built} would be built of it: the same tensors, another computation. '
+                    '--ignore-architecture takes the weights as they are'
+                )
 
 
 def _known_name(told: str) -> str:
     """The name in its plainest form; '' for what is no name of an architecture."""
-    name = told.strip().rpartition('/')[2].partition('.')[0].lower()
+    name = told.strip().rpartition('/')[2].partition('.')[0].lower().removesuffix('_weights')
+    if HYPHENATED.fullmatch(name):
+        name = name.replace('-', '')
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     name = re.sub('_v1b$', '', name)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
-from gcnet_jax.files import as_path
+from gcnet_jax.files import as_path, read_text, reason
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.porting.architectures import check_architecture
 from gcnet_jax.porting.convert import Report, to_torch_arrays
-from gcnet_jax.porting.hub import HubConfig, write_hub_config
+from gcnet_jax.porting.hub import HubConfig, check_label, write_hub_config
 from gcnet_jax.porting.load import HUB_FILES, find_pretrained, load_named, write_safetensors
 from gcnet_jax.porting.recognise import family_of
 from gcnet_jax.stored_model import CHECKPOINTS, ModelDescription, load_variables, write_ported
@@ -33,6 +34,10 @@ def port(
     **options: Any,
 ) -> tuple[ModelDescription, Report]:
     """Writes a PyTorch checkpoint as a directory that training, evaluation and inference read.
+
+    A plain network goes into a GC network too: `port('hf-hub:timm/resnet50.a1_in1k', 'start',
+    'gc_resnet50')` gives what the paper fine-tunes, a trained ResNet-50 whose new context blocks
+    start as the identity.
 
     Args:
       checkpoint: A file, a directory in the hub's form, or 'hf-hub:' and a repository; see
@@ -69,11 +74,12 @@ def port(
             'classes'
         )
     preprocessing = model_entry(loaded.name).preprocessing
+    if not options.get('ignore_architecture'):
+        check_architecture(source.architecture, loaded.name, one_line(checkpoint))
     if source.config is not None:
-        if not options.get('ignore_architecture'):
-            check_architecture(source.config.architecture, loaded.name, one_line(checkpoint))
         preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
-        if label_names is None and not options.get('drop_classifier'):
+        is_new = any(path.startswith('params/classifier/') for path in loaded.report.initialised)
+        if label_names is None and loaded.network.num_classes and not is_new:
             labels = _labels_of(source.config, loaded.network.num_classes, checkpoint)
     description = ModelDescription(
         name=loaded.name,
@@ -127,7 +133,7 @@ def port_reverse(
     if out.exists() and any(out.iterdir()) and not (out / HUB_FILES[0]).is_file():
         raise CheckpointError(f'{one_line(out)} holds something else; name a new directory')
     with _whole_or_not_at_all(out.absolute()) as partial:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         write_safetensors(partial / HUB_FILES[0], arrays)
         write_hub_config(
             partial,
@@ -149,16 +155,19 @@ def _labels_of(config: HubConfig, classes: int, checkpoint: object) -> tuple[str
 
 
 def _read_label_names(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        raise ConfigError(f'{one_line(path)} is not a file of names; write one name a line')
     try:
-        if not path.is_file() or path.stat().st_size > MAX_LABEL_BYTES:
-            raise ConfigError(f'{path} is not a file of at most {MAX_LABEL_BYTES:,} bytes of names')
-        # Windows' editors put a byte order mark in front.
-        names = tuple(line.strip() for line in path.read_text('utf-8-sig').splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f'the label names in {path} cannot be read: {error}') from error
+        text = read_text(path, MAX_LABEL_BYTES, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f'the label names cannot be read: {error}') from error
+    # Other line breaks, such as a form feed, are part of a name, and refused as such.
+    names = tuple(line.strip(' \t\r') for line in text.removesuffix('\n').split('\n'))
     # A name may stand on two lines: ImageNet has two classes called 'crane'.
-    if not all(names) or not names:
-        raise ConfigError(f'{path} has an empty line; write one name a line')
+    for number, name in enumerate(names, start=1):
+        if not name:
+            raise ConfigError(f'{one_line(path)} has an empty line; write one name a line')
+        check_label(name, f'line {number} of {one_line(path)}')
     return names
 
 
@@ -182,20 +191,28 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
-    """Gives a directory to write into, which takes the place of `out` once it is complete."""
-    partial = out.with_name(f'.{out.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
+    """Gives a directory to write into, which takes the place of `out` once it is complete.
+
+    Raises:
+      CheckpointError: It cannot be written, in one line. What was at `out` is left as it was.
+    """
+    # Not to be guessed: nothing of the user's can have these names.
+    token = secrets.token_hex(4)
+    partial, old = (out.with_name(f'.{out.name[:100]}.{token}.{end}') for end in ('partial', 'old'))
     try:
         yield partial
-        old = out.with_name(f'.{out.name}.old')
         if out.exists():
             out.rename(old)
-        partial.rename(out)
+        try:
+            partial.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except CheckpointError:
         raise
     except Exception as error:  # Orbax and TensorStore have many errors for a full disk
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else ''
-        raise CheckpointError(f'cannot write {out}: {reason or type(error).__name__}') from error
+        raise CheckpointError(f'cannot write {one_line(out)}: {reason(error)}') from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

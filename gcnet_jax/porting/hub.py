@@ -7,6 +7,7 @@
 import dataclasses
 import json
 import os
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,20 @@ CONFIG_FILE = 'config.json'
 # What timm resizes and crops in evaluation; its other modes are for other networks.
 CROP_MODE = 'center'
 # Arguments of a network that do not change what it computes at inference.
-HARMLESS_ARGUMENTS = {'num_classes', 'drop_rate', 'drop_path_rate', 'drop_block_rate', 'in_chans'}
+HARMLESS_ARGUMENTS = {
+    'num_classes',
+    'in_chans',
+    'img_size',
+    'drop_rate',
+    'drop_path_rate',
+    'drop_block_rate',
+    'zero_init_last',
+    'pretrained',
+    'exportable',
+    'scriptable',
+}
+# timm's names of the plain average over all positions.
+AVERAGES = ('avg', 'fast', 'fastavg')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +121,25 @@ def _check_arguments(fields: Mapping[str, Any], pretrained: Mapping[str, Any]) -
     arguments = fields.get('model_args') or {}
     if not isinstance(arguments, dict):
         raise ConfigError('model_args is no object')
-    others = sorted(map(str, arguments.keys() - HARMLESS_ARGUMENTS))
+    pooling = [fields.get('global_pool'), arguments.get('global_pool')]
+    others = sorted(
+        name
+        for name, value in arguments.items()
+        if name not in HARMLESS_ARGUMENTS | {'global_pool'} and value is not None
+    )
     if others:
         raise ConfigError(
             f'model_args has {one_line(", ".join(others))}: another network than the one of that '
             'name here'
         )
-    pooling = fields.get('global_pool', 'avg')
-    if pooling not in ('avg', 'fast', 'fastavg'):
-        raise ConfigError(f'global_pool is {one_line(repr(pooling), 40)}; networks here average')
+    other = [value for value in pooling if value and value not in AVERAGES]
+    if other:
+        raise ConfigError(f'global_pool is {one_line(repr(other[0]), 40)}; networks here average')
+    if pretrained.get('label_offset'):
+        raise ConfigError(
+            f'label_offset is {one_line(repr(pretrained["label_offset"]), 40)}: the first logits '
+            'are of no class, which networks here do not leave out'
+        )
     mode = pretrained.get('crop_mode') or CROP_MODE
     if mode != CROP_MODE:
         raise ConfigError(
@@ -127,8 +151,9 @@ def _check_arguments(fields: Mapping[str, Any], pretrained: Mapping[str, Any]) -
 def _preprocessing(pretrained: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of Preprocessing that the file has, checked as those of any checkpoint are.
 
-    Evaluation takes the test size and its crop where the file recommends them, as timm's published
-    accuracies do.
+    `input_size` is the training size. Evaluation uses `test_input_size` and `test_crop_pct`, each
+    where the file has it, and `input_size` and `crop_pct` otherwise: what timm evaluates with under
+    `use_test_size=True`, and what this package's own rows for timm's networks do.
     """
     found: dict[str, Any] = {}
     for name in ('mean', 'std'):
@@ -137,14 +162,14 @@ def _preprocessing(pretrained: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = tuple(value) if isinstance(value, list) else value
     if pretrained.get('interpolation') is not None:
         found['interpolation'] = pretrained['interpolation']
-    crop = pretrained.get('crop_pct')
+    for name in ('crop_pct', 'test_crop_pct'):
+        if pretrained.get(name) is not None:
+            found['crop_fraction'] = pretrained[name]
+            Preprocessing(crop_fraction=pretrained[name])
     if pretrained.get('input_size') is not None:
         found['train_size'] = found['test_size'] = _side(pretrained, 'input_size')
     if pretrained.get('test_input_size') is not None:
         found['test_size'] = _side(pretrained, 'test_input_size')
-        crop = crop if pretrained.get('test_crop_pct') is None else pretrained['test_crop_pct']
-    if crop is not None:
-        found['crop_fraction'] = crop
     Preprocessing(**found)
     return found
 
@@ -162,22 +187,46 @@ def _side(pretrained: Mapping[str, Any], name: str) -> int:
 
 
 def _label_names(fields: Mapping[str, Any], pretrained: Mapping[str, Any]) -> tuple[str, ...]:
-    names = fields.get('label_names', pretrained.get('label_names', fields.get('labels')))
-    described = fields.get('label_descriptions', pretrained.get('label_descriptions')) or {}
-    if not names:
-        return ()
+    """A name for each class: its description where there is one, else its name.
+
+    The names are a list, or an object with the numbers of the classes as keys. Two classes may have
+    the same name, as the two called 'crane' in ImageNet.
+    """
+    names = fields.get('label_names') or pretrained.get('label_names') or fields.get('labels') or ()
+    described = fields.get('label_descriptions') or pretrained.get('label_descriptions') or {}
     if isinstance(names, dict):
         try:
-            names = [names[key] for key in sorted(names, key=int)]
-            keys = sorted(map(int, fields.get('label_names', names)))
-        except (TypeError, ValueError):
+            numbers = sorted((int(key), key) for key in names)
+        except ValueError:
             raise ConfigError('label_names has keys that are no numbers of classes') from None
-        if keys != list(range(len(keys))):
+        if [number for number, _ in numbers] != list(range(len(numbers))):
             raise ConfigError('label_names leaves out some classes; a name for each is needed')
-    is_right = isinstance(names, list) and all(isinstance(n, str) and n.strip() for n in names)
+        names = [names[key] for _, key in numbers]
+    is_right = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
     if not is_right or not isinstance(described, dict):
         raise ConfigError('label_names must be a list of names, label_descriptions an object')
-    shown = [described.get(name, name) for name in names]
+    shown = tuple(described.get(name, name) for name in names)
     if not all(isinstance(name, str) for name in shown):
         raise ConfigError('label_descriptions must hold texts')
-    return tuple(shown)
+    for number, name in enumerate(shown):
+        check_label(name, f'label {number}')
+    return shown
+
+
+def check_label(name: str, what: str) -> None:
+    """Refuses a class name that is blank or that cannot be written on one line of text.
+
+    Args:
+      name: The name.
+      what: Where it stands, for the error.
+
+    Raises:
+      ConfigError: Says why.
+    """
+    if not name.strip():
+        raise ConfigError(f'{what} is blank; write a name for each class')
+    if any(unicodedata.category(letter) in ('Cc', 'Cs', 'Zl', 'Zp') for letter in name):
+        raise ConfigError(
+            f'{what}, {one_line(name, 80)}, contains a line break or another control character; '
+            'write each name on one line'
+        )

@@ -117,6 +117,7 @@ def load_named(
     **options: Any,
 ) -> Loaded:
     """Does what `load_torch` does, and tells the network's name and options too."""
+    _suggest_hub(path)
     file = read_checkpoint(path, weights=weights)
     names = recognise_family(file.tensors, family)
     channels = 3
@@ -131,7 +132,7 @@ def load_named(
         name, options = _named_options(file, names, model, drop_classifier, options)
         if not ignore_architecture:
             check_settings(file.metadata, name, one_line(file.path))
-            for told in told_architectures(file.metadata):
+            for told in (*told_architectures(file.metadata), _told_beside(file.path)):
                 check_architecture(told, name, one_line(file.path))
         network = create_model(name, **options)
     if not isinstance(network, names.module):
@@ -153,6 +154,12 @@ def load_named(
         raise CheckpointError(f'{file.path}: {error}') from None
     report = dataclasses.replace(report, wrapper=file.wrapper)
     return Loaded(network, name, options, variables, report)
+
+
+def _told_beside(path: Path) -> str:
+    """The architecture in the `config.json` beside a file of the hub's own name, if any."""
+    config = read_hub_config(path.parent) if path.name in HUB_FILES else None
+    return config.architecture if config else ''
 
 
 def _refuse(options: Mapping[str, Any], why: str) -> None:
@@ -201,8 +208,8 @@ def load_pretrained(
     """
     found = find_pretrained(source)
     loaded = load_named(found.path, found.name if model is None else model, **options)
-    if loaded.name and found.config and not options.get('ignore_architecture'):
-        check_architecture(found.config.architecture, loaded.name, one_line(source))
+    if loaded.name and not options.get('ignore_architecture'):
+        check_architecture(found.architecture, loaded.name, one_line(source))
     return loaded.network, loaded.variables, loaded.report
 
 
@@ -213,11 +220,13 @@ class Source:
     Attributes:
       path: The file.
       name: The network that the repository's name or the config tells; None if none of ours.
+      architecture: The name that its library gives to the network; '' if it is not known.
       config: What the `config.json` beside the file says, if there is one.
     """
 
     path: Path
     name: str | None = None
+    architecture: str = ''
     config: HubConfig | None = None
 
 
@@ -233,12 +242,20 @@ def find_pretrained(source: str | os.PathLike[str]) -> Source:
         _check_hash(path)
         config, names = _hub_config(repository, revision or None), [repository.rpartition('/')[2]]
     else:
-        given = as_path(source, 'the checkpoint')
-        path = _file_in(given, source)
-        config, names = (read_hub_config(given) if given.is_dir() else None), []
-    names += [config.architecture] if config else []
+        _suggest_hub(source)
+        # timm's prefix of a directory.
+        given = as_path(os.fsdecode(source).removeprefix('local-dir:'), 'the checkpoint')
+        path = _file_in(given)
+        # A file of the hub's own name has its config beside it, as a directory has it inside.
+        has_config = given.is_dir() or path.name in HUB_FILES
+        config, names = (read_hub_config(path.parent) if has_config else None), []
+    architecture = config.architecture if config else ''
+    if not architecture and str(source).startswith(f'{HUB}timm/'):
+        architecture = names[0]
+    names += [architecture]
     plain = (name.partition('.')[0] for name in names)
-    return Source(path, next((name for name in plain if name in list_models()), None), config)
+    name = next((name for name in plain if name in list_models()), None)
+    return Source(path, name, architecture, config)
 
 
 def _hub_config(repository: str, revision: str | None) -> HubConfig | None:
@@ -258,18 +275,34 @@ def _hub_config(repository: str, revision: str | None) -> HubConfig | None:
     return read_hub_config(Path(path).parent)
 
 
-def _file_in(path: Path, source: object) -> Path:
+def _file_in(path: Path) -> Path:
     if not path.is_dir():
-        if not path.exists() and re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
-            raise CheckpointError(
-                f'no such checkpoint: {one_line(source)}; write {HUB}{one_line(source)} if you '
-                'mean the repository of that name on the hub'
-            )
         return path
     found = [path / name for name in HUB_FILES if (path / name).is_file()]
     if not found:
         raise CheckpointError(f'{path} holds none of {", ".join(HUB_FILES)}; give the file itself')
     return found[0]
+
+
+def _suggest_hub(source: str | os.PathLike[str]) -> None:
+    """Raises an error that says how to name a repository, where `source` looks like one."""
+    source = os.fsdecode(source)
+    if source.startswith(HUB):
+        raise CheckpointError(
+            f'{one_line(source)}: load_torch reads files; load_pretrained reads repositories'
+        )
+    is_file = source.endswith(('.safetensors', '.pth', '.pt', '.bin'))
+    if is_file or source.startswith('local-dir:') or os.path.exists(os.path.expanduser(source)):
+        return
+    prefixes = r'^(hf[-_]?hub:|hf:|timm:|(https?://)?(www\.)?huggingface\.co/)/*'
+    name = re.sub(prefixes, '', source, flags=re.IGNORECASE)
+    if name.partition('.')[0] in list_models():
+        name = f'timm/{name}'
+    if re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w.-]+)?', name):
+        raise CheckpointError(
+            f'no such checkpoint: {one_line(source)}; write {HUB}{one_line(name)} if you mean the '
+            'repository of that name on the hub'
+        )
 
 
 def _download(repository: str, revision: str | None) -> Path:

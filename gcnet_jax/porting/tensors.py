@@ -85,7 +85,9 @@ class LazyTensors(Mapping[str, np.ndarray]):
 def as_float32(array: np.ndarray) -> np.ndarray:
     """Returns floating-point numbers as float32, others as they are."""
     is_floating = array.dtype.kind == 'f' or 'float' in array.dtype.name
-    return array.astype(np.float32, copy=False) if is_floating else array
+    # What float32 cannot hold becomes infinite, which whoever takes the weights checks for.
+    with np.errstate(over='ignore'):
+        return array.astype(np.float32, copy=False) if is_floating else array
 
 
 def refuse_kind(path: object, name: str, kind: str) -> None:

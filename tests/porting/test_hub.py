@@ -3,14 +3,16 @@
 import json
 import math
 
+import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
 from gcnet_jax.__main__ import main
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models import create_model
-from gcnet_jax.porting import load_pretrained, port, port_reverse, to_torch
+from gcnet_jax.porting import load_pretrained, load_torch, port, port_reverse, to_torch
 from gcnet_jax.porting.hub import read_hub_config
 from gcnet_jax.stored_model import load_variables, read_model_description
 from tests.porting.seeded import seeded_tensors
@@ -135,7 +137,11 @@ def test_the_papers_protocol_in_one_command(tmp_path, weights, capsys):
         ({'architecture': ['resnet18']}, 'architecture is .*, not a name'),
         ({'global_pool': 'max'}, "global_pool is 'max'"),
         ({'label_names': ['a', 'b']}, 'its config names 2 labels and the network has 3 classes'),
-        ({'label_names': ['a', ' ', 'c']}, 'label_names must be a list of names'),
+        ({'label_names': ['a', ' ', 'c']}, 'label 1 is blank'),
+        ({'label_names': ['a', 'b', 3]}, 'label_names must be a list of names'),
+        ({'label_names': ['a', 'b\nx', 'c']}, 'label 1, .* contains a line break'),
+        ({'label_names': ['a', 'b', '\x1b[2J']}, 'label 2, .* another control character'),
+        ({'label_offset': 1}, 'label_offset is 1'),
         ({'label_names': {'0': 'a', '2': 'c'}}, 'leaves out some classes'),
         ({'label_names': {'a': 'x'}}, 'keys that are no numbers'),
         ({'label_descriptions': {'n01': 3}}, 'label_descriptions must hold texts'),
@@ -147,6 +153,76 @@ def test_what_cannot_be_followed_is_refused(tmp_path, weights, fields, message):
         port(source, tmp_path / 'out')
     assert str(caught.value).isprintable()
     assert not (tmp_path / 'out').exists()
+
+
+def test_what_timm_writes_about_a_plain_network_passes(tmp_path, weights):
+    arguments = {'num_classes': 3, 'global_pool': 'avg', 'in_chans': 3, 'aa_layer': None}
+    config = CONFIG | {'model_args': arguments}
+    assert read_hub_config(write(tmp_path / 'hub', weights, config)).architecture == 'resnet18'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'global_pool': 'catavgmax'}, "global_pool is 'catavgmax'"),
+        ({'aa_layer': 'blur'}, 'model_args has aa_layer'),
+        ({'output_stride': 16, 'num_classes': 3}, 'model_args has output_stride'),
+    ],
+)
+def test_arguments_of_another_network_are_refused(tmp_path, weights, arguments, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_hub_config(write(tmp_path / 'hub', weights, CONFIG | {'model_args': arguments}))
+
+
+def test_labels_inside_pretrained_cfg(tmp_path, weights):
+    config = changed(label_names=None)
+    config['pretrained_cfg']['label_names'] = {'0': 'n01', '2': 'c', '1': 'b'}
+    labels = read_hub_config(write(tmp_path / 'hub', weights, config)).label_names
+    assert labels == ('tench, a fish', 'b', 'c')
+
+
+def test_a_test_crop_without_a_test_size_is_used_for_evaluation(tmp_path, weights):
+    config = changed(test_input_size=None)
+    preprocessing = read_hub_config(write(tmp_path / 'hub', weights, config)).preprocessing
+    assert (preprocessing['test_size'], preprocessing['crop_fraction']) == (160, 0.95)
+
+
+def test_a_file_that_its_config_contradicts_is_refused_from_python_too(tmp_path, weights):
+    source = write(tmp_path / 'hub', weights, changed(architecture='resnetblur18'))
+    path = source / 'model.safetensors'
+    for name in (None, 'gc_resnet18'):
+        with pytest.raises(CheckpointError, match='says that it is a resnetblur18'):
+            load_torch(path, name)
+    network, _, _ = load_torch(path, ignore_architecture=True)
+    assert network == create_model('resnet18', num_classes=3)
+
+
+def test_timms_own_prefix_of_a_directory(tmp_path, weights):
+    source = write(tmp_path / 'hub', weights, CONFIG)
+    assert load_pretrained(f'local-dir:{source}')[0] == create_model('resnet18', num_classes=3)
+
+
+def test_a_hub_repository_without_a_config_is_what_timm_calls_it(tmp_path, weights, monkeypatch):
+    (write(tmp_path / 'hub', weights, CONFIG) / 'config.json').unlink()
+
+    def download(repository, name, revision=None):
+        if not (tmp_path / 'hub' / name).exists():
+            raise EntryNotFoundError(name)
+        return tmp_path / 'hub' / name
+
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', download)
+    load_pretrained('hf-hub:timm/resnet18.a1_in1k')
+    load_pretrained('hf-hub:alice/resnet_of_mine')
+    with pytest.raises(CheckpointError, match='says that it is a resnetblur18'):
+        load_pretrained('hf-hub:timm/resnetblur18.bt_in1k')
+
+
+def test_the_file_itself_has_its_config_beside_it(tmp_path, weights):
+    source = write(tmp_path / 'hub', weights, CONFIG) / 'model.safetensors'
+    port(source, tmp_path / 'out')
+    description = read_model_description(tmp_path / 'out')
+    assert description.label_names == ('tench, a fish', 'n02', 'crane')
+    assert description.preprocessing.test_size == 192
 
 
 @pytest.mark.parametrize(
@@ -162,6 +238,15 @@ def test_a_damaged_config_is_refused(tmp_path, weights):
     (source / 'config.json').write_text('[' * 100_000)
     with pytest.raises(CheckpointError, match='nested too deeply'):
         port(source, tmp_path / 'out')
+
+
+def test_a_new_classifier_has_no_labels_whatever_the_config_says(tmp_path, weights):
+    backbone = {name: value for name, value in weights.items() if not name.startswith('fc.')}
+    source = write(tmp_path / 'hub', backbone, CONFIG)
+    port(source, tmp_path / 'out', drop_classifier=True, num_classes=3)
+    description = read_model_description(tmp_path / 'out')
+    assert description.label_names == ()
+    assert description.preprocessing.test_size == 192
 
 
 def test_label_names_of_ones_own_win(tmp_path, weights):
@@ -189,6 +274,7 @@ def test_a_reverse_port_to_a_directory_is_read_back_whole(tmp_path, weights):
     with pytest.raises(CheckpointError, match='exists; name a new file or replace it'):
         port_reverse(tmp_path / 'ours', 'torchvision', tmp_path / 'again')
     port_reverse(tmp_path / 'ours', 'torchvision', tmp_path / 'again', overwrite=True)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith('.')]
     (tmp_path / 'own').mkdir()
     (tmp_path / 'own' / 'thesis.txt').write_text('')
     with pytest.raises(CheckpointError, match='holds something else'):
@@ -196,9 +282,27 @@ def test_a_reverse_port_to_a_directory_is_read_back_whole(tmp_path, weights):
     assert (tmp_path / 'own' / 'thesis.txt').exists()
 
 
-def test_a_name_of_the_hub_without_its_prefix_says_what_to_write():
-    with pytest.raises(CheckpointError, match=r'write hf-hub:timm/resnet50.a1_in1k if you mean'):
-        load_pretrained('timm/resnet50.a1_in1k')
+@pytest.mark.parametrize(
+    'name',
+    [
+        'timm/resnet50.a1_in1k',
+        'resnet50.a1_in1k',
+        'hf_hub:timm/resnet50.a1_in1k',
+        'huggingface.co/timm/resnet50.a1_in1k',
+        'https://huggingface.co/timm/resnet50.a1_in1k',
+    ],
+)
+def test_a_name_of_the_hub_without_its_prefix_says_what_to_write(name):
+    for load in (load_pretrained, load_torch):
+        with pytest.raises(
+            CheckpointError, match=r'write hf-hub:timm/resnet50.a1_in1k if you mean'
+        ):
+            load(name)
+
+
+def test_load_torch_says_what_reads_the_hub():
+    with pytest.raises(CheckpointError, match='load_torch reads files; load_pretrained reads'):
+        load_torch('hf-hub:timm/resnet50.a1_in1k')
 
 
 @pytest.mark.torch

@@ -328,8 +328,8 @@ def test_bad_files_leave_no_directory(tmp_path, plain, damage):
 
 
 def test_no_space_leaves_no_directory(tmp_path, plain, monkeypatch):
-    def full(*_):
-        (tmp_path / '.out.partial').mkdir()
+    def full(directory, *_):
+        directory.mkdir()
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr('gcnet_jax.porting.directories.write_ported', full)
@@ -414,3 +414,46 @@ def test_names_of_the_published_files():
         }
         found = json.loads(json.dumps(vars(model_entry(name).preprocessing)))
         assert expected.items() <= found.items()
+
+
+@pytest.mark.parametrize('value', [1e300, np.nan, -np.inf])
+def test_weights_beyond_float32_are_refused_by_name(tmp_path, plain, value):
+    """1e300 is finite in float64, and infinite in the float32 that it is read as."""
+    name = 'layer2.0.bn1.weight'
+    tensors = load_file(plain)
+    tensors[name] = np.full(tensors[name].shape, value, np.float64)
+    save_file(tensors, tmp_path / 'a.safetensors')
+    with pytest.raises(CheckpointError, match=rf'NaN, infinite.*{name}.*--allow-nonfinite'):
+        load_torch(tmp_path / 'a.safetensors')
+
+
+@pytest.mark.parametrize('name', ['out.safetensors', 'out'])
+def test_a_reverse_port_that_cannot_be_written_ends_in_one_line(tmp_path, plain, name, capsys):
+    """A file stands where the directory of the target should be."""
+    port(plain, tmp_path / 'ours')
+    (tmp_path / 'file').write_text('')
+    arguments = ['--reverse', str(tmp_path / 'ours'), '--family', 'torchvision']
+    assert main(['port', *arguments, '--out', str(tmp_path / 'file' / name)]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert 'cannot write' in lines[0]
+    assert 'Not a directory' in lines[0]
+
+
+def test_the_home_directory_in_every_path_of_a_port(tmp_path, plain, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'a.safetensors').symlink_to(plain)
+    (tmp_path / 'names.txt').write_text(''.join(f'class {n}\n' for n in range(10)))
+    port('~/a.safetensors', '~/ours', label_names='~/names.txt')
+    port_reverse('~/ours', 'torchvision', '~/back.safetensors')
+    assert (tmp_path / 'ours').is_dir()
+    assert (tmp_path / 'back.safetensors').is_file()
+
+
+def test_label_names_with_other_line_breaks_are_refused(tmp_path, plain):
+    """A form feed or U+2028 inside a name would otherwise make two of it."""
+    for letter in ('\f', '\u2028', '\x1b'):
+        (tmp_path / 'names.txt').write_text(f'a{letter}b\n' + 'x\n' * 9, encoding='utf-8')
+        with pytest.raises(ConfigError, match=r'line 1 of .*names.txt, .* line break') as caught:
+            port(plain, tmp_path / 'out', label_names=tmp_path / 'names.txt')
+        assert str(caught.value).isprintable()
