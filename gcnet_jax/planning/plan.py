@@ -265,7 +265,10 @@ def make_plan(config: ConfigDict, topology: str, batch_per_chip: int | None = No
     batch_size = config.training.batch_size if batch_per_chip is None else batch_per_chip * chips
     experiment = describe(config, topology_devices(topology), batch_size)
     plan = Plan(
-        network=f'{config.model.name}, {config.data.image_size} pixels, {config.model.dtype}',
+        network=(
+            f'{experiment.description.name}, {experiment.train_options["image_size"]} pixels, '
+            f'{config.model.dtype}'
+        ),
         topology=topology,
         chip=chip,
         chips=chips,

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from gcnet_jax.errors import ConfigError, UserError, unknown_name
+from gcnet_jax.errors import ConfigError, UserError, one_line, unknown_name
 from gcnet_jax.files import as_path, as_place, is_bucket
-from gcnet_jax.training.config import leaves
+from gcnet_jax.training.overrides import explain_unknown_key, override
 
 FAILED = 1
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
@@ -107,7 +107,7 @@ def read_flags(
         print(USAGE)
         raise SystemExit(0)
     file, _, variant = values.config.partition(':')
-    config = _override(load_config(file, variant), overrides)
+    config = override(load_config(file, variant), overrides)
     name = Path(file).stem + (f'_{variant}' if variant else '')
     return config, name, _workdir(values.workdir)
 
@@ -134,31 +134,28 @@ def load_config(file: str, variant: str = '') -> ConfigDict:
         return get_config(variant) if variant else get_config()
     except UserError:
         raise
-    except Exception as error:  # Whatever is wrong in the user's file.
+    except SyntaxError as error:
         raise ConfigError(
-            f'--config {file}: get_config({variant!r}) failed: {type(error).__name__}: {error}'
+            f'--config {file}: line {error.lineno} is no valid Python: {error.msg}: '
+            f'{one_line((error.text or "").strip(), 80)}'
+        ) from error
+    except Exception as error:  # Whatever is wrong in the user's file.
+        unknown = (
+            explain_unknown_key(error) if isinstance(error, (AttributeError, KeyError)) else None
+        )
+        if unknown:
+            raise ConfigError(f'--config {file}{_line_of(error, path)}: {unknown}') from None
+        raise ConfigError(
+            f'--config {file}: get_config({variant!r}) failed{_line_of(error, path)}: '
+            f'{type(error).__name__}: {one_line(error, 300)}'
         ) from error
 
 
-def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
-    """Applies `--config.GROUP.KEY=VALUE` flags."""
-    known = [path for path, _ in leaves(config.to_dict())]
-    for text in overrides:
-        path = text.lstrip('-').removeprefix('no').removeprefix('config.').partition('=')[0]
-        # A part of a tuple is written with its index, so only names are compared here.
-        if not any(name == path or name.startswith((path + '.', path + '[')) for name in known):
-            names = [f'config.{name}' for name in known]
-            raise ConfigError(unknown_name('setting', f'config.{path}', names))
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict(
-        'config', config, flag_values=values, sys_argv=['train.py', *overrides]
-    )
-    try:
-        rest = values(['train.py', *overrides])[1:]
-    except flags.Error as error:
-        raise ConfigError(str(error)) from error
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f'{" ".join(overrides)}: {error}') from error
-    if rest:
-        raise ConfigError(f'unknown argument {rest[0]!r}')
-    return values.config
+def _line_of(error: Exception, path: Path) -> str:
+    """Returns ', line N' for the last line of a config file that an error passed through."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(path)
+    ]
+    return f', line {lines[-1]}' if lines else ''
