@@ -16,14 +16,6 @@ def get_config() -> ConfigDict:
     """Returns the settings of the CIFAR-10 run."""
     config = default_config()
     config.model.name = 'gc_resnet20'
-    config.model.context = {
-        'block': 'global_context',
-        'stages': (1, 2, 3),
-        'position': 'after_conv2',
-        'ratio': 1 / 4,
-        'pooling': 'attention',
-        'fusion': 'add',
-    }
     config.data.name = 'cifar10'
     config.data.image_size = 32
     config.data.augmentation = 'pad_crop'

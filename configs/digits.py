@@ -15,12 +15,6 @@ def get_config() -> ConfigDict:
     """Returns the settings that `python train.py` runs."""
     config = default_config()
     config.model.name = 'gccnn'
-    # Global context, then squeeze-excitation, in each of the three residual blocks.
-    place = {'stages': (1, 2, 3), 'position': 'after_conv2', 'ratio': 1 / 16}
-    config.model.context = (
-        {'block': 'global_context', **place},
-        {'block': 'squeeze_excite', **place},
-    )
     config.data.name = 'digits'
     config.data.image_size = 8
     config.data.augmentation = 'none'

@@ -4,8 +4,7 @@
     python train.py --config configs/folder.py --config.data.name=flowers --workdir runs/flowers
 
 From scratch at 128 pixels. For a larger set choose a larger network (`python -m gcnet_jax models`)
-and 224 pixels; for a small one start from a checkpoint with
-`--config.training.init_from=DIR --config.training.new_classifier`.
+and 224 pixels; for a small one fine-tune a trained network, see configs/finetune.py.
 """
 
 from ml_collections import ConfigDict
@@ -17,14 +16,6 @@ def get_config() -> ConfigDict:
     """Returns the settings for a prepared folder; `data.name` says which."""
     config = default_config()
     config.model.name = 'gc_resnet18'
-    config.model.context = {
-        'block': 'global_context',
-        'stages': (2, 3, 4),
-        'position': 'after_conv2',
-        'ratio': 1 / 16,
-        'pooling': 'attention',
-        'fusion': 'add',
-    }
     config.data.name = 'my_images'
     config.data.image_size = 128
     config.data.crop_scale = (0.35, 1.0)

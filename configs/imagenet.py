@@ -25,15 +25,6 @@ def get_config(variant: str = 'gc_resnet50') -> ConfigDict:
     config.model.dropout_rate = 0.0
     config.model.stochastic_depth_rate = 0.0
     config.model.zero_init_residual = True
-    if variant == 'gc_resnet50':
-        config.model.context = {
-            'block': 'global_context',
-            'stages': (2, 3, 4),
-            'position': 'after_conv3',
-            'ratio': 1 / 16,
-            'pooling': 'attention',
-            'fusion': 'add',
-        }
     config.data.name = 'imagenet2012'
     config.data.evaluation_split = 'validation'
     config.data.image_size = 224

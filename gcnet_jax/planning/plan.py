@@ -252,7 +252,7 @@ def make_plan(config: ConfigDict, topology: str, batch_per_chip: int | None = No
     batch_size = config.training.batch_size if batch_per_chip is None else batch_per_chip * chips
     experiment = describe(config, topology_devices(topology), batch_size)
     plan = Plan(
-        network=_network(config),
+        network=_network(config, experiment.description.name),
         topology=topology,
         chip=chip,
         chips=chips,
@@ -273,8 +273,11 @@ def _check_batch(batch_per_chip: int | None) -> None:
         raise ConfigError(f'the batch for each chip is {batch_per_chip}; it must be 1 or more')
 
 
-def _network(config: ConfigDict) -> str:
-    return f'{config.model.name}, {config.data.image_size} pixels, {config.model.dtype}'
+def _network(config: ConfigDict, name: str | None = None) -> str:
+    """Names the network of a config, which may be the one of the checkpoint it starts from."""
+    name = name or config.model.name or f'the network of {config.training.init_from}'
+    size = f'{config.data.image_size} pixels, ' if config.data.image_size else ''
+    return f'{name}, {size}{config.model.dtype}'
 
 
 def _title(config: ConfigDict, topology: str, batch_per_chip: int | None) -> str:

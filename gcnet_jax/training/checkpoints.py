@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
 from gcnet_jax.checksums import check_checksums, check_json, checksums, json_checksum
@@ -41,7 +40,6 @@ __all__ = [
     'CheckpointStore',
     'ModelDescription',
     'load_variables',
-    'merge_initial',
     'read_model_description',
     'write_ported',
 ]
@@ -315,55 +313,3 @@ def no_space_left(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def merge_initial(
-    fresh: Mapping[str, Any], loaded: Mapping[str, Any], *, new_classifier: bool, place: str
-) -> tuple[dict, list[str], list[str]]:
-    """Fills a network's variables from a checkpoint of the same or of the plain network.
-
-    Args:
-      fresh: The network's own {'params', 'batch_stats'}: arrays, or shapes.
-      loaded: The checkpoint's.
-      new_classifier: Leave the classifier as it is in `fresh` where its size differs.
-      place: The checkpoint, named in errors.
-
-    Returns:
-      The variables; the parameters of context blocks that the checkpoint does not have; and the
-      classifier's parameters that were left out. Both stay as they are in `fresh`.
-
-    Raises:
-      CheckpointError: Anything else is missing, left over, or of another shape; lists both sides.
-    """
-    ours, theirs = flatten_dict(dict(fresh), sep='/'), flatten_dict(dict(loaded), sep='/')
-    missing = sorted(ours.keys() - theirs.keys())
-    extra = sorted(theirs.keys() - ours.keys())
-    common = sorted(ours.keys() & theirs.keys())
-    differ = [key for key in common if ours[key].shape != theirs[key].shape]
-    context = [key for key in missing if any(part.startswith('context') for part in key.split('/'))]
-    classifier = [key for key in differ if 'classifier' in key.split('/')]
-    if classifier and not new_classifier:
-        raise CheckpointError(
-            f'{place}: its classifier has {theirs[classifier[0]].shape[-1]} classes, the network '
-            f'{ours[classifier[0]].shape[-1]}; set config.training.new_classifier=True to start '
-            'it anew'
-        )
-    lost = sorted(set(missing) - set(context))
-    wrong = [
-        f'{key} {theirs[key].shape} for {ours[key].shape}'
-        for key in differ
-        if key not in classifier
-    ]
-    if lost or extra or wrong:
-        parts = {'missing': lost, 'not in the network': extra, 'of another shape': wrong}
-        raise CheckpointError(
-            f'{place} is of another network: '
-            + '; '.join(
-                f'{len(keys)} {what}, first {keys[0]}' for what, keys in parts.items() if keys
-            )
-        )
-    keep = {*context, *classifier}
-    merged = {key: value if key in keep else theirs[key] for key, value in ours.items()}
-    filled = unflatten_dict(merged, sep='/')
-    variables = {'params': filled['params'], 'batch_stats': filled.get('batch_stats', {})}
-    return variables, context, classifier

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from gcnet_jax.errors import (
     ConfigError,
@@ -25,6 +25,7 @@ from gcnet_jax.errors import (
 )
 from gcnet_jax.files import as_path, as_place, is_bucket
 from gcnet_jax.training.config import default_config, leaves
+from gcnet_jax.training.overrides import override
 
 FAILED = 1
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
@@ -117,7 +118,7 @@ def read_flags(
         print(USAGE)
         raise SystemExit(0)
     file, _, variant = values.config.partition(':')
-    config = _override(load_config(file, variant), overrides)
+    config = override(load_config(file, variant), overrides)
     name = Path(file).stem + (f'_{variant}' if variant else '')
     return config, name, _workdir(values.workdir)
 
@@ -201,27 +202,3 @@ def _find_config(path: Path) -> Path:
     near = sorted(map(str, path.parent.glob('*.py'))) if path.parent.is_dir() else []
     names = {found.stem for found in shipped.glob('*.py')} - {'__init__'}
     raise ConfigError(unknown_name('config file (--config)', path, {*near, *names}))
-
-
-def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
-    """Applies `--config.GROUP.KEY=VALUE` flags."""
-    known = [path for path, _ in leaves(config.to_dict())]
-    for text in overrides:
-        path = text.lstrip('-').removeprefix('no').removeprefix('config.').partition('=')[0]
-        # A part of a tuple is written with its index, so only names are compared here.
-        if not any(name == path or name.startswith((path + '.', path + '[')) for name in known):
-            names = [f'config.{name}' for name in known]
-            raise ConfigError(unknown_name('setting', f'config.{path}', names))
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict(
-        'config', config, flag_values=values, sys_argv=['train.py', *overrides]
-    )
-    try:
-        rest = values(['train.py', *overrides])[1:]
-    except flags.Error as error:
-        raise ConfigError(str(error)) from error
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f'{" ".join(overrides)}: {error}') from error
-    if rest:
-        raise ConfigError(f'unknown argument {rest[0]!r}')
-    return values.config

@@ -23,8 +23,11 @@ RESUMABLE = (
     'data.num_workers',
     'mesh.',
     'runtime.',
+    'training.extend',
     'training.keep_checkpoints',
 )
+# What else may differ with training.extend.
+EXTENDABLE = ('training.total_epochs', 'training.total_steps')
 
 
 def default_config() -> ConfigDict:
@@ -48,10 +51,24 @@ def default_config() -> ConfigDict:
     return config
 
 
+def name_network(config: ConfigDict, name: str | None) -> None:
+    """Names another network, without the options that were set for the one before.
+
+    Args:
+      config: Changed in place; the size of the classifier and the type of the computation stay.
+      name: A name of `list_models()`; None for the network of `training.init_from`.
+    """
+    kept = {'num_classes': config.model.num_classes, 'dtype': config.model.dtype}
+    config.model = ConfigDict(_model())
+    config.model.update({'name': name, **kept})
+
+
 def _model() -> dict:
     return {
-        # A name of `list_models()`. Further keys of this group are options of that network, such as
+        # A name of `list_models()`; None: the network of training.init_from with its options.
+        # Further keys of this group are options of that network, such as `dropout_rate` or
         # `context`: where the context blocks go (see gcnet_jax.models.placement.parse_context).
+        # What is not set here is as in the network's entry of gcnet_jax.models.registry.
         'name': 'gccnn',
         # Size of the classifier; None: as many as the data set has labels.
         'num_classes': placeholder(int),
@@ -76,16 +93,22 @@ def _data() -> dict:
         'name': 'digits',
         # Where prepared data sets are; None: TFDS's own directory.
         'data_dir': placeholder(str),
-        # Splits, with TFDS's slices: 'train[:90%]'.
+        # Splits, with TFDS's slices: 'train[:90%]'. The one to evaluate on during training, None:
+        # 'validation' where the data set has one, else 'test'.
         'train_split': 'train',
-        'evaluation_split': 'test',
-        # Height and width of the images in pixels; at evaluation None: as in training.
-        'image_size': 224,
+        'evaluation_split': placeholder(str),
+        # What is None among the next six is as in the checkpoint of training.init_from, or without
+        # one as in the network's entry.
+        # Height and width of the images in pixels; at evaluation None: image_size where it is set.
+        'image_size': placeholder(int),
         'evaluation_image_size': placeholder(int),
         # Evaluation's central crop, as a part of the resized shorter side, and its resize
-        # ('bilinear', 'bicubic'). None: what the network's entry says.
+        # ('bilinear', 'bicubic').
         'crop_fraction': placeholder(float),
         'interpolation': placeholder(str),
+        # Mean and standard deviation of each channel, on the scale where 255 is 1.
+        'mean': placeholder(tuple),
+        'std': placeholder(tuple),
         # 'none' (resize), 'pad_crop' (4 pixels, CIFAR) or 'resized_crop' (ImageNet).
         'augmentation': 'resized_crop',
         # Smallest and largest area of 'resized_crop', as parts of the image; None: (0.08,
@@ -187,8 +210,12 @@ def _training() -> dict:
         # A checkpoint (a workdir, a checkpoint or a ported directory) to start the weights from;
         # None: at random.
         'init_from': placeholder(str),
-        # With init_from: start a classifier of another size at random, instead of refusing it.
-        'new_classifier': False,
+        # With init_from: start the classifier at random (True), or keep all of it by position
+        # (False). None: classes whose label names the checkpoint knows keep their weights.
+        'new_classifier': placeholder(bool),
+        # Continue a run to another total_epochs or total_steps, also one that has finished. From
+        # the step where it stands, the learning rate follows the schedule of the new total.
+        'extend': False,
     }
 
 
@@ -258,6 +285,11 @@ def changed_keys(config: Mapping, other: Mapping) -> list[str]:
     """Returns where two plain configs differ, but for what may change when a run is continued."""
     first, second = dict(leaves(config)), dict(leaves(other))
     missing = object()
+    # A run of an earlier version lacks the settings that were added since.
+    defaults = {key: value for key, value in leaves(plain(default_config())) if '.' in key}
+    for key in defaults.keys() - first.keys():
+        if key in second and key.partition('.')[0] in config:
+            first[key] = defaults[key]
     return [
         key
         for key in sorted(first.keys() | second.keys())
@@ -329,10 +361,16 @@ def _check_together(given: Mapping) -> None:
             f'config.data.randaugment_magnitude is {data["randaugment_magnitude"]} but '
             'config.data.randaugment_ops is 0; set it to the number of operations, such as 2'
         )
-    if training['new_classifier'] and training['init_from'] is None:
+    if training['new_classifier'] is not None and training['init_from'] is None:
         raise ConfigError(
-            'config.training.new_classifier is True but config.training.init_from is not set; '
-            'name the checkpoint to start from, or leave new_classifier False'
+            f'config.training.new_classifier is {training["new_classifier"]} but '
+            'config.training.init_from is not set; name the checkpoint to start from, or leave '
+            'new_classifier unset'
+        )
+    if given['model']['name'] is None and training['init_from'] is None:
+        raise ConfigError(
+            'config.model.name is not set, and neither is config.training.init_from; name the '
+            'checkpoint to start from (--config.training.init_from=DIR), or a network'
         )
     if training['batch_size'] % training['accumulation_steps']:
         raise ConfigError(

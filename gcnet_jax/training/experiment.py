@@ -21,6 +21,7 @@ from gcnet_jax.models.registry import model_entry
 from gcnet_jax.stored_model import ModelDescription
 from gcnet_jax.training.config import check_config, plain, steps
 from gcnet_jax.training.freezing import parse_patterns
+from gcnet_jax.training.initial import preprocessing, read_initial_description, take_network
 from gcnet_jax.training.losses import balanced_weights
 from gcnet_jax.training.mesh import batch_parts, make_mesh
 from gcnet_jax.training.optimizers import make_optimizer, warmup_cosine
@@ -41,7 +42,8 @@ class RunOptions:
       max_bad_steps: Steps in a row that are not finite, at which the run stops.
       seed: Of everything random.
       init_from: Checkpoint that the weights start from, or None.
-      new_classifier: Whether a classifier of another size starts at random.
+      new_classifier: What becomes of its classifier, see `initial.plan_classifier`.
+      extend: Whether the total of an earlier part of the run may have been another.
       progress, tensorboard, compilation_cache, prefetch_batches: See the config.
       processes: How the run's processes are connected.
     """
@@ -55,7 +57,8 @@ class RunOptions:
     max_bad_steps: int
     seed: int
     init_from: str | None
-    new_classifier: bool
+    new_classifier: bool | None
+    extend: bool
     progress: str
     tensorboard: bool
     compilation_cache: str | None
@@ -79,6 +82,8 @@ class Experiment:
       step_options: Arguments of the steps.
       mesh: The devices.
       run: Arguments of the loop.
+      initial: The network of `training.init_from`, or None.
+      notes: What the user should know before the run begins, one line each.
     """
 
     config: dict
@@ -94,6 +99,8 @@ class Experiment:
     step_options: StepOptions
     mesh: Mesh
     run: RunOptions
+    initial: ModelDescription | None = None
+    notes: tuple[str, ...] = ()
 
     @functools.cached_property
     def initialize(self) -> Callable:
@@ -139,18 +146,18 @@ def assemble(
     mesh = make_mesh(**config.mesh, devices=devices)
     check_connected()
     _check_divisible(config, mesh)
+    initial = read_initial_description(config)
+    config = take_network(config, initial)
     model_entry(config.model.name)  # A wrong name is told before the data set is opened.
     if sources is None:
-        sources = [
-            load_source(config.data.name, split, config.data.data_dir)
-            for split in (config.data.train_split, config.data.evaluation_split)
-        ]
-    description = _describe(config, sources)
+        sources = _open_sources(config)
+    description = _describe(config, sources, initial)
+    _check_sizes(config, description, mesh)
     model = description.build()
     run = _run_options(config, len(sources[0]))
-    schedule = _schedule(config, len(sources[0]), run.total_steps)
+    schedule, notes = _schedule(config, len(sources[0]), run.total_steps)
     train_options, evaluation_options = _loader_options(config, description)
-    preprocessing = description.preprocessing
+    images = description.preprocessing
     experiment = Experiment(
         config=plain(config),
         description=description,
@@ -164,8 +171,8 @@ def assemble(
         optimizer=make_optimizer(schedule=schedule, **config.optimizer),
         step_options=StepOptions(
             num_classes=description.options['num_classes'],
-            mean=preprocessing.mean,
-            std=preprocessing.std,
+            mean=images.mean,
+            std=images.std,
             label_smoothing=config.training.label_smoothing,
             accumulation_steps=config.training.accumulation_steps,
             mixup_alpha=config.data.mixup_alpha,
@@ -177,6 +184,8 @@ def assemble(
         ),
         mesh=mesh,
         run=run,
+        initial=initial,
+        notes=(*notes, *_batch_notes(config, len(sources[0]))),
     )
     check_shapes(experiment)
     return experiment
@@ -229,9 +238,11 @@ def _check_divisible(config: ConfigDict, mesh: Mesh) -> None:
             f'config.mesh.spatial is {mesh.shape["spatial"]}: it would split an image over several '
             f'processes, which have {(owners == owners.flat[0]).sum()} devices each; lower it'
         )
-    sizes = {'image_size': config.data.image_size}
-    if config.data.evaluation_image_size is not None:
-        sizes['evaluation_image_size'] = config.data.evaluation_image_size
+
+
+def _check_sizes(config: ConfigDict, description: ModelDescription, mesh: Mesh) -> None:
+    images = description.preprocessing
+    sizes = {'image_size': images.train_size, 'evaluation_image_size': images.test_size}
     for name, size in sizes.items():
         if size % mesh.shape['spatial']:
             raise ConfigError(
@@ -240,7 +251,28 @@ def _check_divisible(config: ConfigDict, mesh: Mesh) -> None:
             )
 
 
-def _describe(config: ConfigDict, sources: Sequence[Source]) -> ModelDescription:
+def _open_sources(config: ConfigDict) -> list[Source]:
+    data = config.data
+    return [
+        load_source(data.name, split, data.data_dir, purpose='selection')
+        for split in (data.train_split, data.evaluation_split)
+    ]
+
+
+def _batch_notes(config: ConfigDict, examples: int) -> list[str]:
+    batch = config.training.batch_size
+    if batch <= examples:
+        return []
+    return [
+        f'config.training.batch_size is {batch}, and there are only {examples} training images: a '
+        f'step takes {batch / examples:.1f} epochs; a batch_size of at most {examples} makes '
+        'more steps of as many epochs'
+    ]
+
+
+def _describe(
+    config: ConfigDict, sources: Sequence[Source], initial: ModelDescription | None
+) -> ModelDescription:
     train, evaluation = sources
     if train.label_names != evaluation.label_names:
         raise ConfigError(
@@ -255,20 +287,11 @@ def _describe(config: ConfigDict, sources: Sequence[Source]) -> ModelDescription
             f'config.model.num_classes is {options["num_classes"]}, but data set {train.name} has '
             f'{train.num_classes} labels; leave num_classes unset to take as many'
         )
-    data = config.data
-    size = data.evaluation_image_size or data.image_size
-    changes = {'crop_fraction': data.crop_fraction, 'interpolation': data.interpolation}
-    preprocessing = dataclasses.replace(
-        model_entry(config.model.name).preprocessing,
-        train_size=data.image_size,
-        test_size=size,
-        **{name: value for name, value in changes.items() if value is not None},
-    )
     return ModelDescription(
         name=config.model.name,
         options=options,
         label_names=train.label_names,
-        preprocessing=preprocessing,
+        preprocessing=preprocessing(config, initial),
         source=f'trained on {train.name}, split {train.split}',
     )
 
@@ -327,6 +350,7 @@ def _run_options(config: ConfigDict, examples: int) -> RunOptions:
         seed=training.seed,
         init_from=training.init_from,
         new_classifier=training.new_classifier,
+        extend=training.extend,
         progress=config.runtime.progress,
         tensorboard=config.runtime.tensorboard,
         compilation_cache=config.runtime.compilation_cache,
@@ -341,19 +365,24 @@ def _optional_steps(group: ConfigDict, name: str, per_epoch: float) -> float | N
     return steps(group, name, per_epoch)
 
 
-def _schedule(config: ConfigDict, examples: int, total_steps: int) -> Callable[[Any], Any]:
+def _schedule(
+    config: ConfigDict, examples: int, total_steps: int
+) -> tuple[Callable[[Any], Any], list[str]]:
+    """Returns the learning rate as a function of the step, and what to tell the user about it."""
     warmup = round(steps(config.schedule, 'warmup', examples / config.training.batch_size))
-    if warmup >= total_steps:
-        raise ConfigError(
-            f'config.schedule: the warm-up takes {warmup} steps and the run has {total_steps}; '
-            'shorten warmup_epochs or lengthen training.total_epochs'
+    notes, longest = [], total_steps // 2
+    if warmup > longest:
+        notes.append(
+            f'the warm-up of {warmup} steps is shortened to {longest}, half of the '
+            f'{total_steps} steps of this run'
         )
-    return warmup_cosine(
+    schedule = warmup_cosine(
         config.schedule.peak_learning_rate,
-        warmup_steps=warmup,
+        warmup_steps=min(warmup, longest),
         total_steps=total_steps,
         end_factor=config.schedule.end_factor,
     )
+    return schedule, notes
 
 
 def state_bytes(experiment: Experiment) -> int:

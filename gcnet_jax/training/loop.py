@@ -20,10 +20,11 @@ from ml_collections import ConfigDict
 from gcnet_jax.errors import CheckpointError, UserError, one_line
 from gcnet_jax.files import as_place
 from gcnet_jax.stored_model import load_variables
-from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
+from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.config import check_config, is_due
 from gcnet_jax.training.experiment import Experiment, assemble, state_bytes
 from gcnet_jax.training.freezing import frozen_paths, split
+from gcnet_jax.training.initial import explain_other_network, merge_initial, plan_classifier
 from gcnet_jax.training.lock import WorkdirLock, hold_workdir
 from gcnet_jax.training.mesh import batch_shardings, state_shardings, to_global
 from gcnet_jax.training.metrics import (
@@ -92,7 +93,13 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         keep_compiled(workdir, experiment.run.compilation_cache),
         Preemption() as preemption,
     ):
-        prepare_workdir(workdir, experiment.config, experiment.description, state_bytes(experiment))
+        prepare_workdir(
+            workdir,
+            experiment.config,
+            experiment.description,
+            state_bytes(experiment),
+            extend=experiment.run.extend,
+        )
         run = _Run(experiment, workdir, initial, preemption, lock)
         with contextlib.closing(run):
             finished = run.to_the_end()
@@ -115,14 +122,14 @@ def _read_initial(experiment: Experiment) -> dict | None:
     place = experiment.run.init_from
     if place is None:
         return None
-    _, variables = load_variables(place, choose='best')
+    there, variables = load_variables(place, choose='best')
     fresh = jax.eval_shape(experiment.initialize, jax.random.key(0))
-    merge_initial(
-        {'params': fresh.params, 'batch_stats': fresh.batch_stats},
-        variables,
-        new_classifier=experiment.run.new_classifier,
-        place=place,
-    )
+    fresh = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
+    try:
+        merge_initial(fresh, variables, kept=(), place=place)
+    except CheckpointError as error:
+        raise explain_other_network(error, experiment.description, there, place) from error
+    plan_classifier(experiment.description, there, experiment.run.new_classifier, place)
     return variables
 
 
@@ -218,26 +225,34 @@ class _Run:
         self.bad_in_a_row = position['bad_in_a_row']
         self.best = position.get('best')
         say(f'continuing from step {self.step}')
+        if self.options.extend and self.step < self.options.total_steps:
+            rate = float(self.experiment.schedule(self.step))
+            say(
+                f'extended to step {self.options.total_steps}: the learning rate goes on at '
+                f'{rate:.3g}, as in the schedule of that many steps'
+            )
         return state, shardings
 
     def _fill(
         self, state: TrainState, shardings: TrainState, initial: dict, say: Any
     ) -> TrainState:
         """Puts a checkpoint's variables in the place of the random ones."""
-        place = self.options.init_from
-        merged, context, classifier = merge_initial(
+        experiment, place = self.experiment, self.options.init_from
+        plan = plan_classifier(
+            experiment.description, experiment.initial, self.options.new_classifier, place
+        )
+        merged, context = merge_initial(
             {'params': state.params, 'batch_stats': state.batch_stats},
             initial,
-            new_classifier=self.options.new_classifier,
+            kept=plan.kept,
             place=place,
         )
-        say(f'weights from {place}')
+        say(f'weights from {place} ({experiment.initial.name})')
         if context:
             say(
                 f'{len(context)} context parameters are new, first {context[0]}, last {context[-1]}'
             )
-        if classifier:
-            say(f'the classifier is new: {", ".join(classifier)}')
+        say(plan.text)
         params, batch_stats = (
             jax.tree.map(jax.device_put, merged[name], getattr(shardings, name))
             for name in ('params', 'batch_stats')
@@ -453,6 +468,9 @@ def _introduce(experiment: Experiment, shapes: TrainState, say: Any) -> None:
         _, fixed = split(shapes.params, frozen_paths(shapes.params, patterns))
         count = sum(leaf.size for leaf in jax.tree.leaves(fixed))
         say(f'{count:,} of {parameters:,} parameters are frozen: {", ".join(patterns)}')
+
+    for note in experiment.notes:
+        say(note)
 
 
 def _print(text: str) -> None:

@@ -39,6 +39,14 @@ def _is_scale(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and 0 < value[0] <= value[1] <= 1
 
 
+def _is_triple(value: Any) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 3
+        and all(_number(-10, 10)[0](item) for item in value)
+    )
+
+
 def _is_address(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r'.+:\d{1,5}', value) is not None
 
@@ -68,7 +76,7 @@ _ABOVE_0 = _number(0, open_low=True)
 _SEED = (lambda value: _whole(0)[0](value) and value < 2**32), 'a whole number from 0 to 2**32 - 1'
 _AXIS = (lambda value: _COUNT[0](value) or value == -1), 'a whole number from 1, or -1 for the rest'
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    'model.name': _NAME,
+    'model.name': ((lambda value: value is None or isinstance(value, str)), 'a string or None'),
     'model.num_classes': _whole(2),  # A softmax over one class is always 1.
     'model.dtype': _choice('float32', 'bfloat16'),
     'data.name': _NAME,
@@ -79,6 +87,11 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'data.evaluation_image_size': _COUNT,
     'data.crop_fraction': _number(0, 1, open_low=True),
     'data.interpolation': _choice(*INTERPOLATIONS),
+    'data.mean': (_is_triple, 'three numbers on the scale where 255 is 1'),
+    'data.std': (
+        lambda value: _is_triple(value) and all(item > 0 for item in value),
+        'three positive numbers on the scale where 255 is 1',
+    ),
     'data.augmentation': _choice(*AUGMENTATIONS),
     'data.crop_scale': (_is_scale, 'two numbers with 0 < smallest <= largest <= 1'),
     'data.flip': _FLAG,
@@ -131,6 +144,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'training.max_bad_steps': _COUNT,
     'training.init_from': _NAME,
     'training.new_classifier': _FLAG,
+    'training.extend': _FLAG,
     'mesh.data': _AXIS,
     'mesh.fsdp': _AXIS,
     'mesh.spatial': _AXIS,

@@ -1,6 +1,7 @@
 """The working directory of a run: what it may hold, and the config that is written there first."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,35 +9,37 @@ from pathlib import Path
 import jax
 
 from gcnet_jax.compilation_cache import compilation_cache, user_directory
-from gcnet_jax.errors import CheckpointError, ConfigError
+from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import is_bucket, reason, write_whole
 from gcnet_jax.stored_model import ModelDescription, read_item, step_directories
-from gcnet_jax.training.config import changed_keys
+from gcnet_jax.training.config import EXTENDABLE, changed_keys
 
 CONFIG_FILE = 'config.json'
 COMPILATION_CACHE = 'compilation_cache'
 
 
-def check_workdir(workdir: Path, config: dict, description: ModelDescription) -> None:
+def check_workdir(
+    workdir: Path, config: dict, description: ModelDescription, *, extend: bool = False
+) -> None:
     """Refuses a directory that holds something else than an earlier part of this very run.
 
     Raises:
-      CheckpointError: It is no directory, or holds another config or another network's checkpoints.
+      CheckpointError: It is no directory, or holds another config, another network's checkpoints,
+        or a network that was trained on other labels or with another preprocessing.
     """
     if workdir.exists() and not workdir.is_dir():
         raise CheckpointError(f'--workdir {workdir} is a file; name a directory')
-    newest = list(step_directories(workdir).values())[-1:]
-    for checkpoint in newest:
-        with contextlib.suppress(CheckpointError):  # A damaged one is the restore's business.
+    checkpoints = list(step_directories(workdir).values())
+    for checkpoint in reversed(checkpoints):
+        try:
             there = ModelDescription.from_json(read_item(checkpoint, 'description'), checkpoint)
-            if there.name != description.name:
-                raise ConfigError(
-                    f'--workdir {workdir} holds checkpoints of {there.name}, and config.model.name '
-                    f'is {description.name}; choose another --workdir'
-                )
+        except CheckpointError:  # A damaged one is the restore's business.
+            continue
+        _check_description(workdir, there, description)
+        break
     path = workdir / CONFIG_FILE
     if not path.exists():
-        if newest:
+        if checkpoints:
             raise CheckpointError(
                 f'--workdir {workdir} holds checkpoints but no {CONFIG_FILE}; choose another '
                 '--workdir, and name this one in config.training.init_from to start from it'
@@ -49,6 +52,15 @@ def check_workdir(workdir: Path, config: dict, description: ModelDescription) ->
             f'{path} cannot be read: {error}; choose another --workdir'
         ) from error
     changed = changed_keys(before, config)
+    longer = [key for key in changed if key in EXTENDABLE]
+    if longer and (extend or changed == longer):
+        if not extend:
+            raise CheckpointError(
+                f'--workdir {workdir} holds a run with another config.{longer[0]}; give '
+                '--config.training.extend too, to continue it by the schedule of the new total, or '
+                'choose another --workdir'
+            )
+        changed = [key for key in changed if key not in EXTENDABLE]
     if changed:
         keys = ', '.join(f'config.{key}' for key in changed[:5]) + (', ...' if changed[5:] else '')
         raise CheckpointError(
@@ -57,8 +69,48 @@ def check_workdir(workdir: Path, config: dict, description: ModelDescription) ->
         )
 
 
+def _check_description(workdir: Path, there: ModelDescription, here: ModelDescription) -> None:
+    """Refuses to continue a network under another name, with other labels or other images."""
+    if there.name != here.name:
+        raise ConfigError(
+            f'--workdir {workdir} holds checkpoints of {there.name}, and config.model.name '
+            f'is {here.name}; choose another --workdir'
+        )
+    advice = (
+        'restore the data set as it was, or choose another --workdir and name this one in '
+        'config.training.init_from, which goes by the names of the labels'
+    )
+    ours, theirs = here.label_names, there.label_names
+    if theirs and len(ours) != len(theirs):
+        raise CheckpointError(
+            f'--workdir {workdir} holds a run on {len(theirs)} labels, and the data set now has '
+            f'{len(ours)}; {advice}'
+        )
+    for index, (new, old) in enumerate(zip(ours, theirs, strict=False)):
+        if new != old:
+            order = ', in another order' if sorted(ours) == sorted(theirs) else ''
+            raise CheckpointError(
+                f'--workdir {workdir} holds a run on other labels{order}: label {index} was '
+                f'{one_line(old, 60)!r}, and the data set now has {one_line(new, 60)!r}; {advice}'
+            )
+    old, new = (dataclasses.asdict(side.preprocessing) for side in (there, here))
+    changed = [key for key in old if old[key] != new[key]]
+    if changed:
+        key = changed[0]
+        raise CheckpointError(
+            f'--workdir {workdir} holds a run whose images have {key} {old[key]}, and now it is '
+            f'{new[key]}; give the settings of config.data and the init_from that it began with, '
+            'or choose another --workdir'
+        )
+
+
 def prepare_workdir(
-    workdir: Path, config: dict, description: ModelDescription, checkpoint_bytes: int
+    workdir: Path,
+    config: dict,
+    description: ModelDescription,
+    checkpoint_bytes: int,
+    *,
+    extend: bool = False,
 ) -> None:
     """Checks a working directory and writes the config there, all before anything is compiled.
 
@@ -67,12 +119,13 @@ def prepare_workdir(
       config: The plain config.
       description: Of the network.
       checkpoint_bytes: Size of one checkpoint.
+      extend: Allow another length of the run than before.
 
     Raises:
       CheckpointError: As `check_workdir`; or it cannot be written, or has no space for one
         checkpoint.
     """
-    check_workdir(workdir, config, description)
+    check_workdir(workdir, config, description, extend=extend)
     if jax.process_index() != 0:
         return
     try:

@@ -12,7 +12,7 @@ import pytest
 from gcnet_jax.checksums import json_checksum
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.stored_model import ModelDescription, find_checkpoint
-from gcnet_jax.training.checkpoints import CheckpointStore, merge_initial
+from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.mesh import make_mesh, state_shardings
 from gcnet_jax.training.state import TrainState
 
@@ -240,53 +240,6 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path):
     with pytest.raises(ZeroDivisionError), store.explain_errors():
         raise ZeroDivisionError
     store.close()
-
-
-def variables(classes=3, context=False, extra=False):
-    params = {'conv': {'kernel': np.ones((3, 4))}, 'classifier': {'kernel': np.ones((4, classes))}}
-    if context:
-        params['stage1_0'] = {'context_after_conv2_0': {'expand': {'kernel': np.zeros((4, 4))}}}
-    if extra:
-        params['head'] = {'kernel': np.ones((2, 2))}
-    return {'params': params, 'batch_stats': {'norm': {'mean': np.ones(4)}}}
-
-
-def test_initial_weights_fill_all_but_the_missing_context():
-    loaded = jax.tree.map(lambda leaf: leaf * 5, variables())
-    merged, new, classifier = merge_initial(
-        variables(context=True), loaded, new_classifier=False, place='x'
-    )
-    assert new == ['params/stage1_0/context_after_conv2_0/expand/kernel']
-    assert classifier == []
-    context = merged['params'].pop('stage1_0')
-    same(merged, loaded)
-    assert not context['context_after_conv2_0']['expand']['kernel'].any()
-
-
-def test_a_classifier_of_another_size_is_dropped_only_when_told():
-    fresh, loaded = variables(classes=7), jax.tree.map(lambda leaf: leaf * 5, variables())
-    with pytest.raises(CheckpointError, match=r'3 classes, the network 7; .*new_classifier=True'):
-        merge_initial(fresh, loaded, new_classifier=False, place='x')
-    merged, _, classifier = merge_initial(fresh, loaded, new_classifier=True, place='x')
-    assert classifier == ['params/classifier/kernel']
-    np.testing.assert_array_equal(merged['params']['classifier']['kernel'], np.ones((4, 7)))
-    np.testing.assert_array_equal(merged['params']['conv']['kernel'], np.full((3, 4), 5))
-    kept, _, dropped = merge_initial(variables(), loaded, new_classifier=True, place='x')
-    assert dropped == []
-    np.testing.assert_array_equal(kept['params']['classifier']['kernel'], np.full((4, 3), 5))
-
-
-@pytest.mark.parametrize(
-    ('fresh', 'loaded', 'message'),
-    [
-        (variables(extra=True), variables(), '1 missing, first params/head/kernel'),
-        (variables(), variables(extra=True), '1 not in the network, first params/head/kernel'),
-        (variables(), variables(context=True), '1 not in the network, first params/stage1_0'),
-    ],
-)
-def test_weights_of_another_network_are_refused(fresh, loaded, message):
-    with pytest.raises(CheckpointError, match=message):
-        merge_initial(fresh, loaded, new_classifier=True, place='x')
 
 
 @pytest.mark.parametrize(

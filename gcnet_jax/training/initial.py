@@ -1,0 +1,253 @@
+"""Starting from a checkpoint: its network, its preprocessing, its weights, and its classifier.
+
+The classifier is filled by the names of the labels, not by their order: an output whose label the
+checkpoint knows takes over that label's weights, and the others start at random.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from gcnet_jax.errors import CheckpointError, ConfigError, one_line
+from gcnet_jax.models.registry import Preprocessing, model_entry
+from gcnet_jax.stored_model import ModelDescription, read_model_description
+from gcnet_jax.training.config import default_config
+
+
+def read_initial_description(config: ConfigDict) -> ModelDescription | None:
+    """Reads which network `training.init_from` holds; None where it is not set."""
+    place = config.training.init_from
+    return None if place is None else read_model_description(place, choose='best')
+
+
+def take_network(config: ConfigDict, initial: ModelDescription | None) -> ConfigDict:
+    """Fills in the checkpoint's network where the config names none.
+
+    Options that the config sets itself win over the checkpoint's. The size of the classifier is the
+    data's and the type of the computation the config's.
+
+    Returns:
+      A config whose `model.name` is set; the same one where it was set before.
+    """
+    if config.model.name is not None or initial is None:
+        return config
+    tree = config.to_dict()
+    default = default_config().model.to_dict()
+    own = {
+        key: value
+        for key, value in tree['model'].items()
+        if key not in default or value != default[key]
+    }
+    stored = {
+        key: value for key, value in initial.options.items() if key not in ('num_classes', 'dtype')
+    }
+    tree['model'] = {**default, **stored, **own, 'name': initial.name}
+    # A network that was stored with another norm setting may lack some of its keys.
+    tree['model']['norm'] = {**default['norm'], **(tree['model']['norm'] or {})}
+    return ConfigDict(tree)
+
+
+def preprocessing(config: ConfigDict, initial: ModelDescription | None) -> Preprocessing:
+    """Returns what the images of a run are like: the config's, the checkpoint's, the network's."""
+    data = config.data
+    base = (
+        model_entry(config.model.name).preprocessing if initial is None else initial.preprocessing
+    )
+    size = data.image_size or base.train_size
+    changes = {
+        'crop_fraction': data.crop_fraction,
+        'interpolation': data.interpolation,
+        'mean': None if data.mean is None else tuple(map(float, data.mean)),
+        'std': None if data.std is None else tuple(map(float, data.std)),
+    }
+    return dataclasses.replace(
+        base,
+        train_size=size,
+        test_size=data.evaluation_image_size or data.image_size or base.test_size,
+        **{name: value for name, value in changes.items() if value is not None},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierPlan:
+    """Which outputs of a classifier take over which outputs of the checkpoint's.
+
+    Attributes:
+      kept: Pairs of an output here and the one there; None keeps the whole classifier.
+      text: What is done, in one line for the user.
+    """
+
+    kept: tuple[tuple[int, int], ...] | None
+    text: str
+
+
+def plan_classifier(
+    here: ModelDescription, there: ModelDescription, new_classifier: bool | None, place: str
+) -> ClassifierPlan:
+    """Decides what becomes of a checkpoint's classifier.
+
+    Args:
+      here: The network to be trained; its label names are those of the data set.
+      there: The checkpoint's.
+      new_classifier: True starts it at random, False keeps it by position, None goes by the names.
+      place: The checkpoint, named in errors.
+
+    Raises:
+      CheckpointError: It is to be kept and has another size; or the checkpoint has as many classes,
+        without names to go by.
+    """
+    ours, theirs = here.label_names, there.label_names
+    classes, stored = here.build().num_classes, there.build().num_classes
+    if not stored:
+        return ClassifierPlan((), 'the classifier starts at random: the checkpoint has none')
+    if new_classifier:
+        return ClassifierPlan((), 'the classifier starts at random (training.new_classifier=True)')
+    if new_classifier is False:
+        if stored != classes:
+            raise CheckpointError(
+                f'{place}: its classifier has {stored} classes, the data set {classes}; leave '
+                'config.training.new_classifier unset, or True, to start it at random'
+            )
+        return ClassifierPlan(None, f'all {classes} outputs of the classifier are kept in order')
+    if not theirs:
+        if stored == classes:
+            raise CheckpointError(
+                f'{place}: its classifier has {stored} classes, as many as the data set, and no '
+                'label names to compare; set config.training.new_classifier=True to start it at '
+                'random, or False if the classes are the same in the same order'
+            )
+        return ClassifierPlan(
+            (),
+            f"the classifier starts at random: the checkpoint's {stored} classes have no names",
+        )
+    if ours == theirs:
+        return ClassifierPlan(None, f'the classifier is kept: all {classes} labels are the same')
+    return _by_names(ours, theirs)
+
+
+def _by_names(ours: tuple[str, ...], theirs: tuple[str, ...]) -> ClassifierPlan:
+    """Pairs the labels that have the same name, where the name stands for one class only."""
+    repeated = {
+        name for names in (ours, theirs) for name, n in collections.Counter(names).items() if n > 1
+    }
+    places = {name: index for index, name in enumerate(theirs) if name not in repeated}
+    kept = tuple((index, places[name]) for index, name in enumerate(ours) if name in places)
+    if not kept:
+        return ClassifierPlan(
+            (),
+            f"the classifier starts at random: none of the checkpoint's {len(theirs)} labels "
+            f'({one_line(theirs[0], 40)}, ...) is in the data set ({one_line(ours[0], 40)}, ...)',
+        )
+    known = {here for here, _ in kept}
+    new = [name for index, name in enumerate(ours) if index not in known]
+    text = (
+        f"{len(kept)} of {len(ours)} outputs of the classifier are the checkpoint's, by their "
+        'label names'
+    )
+    if new:
+        names = ', '.join(one_line(name, 40) for name in new[:3]) + (', ...' if new[3:] else '')
+        text += f'; {len(new)} start at random: {names}'
+    return ClassifierPlan(kept, text)
+
+
+def merge_initial(
+    fresh: Mapping[str, Any],
+    loaded: Mapping[str, Any],
+    *,
+    kept: tuple[tuple[int, int], ...] | None,
+    place: str,
+) -> tuple[dict, list[str]]:
+    """Fills a network's variables from a checkpoint of the same or of the plain network.
+
+    Args:
+      fresh: The network's own {'params', 'batch_stats'}: arrays, or shapes.
+      loaded: The checkpoint's.
+      kept: As in `ClassifierPlan`: outputs of the classifier that are taken from the checkpoint.
+      place: The checkpoint, named in errors.
+
+    Returns:
+      The variables, and the parameters of context blocks that the checkpoint does not have, which
+      stay as they are in `fresh`.
+
+    Raises:
+      CheckpointError: Anything else is missing, left over, or of another shape; lists both sides.
+    """
+    ours, theirs = flatten_dict(dict(fresh), sep='/'), flatten_dict(dict(loaded), sep='/')
+    missing = sorted(ours.keys() - theirs.keys())
+    extra = sorted(theirs.keys() - ours.keys())
+    common = sorted(ours.keys() & theirs.keys())
+    context = [key for key in missing if any(part.startswith('context') for part in key.split('/'))]
+    classifier = [key for key in ours if 'classifier' in key.split('/')]
+    # A checkpoint of pooled features has no classifier.
+    absent = [key for key in missing if key in classifier and kept == ()]
+    lost = sorted(set(missing) - set(context) - set(absent))
+
+    def differs(key):
+        left, right = ours[key].shape, theirs[key].shape
+        return left[:-1] != right[:-1] if key in classifier and kept is not None else left != right
+
+    wrong = [f'{key} {theirs[key].shape} for {ours[key].shape}' for key in common if differs(key)]
+    if lost or extra or wrong:
+        parts = {'missing': lost, 'not in the network': extra, 'of another shape': wrong}
+        raise CheckpointError(
+            f'{place} is of another network: '
+            + '; '.join(
+                f'{len(keys)} {what}, first {keys[0]}' for what, keys in parts.items() if keys
+            )
+        )
+    merged = {key: theirs.get(key, value) for key, value in ours.items()}
+    if kept is not None:
+        for key in classifier:
+            merged[key] = _with_outputs(ours[key], theirs.get(key), kept)
+    filled = unflatten_dict(merged, sep='/')
+    return {'params': filled['params'], 'batch_stats': filled.get('batch_stats', {})}, context
+
+
+def _with_outputs(fresh: Any, loaded: Any, kept: tuple[tuple[int, int], ...]) -> Any:
+    """Returns a classifier's leaf, its last axis the classes, with the kept ones filled in."""
+    if not kept or isinstance(fresh, jax.ShapeDtypeStruct):
+        return fresh
+    here, there = map(np.array, zip(*kept, strict=True))
+    # By an operation of JAX: the leaf may be spread over several processes.
+    return jax.numpy.asarray(fresh).at[..., here].set(np.asarray(loaded)[..., there])
+
+
+def explain_other_network(
+    error: CheckpointError, here: ModelDescription, there: ModelDescription, place: str
+) -> ConfigError:
+    """Returns the error for a checkpoint whose weights do not fit, naming both networks."""
+    detail = str(error).removeprefix(f'{place} is of another network: ')
+    if here.name != there.name:
+        what = f'holds {there.name}, and config.model.name is {here.name}'
+        advice = 'leave config.model.name unset to take the network of the checkpoint'
+        if not here.name.startswith('gc_'):
+            advice += f', or give --config.model.name={there.name}'
+    else:
+        defaults = model_entry(here.name).module.keywords
+        keys = sorted(
+            key
+            for key in {**here.options, **there.options}
+            if key not in ('num_classes', 'dtype', 'norm')
+            and _value(here, key, defaults) != _value(there, key, defaults)
+        )
+        shown = '; '.join(
+            f'{key} is {one_line(_value(there, key, defaults), 80)} there and '
+            f'{one_line(_value(here, key, defaults), 80)} here'
+            for key in keys
+        )
+        what = f'holds {there.name} with other options ({shown or "unknown"})'
+        advice = 'leave config.model.name and its options unset to take those of the checkpoint'
+    return ConfigError(
+        f'config.training.init_from: {place} {what}, which cannot be filled from '
+        f'it ({detail}); {advice}'
+    )
+
+
+def _value(description: ModelDescription, key: str, defaults: Mapping[str, Any]) -> Any:
+    return description.options.get(key, defaults.get(key))
