@@ -17,7 +17,13 @@ from gcnet_jax.models.registry import model_entry
 from gcnet_jax.porting.architectures import check_architecture
 from gcnet_jax.porting.convert import Report, to_torch_arrays
 from gcnet_jax.porting.hub import HubConfig, check_label, write_hub_config
-from gcnet_jax.porting.load import HUB_FILES, find_pretrained, load_named, write_safetensors
+from gcnet_jax.porting.load import (
+    HUB_FILES,
+    Loaded,
+    find_pretrained,
+    load_named,
+    write_safetensors,
+)
 from gcnet_jax.porting.recognise import family_of
 from gcnet_jax.stored_model import CHECKPOINTS, ModelDescription, load_variables, write_ported
 
@@ -67,6 +73,8 @@ def port(
             f'{checkpoint} holds a context block, not a network: load it with '
             'gcnet_jax.porting.load_torch'
         )
+    if not options.get('ignore_architecture'):
+        check_architecture(source.architecture, loaded.name, one_line(checkpoint))
     if labels and len(labels) != loaded.network.num_classes:
         raise ConfigError(
             f'{label_names} has {len(labels)} lines and {loaded.name} has '
@@ -74,13 +82,10 @@ def port(
             'classes'
         )
     preprocessing = model_entry(loaded.name).preprocessing
-    if not options.get('ignore_architecture'):
-        check_architecture(source.architecture, loaded.name, one_line(checkpoint))
     if source.config is not None:
         preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
-        is_new = any(path.startswith('params/classifier/') for path in loaded.report.initialised)
-        if label_names is None and loaded.network.num_classes and not is_new:
-            labels = _labels_of(source.config, loaded.network.num_classes, checkpoint)
+        if label_names is None:
+            labels = _labels_of(source.config, loaded, checkpoint)
     description = ModelDescription(
         name=loaded.name,
         options=dict(loaded.options),
@@ -145,7 +150,11 @@ def port_reverse(
     return report
 
 
-def _labels_of(config: HubConfig, classes: int, checkpoint: object) -> tuple[str, ...]:
+def _labels_of(config: HubConfig, loaded: Loaded, checkpoint: object) -> tuple[str, ...]:
+    """The labels that the config gives to a classifier of the file; a new one has none."""
+    classes = loaded.network.num_classes
+    if not classes or any(p.startswith('params/classifier/') for p in loaded.report.initialised):
+        return ()
     if len(config.label_names) not in (0, classes):
         raise CheckpointError(
             f'{one_line(checkpoint)}: its config names {len(config.label_names)} labels and the '
