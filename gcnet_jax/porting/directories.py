@@ -20,6 +20,7 @@ from gcnet_jax.porting.hub import HubConfig, check_label, write_hub_config
 from gcnet_jax.porting.load import (
     HUB_FILES,
     Loaded,
+    Source,
     find_pretrained,
     load_named,
     write_safetensors,
@@ -81,18 +82,7 @@ def port(
             f'{loaded.network.num_classes} classes; write one name a line, in the order of the '
             'classes'
         )
-    preprocessing = model_entry(loaded.name).preprocessing
-    if source.config is not None:
-        preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
-        if label_names is None:
-            labels = _labels_of(source.config, loaded, checkpoint)
-    description = ModelDescription(
-        name=loaded.name,
-        options=dict(loaded.options),
-        label_names=labels,
-        preprocessing=preprocessing,
-        source=f'ported from {Path(checkpoint).name} ({loaded.report.family})',
-    )
+    description = _description(source, loaded, None if label_names is None else labels, checkpoint)
     _to_jax(loaded.variables)
     with _whole_or_not_at_all(out) as partial:
         write_ported(partial, description, loaded.variables)
@@ -148,6 +138,24 @@ def port_reverse(
             network.num_classes,
         )
     return report
+
+
+def _description(
+    source: Source, loaded: Loaded, labels: tuple[str, ...] | None, checkpoint: object
+) -> ModelDescription:
+    """The network's own settings with those of the config; labels of None are the config's too."""
+    preprocessing = model_entry(loaded.name).preprocessing
+    if source.config is not None:
+        preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
+        if labels is None:
+            labels = _labels_of(source.config, loaded, checkpoint)
+    return ModelDescription(
+        name=loaded.name,
+        options=dict(loaded.options),
+        label_names=labels or (),
+        preprocessing=preprocessing,
+        source=f'ported from {Path(checkpoint).name} ({loaded.report.family})',
+    )
 
 
 def _labels_of(config: HubConfig, loaded: Loaded, checkpoint: object) -> tuple[str, ...]:
