@@ -17,7 +17,14 @@ from gcnet_jax.models.registry import model_entry
 from gcnet_jax.porting.architectures import check_architecture
 from gcnet_jax.porting.convert import Report, to_torch_arrays
 from gcnet_jax.porting.hub import HubConfig, check_label, write_hub_config
-from gcnet_jax.porting.load import HUB_FILES, find_pretrained, load_named, write_safetensors
+from gcnet_jax.porting.load import (
+    HUB_FILES,
+    Loaded,
+    Source,
+    find_pretrained,
+    load_named,
+    write_safetensors,
+)
 from gcnet_jax.porting.recognise import family_of
 from gcnet_jax.stored_model import CHECKPOINTS, ModelDescription, load_variables, write_ported
 
@@ -67,27 +74,15 @@ def port(
             f'{checkpoint} holds a context block, not a network: load it with '
             'gcnet_jax.porting.load_torch'
         )
+    if not options.get('ignore_architecture'):
+        check_architecture(source.architecture, loaded.name, one_line(checkpoint))
     if labels and len(labels) != loaded.network.num_classes:
         raise ConfigError(
             f'{label_names} has {len(labels)} lines and {loaded.name} has '
             f'{loaded.network.num_classes} classes; write one name a line, in the order of the '
             'classes'
         )
-    preprocessing = model_entry(loaded.name).preprocessing
-    if not options.get('ignore_architecture'):
-        check_architecture(source.architecture, loaded.name, one_line(checkpoint))
-    if source.config is not None:
-        preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
-        is_new = any(path.startswith('params/classifier/') for path in loaded.report.initialised)
-        if label_names is None and loaded.network.num_classes and not is_new:
-            labels = _labels_of(source.config, loaded.network.num_classes, checkpoint)
-    description = ModelDescription(
-        name=loaded.name,
-        options=dict(loaded.options),
-        label_names=labels,
-        preprocessing=preprocessing,
-        source=f'ported from {Path(checkpoint).name} ({loaded.report.family})',
-    )
+    description = _description(source, loaded, None if label_names is None else labels, checkpoint)
     _to_jax(loaded.variables)
     with _whole_or_not_at_all(out) as partial:
         write_ported(partial, description, loaded.variables)
@@ -145,7 +140,29 @@ def port_reverse(
     return report
 
 
-def _labels_of(config: HubConfig, classes: int, checkpoint: object) -> tuple[str, ...]:
+def _description(
+    source: Source, loaded: Loaded, labels: tuple[str, ...] | None, checkpoint: object
+) -> ModelDescription:
+    """The network's own settings with those of the config; labels of None are the config's too."""
+    preprocessing = model_entry(loaded.name).preprocessing
+    if source.config is not None:
+        preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
+        if labels is None:
+            labels = _labels_of(source.config, loaded, checkpoint)
+    return ModelDescription(
+        name=loaded.name,
+        options=dict(loaded.options),
+        label_names=labels or (),
+        preprocessing=preprocessing,
+        source=f'ported from {Path(checkpoint).name} ({loaded.report.family})',
+    )
+
+
+def _labels_of(config: HubConfig, loaded: Loaded, checkpoint: object) -> tuple[str, ...]:
+    """The labels that the config gives to a classifier of the file; a new one has none."""
+    classes = loaded.network.num_classes
+    if not classes or any(p.startswith('params/classifier/') for p in loaded.report.initialised):
+        return ()
     if len(config.label_names) not in (0, classes):
         raise CheckpointError(
             f'{one_line(checkpoint)}: its config names {len(config.label_names)} labels and the '

@@ -74,7 +74,10 @@ def read_hub_config(directory: str | os.PathLike) -> HubConfig | None:
             label_names=_label_names(fields, pretrained),
         )
     except ConfigError as error:
-        raise CheckpointError(f'{one_line(path)}: {error}') from error
+        raise CheckpointError(
+            f'{one_line(path)}: {error}. To do without this file, give a copy of the weights that '
+            'lies elsewhere'
+        ) from error
 
 
 def write_hub_config(
