@@ -186,6 +186,7 @@ def training_config(
     """
     from gcnet_jax.data.folder import prepare_folder
     from gcnet_jax.training.command import load_config, shipped_configs
+    from gcnet_jax.training.config import name_network
 
     if setup.smoke:
         dataset, epochs = 'digits', 1
@@ -194,20 +195,20 @@ def training_config(
     config = load_config(str(shipped_configs() / f'{own_file or by_size}.py'))
     if dataset == 'folder':
         prepared = prepare_folder(folder, 'my_images', overwrite=True)
-        dataset, splits = prepared.name, list(prepared.split_sizes)
-        config.data.evaluation_split = 'test' if 'test' in splits else 'validation'
+        dataset = prepared.name
     elif dataset != 'digits':
         prepare_tfds(dataset)
     config.data.name = dataset
     if image_size and dataset != 'digits':
         config.data.image_size = image_size
-    if network:
-        config.model.name = network
+    if network and network != config.model.name:
+        name_network(config, network)
     if block:
         place = {'stages': tuple(map(int, stages.split(','))), 'position': position}
         if block in ('global_context', 'squeeze_excite') and ratio is not None:
             place['ratio'] = ratio
-        del config.model.context  # The file's is of another type.
+        if 'context' in config.model:
+            del config.model.context  # The file's is of another type.
         config.model.context = None if block == 'none' else ({'block': block, **place},)
     config.training.total_epochs = float(epochs)
     # A short run from the form keeps a short warm-up.

@@ -179,10 +179,21 @@ def _explain(error: BaseException) -> str:
     text = ' '.join(map(str, error.args)) or type(error).__name__
     unknown = re.search(r'Key "(.+?)" does not exist|instead of "(.+?)"', text)
     if unknown:
-        name = unknown[1] or unknown[2]
-        parts = {part for path, _ in leaves(default_config().to_dict()) for part in path.split('.')}
-        return unknown_name('setting', name, parts)
+        return _nearest_setting(unknown[1] or unknown[2])
     return one_line(f'{type(error).__name__}: {text}', 300)
+
+
+def _nearest_setting(key: str) -> str:
+    """Returns the message for a key that no group has, with the settings that it may stand for."""
+    paths = sorted({path for path, _ in leaves(default_config().to_dict())})
+    groups = {path.partition('.')[0] for path in paths}
+    names = {path.rpartition('.')[2]: path for path in (*paths, *groups)}
+    same = [path for path in paths if path.rpartition('.')[2] == key]
+    if same:
+        shown = ' or '.join(f"'config.{path}'" for path in same)
+        return f'unknown setting {key!r} in this group; did you mean {shown}?'
+    text = unknown_name('setting', key, names)
+    return re.sub(r"(?<=[ ])'(\w+)'(?=[ ?])", lambda m: f"'config.{names.get(m[1], m[1])}'", text)
 
 
 def shipped_configs() -> Path:

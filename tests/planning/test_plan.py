@@ -83,12 +83,14 @@ def test_a_config_is_described_without_its_data(name, tmp_path, monkeypatch):
     monkeypatch.setattr('gcnet_jax.training.experiment.load_source', refuse)
     monkeypatch.setattr('gcnet_jax.training.experiment.check_shapes', lambda built: None)
     tree = load_config(str(CONFIGS / f'{name}.py'))
-    if name == 'folder':
+    if name == 'finetune':
+        tree.model.name = 'gc_resnet50'  # The checkpoint's, where there is one.
+    if name in ('folder', 'finetune'):
         tree.model.num_classes = 5
     else:
         tree.data.data_dir = str(tmp_path)
     built = planning.describe(tree, jax.devices(), 64)
-    classes = {'imagenet': 1000, 'finetune': 1000, 'folder': 5}
+    classes = {'imagenet': 1000, 'finetune': 5, 'folder': 5}
     assert built.step_options.num_classes == classes.get(name, 10)
     assert built.train_options['global_batch_size'] == 64
     assert built.model.context

@@ -215,7 +215,9 @@ def test_a_checkpoint_says_which_network_and_preprocessing(file, ported):
 def test_an_unknown_key_in_a_file_is_one_line(tmp_path):
     path = tmp_path / 'mine.py'
     path.write_text(OWN.replace('config.model.dropout_rate', 'config.training.total_epoch'))
-    with pytest.raises(ConfigError, match=r"line 10: .*mean 'config.training.total_epochs'") as one:
+    with pytest.raises(
+        ConfigError, match=r"line 10 of mine.py: .*mean 'config.training.total_epochs'"
+    ) as one:
         command.load_config(str(path))
     assert len(str(one.value)) < 300
     path.write_text(OWN.replace('config.model.dropout_rate', 'config.optimizer.batch_size'))
@@ -226,9 +228,9 @@ def test_an_unknown_key_in_a_file_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        ('def get_config(:\n', r'line 1 is no valid Python: .*def get_config\(:'),
-        ('def get_config():\n    return 1 / 0\n', r'failed, line 2: ZeroDivisionError'),
-        ('import nothing_of_this_name\n', r'failed, line 1: ModuleNotFoundError'),
+        ('def get_config(:\n', r'line 1 of mine.py: def get_config\(:'),
+        ('def get_config():\n    return 1 / 0\n', r'failed, line 2 of mine.py: ZeroDivisionError'),
+        ('import nothing_of_this_name\n', r'failed, line 1 of mine.py: ModuleNotFoundError'),
     ],
 )
 def test_a_broken_file_names_its_line(tmp_path, text, message):
