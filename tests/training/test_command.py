@@ -75,7 +75,7 @@ def test_a_wrong_flag_is_one_line(argument, message, capsys, monkeypatch):
         (
             'c.training.batchsize = 3',
             r"get_config\(\) failed, line 4 of own.py: unknown setting 'batchsize'; did you mean "
-            "'batch_size'",
+            "'config.training.batch_size'",
         ),
         ("c.update({'training': {'batchsize': 3}})", "line 4 of own.py: unknown setting 'batchs"),
         (

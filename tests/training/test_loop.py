@@ -353,7 +353,9 @@ def test_fine_tuning_adds_the_context_to_a_plain_network(tmp_path, whole_run, ca
     for name in context:
         del block[name]
     plain = {**description.options, 'context': None}
-    write_ported(tmp_path / 'plain', type(description)('gccnn', plain), variables)
+    write_ported(
+        tmp_path / 'plain', type(description)('gccnn', plain, description.label_names), variables
+    )
     config = tiny_config(init_from=str(tmp_path / 'plain'), total_steps=1)
     config.schedule.peak_learning_rate = 1e-30
     final = train(config, tmp_path / 'run')
