@@ -28,7 +28,7 @@ def check_files(checkpoint: Path) -> int:
     """
     if is_bucket(checkpoint):
         return sum(path.stat().length for path in _objects(checkpoint))
-    total = count = 0
+    total = stored = count = 0
     for folder, folders, names in os.walk(checkpoint):
         for name in (*folders, *names):
             path = os.path.join(folder, name)
@@ -44,9 +44,15 @@ def check_files(checkpoint: Path) -> int:
                     f'{checkpoint}: damaged: {one_line(path)} is neither a file nor a directory'
                 )
             total += 0 if is_folder else status.st_size
+            stored += getattr(status, 'st_blocks', status.st_size // 512 + 1) * 512
             count += 1
         if count > MAX_FILES:
             raise CheckpointError(f'{checkpoint}: damaged: more than {MAX_FILES:,} files')
+    # TensorStore ends the process where it cannot allocate what it reads.
+    if total > ALWAYS_ALLOWED_BYTES + MAX_EXPANSION * stored:
+        raise CheckpointError(
+            f'{checkpoint}: damaged: its files claim {total:,} bytes, and {stored:,} are stored'
+        )
     return total
 
 

@@ -234,6 +234,15 @@ def test_arrays_that_the_files_cannot_hold_are_refused(ported):
         check_size({'x': leaf}, check_files(checkpoint), checkpoint)
 
 
+def test_a_sparse_file_is_refused_before_anything_reads_it(ported):
+    """TensorStore would end the process."""
+    data = next((ported[0] / 'checkpoints' / '0' / 'variables').rglob('d/*'))
+    with data.open('r+b') as file:
+        file.truncate(2**40)
+    with pytest.raises(CheckpointError, match=r'its files claim 1,099,5\d\d,\d\d\d,\d\d\d bytes'):
+        load_variables(ported[0])
+
+
 def test_every_bit_of_every_value_counts():
     """Also the highest, and at any position: weights are odd numbers."""
     values = np.zeros((3, 4), np.uint32)
