@@ -132,7 +132,9 @@ def test_it_is_the_accuracy_of_the_training_run(make, tmp_path, monkeypatch, dty
     monkeypatch.setattr(
         experiment,
         'load_source',
-        lambda name, split, data_dir, **_: TrainingSource(images[split], name=name, split=split),
+        lambda name, split, data_dir, **_: TrainingSource(
+            images[split or 'test'], name=name, split=split or 'test'
+        ),
     )
     config = default_config()
     config.model.stage_sizes, config.model.widths = (1,), (4,)
