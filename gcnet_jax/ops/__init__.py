@@ -1,0 +1,1 @@
+"""What detectors are made of and no library has right: boxes, suppression, aligned pooling."""

@@ -1,0 +1,153 @@
+"""RoIAlign over a feature pyramid (He et al., arXiv 1703.06870), as mmdetection 2 and later use it.
+
+Each bin of a box averages bilinear samples: `ceil(bin size)` of them along each axis (mmcv's
+`sampling_ratio=0`), at positions shifted by half a pixel (`aligned=True`). Interpolation and mean
+both factor by axis, so a box is two small matrix products with a window of its level's map. Windows
+come in a few static shapes; boxes are sorted by the shape that they need and computed in chunks.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from gcnet_jax.ops.boxes import box_area
+
+# A box of this size (the square root of its area, in pixels) is the smallest of the second level.
+FINEST_SCALE = 56
+# Height and width of the windows, tried in this order. Below the last level a box has fewer than
+# 28 x 28 pixels of its map, so that only elongated ones do not fit into the first shapes.
+WINDOWS = ((16, 16), (32, 32), (16, 64), (64, 16))
+# Boxes that are computed together.
+CHUNK = 16
+
+
+def pyramid_level(boxes: Float[Array, 'n 4'], levels: int) -> Int[Array, ' n']:
+    """Returns the level of the pyramid that each box belongs to; 0 is the finest."""
+    scale = jnp.sqrt(box_area(boxes)) / FINEST_SCALE
+    return jnp.clip(jnp.floor(jnp.log2(scale + 1e-6)), 0, levels - 1).astype(jnp.int32)
+
+
+def roi_align(
+    pyramid: Sequence[Float[Array, 'batch _ _ channel']],
+    strides: Sequence[int],
+    boxes: Float[Array, 'n 4'],
+    images: Int[Array, ' n'],
+    out: int,
+) -> Float[Array, 'n {out} {out} channel']:
+    """Samples a square of features for each box, from the level that fits its size.
+
+    Args:
+      pyramid: One map for each level, the finest first.
+      strides: Pixels of the image to one pixel of each map.
+      boxes: In pixels of the image, clipped to it. They get no gradient, as in mmcv.
+      images: The index in the batch of the image that each box lies in.
+      out: Height and width of the result.
+
+    Returns:
+      Features in the type of the maps; a box without area gives zeros.
+    """
+    boxes = lax.stop_gradient(boxes.astype(jnp.float32))
+    shapes = np.array([features.shape[1:3] for features in pyramid])
+    level = pyramid_level(boxes, len(pyramid))
+    batch, channels = pyramid[0].shape[0], pyramid[0].shape[-1]
+    flat = jnp.concatenate([features.reshape(-1, channels) for features in pyramid])
+    first_row = np.concatenate([[0], np.cumsum(batch * shapes.prod(axis=1))[:-1]])
+
+    lengths = jnp.asarray(shapes)[level]  # Height and width of each box's map.
+    scale = jnp.asarray(strides, jnp.float32)[level][:, None]
+    start = boxes[:, 1::-1] / scale - 0.5  # Top and left in pixels of the map.
+    size = boxes[:, 3:1:-1] / scale - boxes[:, 1::-1] / scale
+    origin = jnp.asarray(first_row, jnp.int32)[level] + images * lengths.prod(axis=1)
+
+    low = jnp.clip(jnp.floor(start), 0, lengths - 1).astype(jnp.int32)
+    high = jnp.clip(jnp.floor(start + size) + 1, 0, lengths - 1).astype(jnp.int32)
+    windows = _window_shapes(shapes)
+    fits = jnp.stack([(high - low < jnp.asarray(w)).all(axis=1) for w in windows], axis=1)
+    kind = jnp.argmax(fits, axis=1).astype(jnp.int32)
+
+    def by_window(window: tuple[int, int]):
+        def compute(part: tuple[Array, ...]) -> Array:
+            low, start, size, lengths, origin = part
+            corner = jnp.clip(low, 0, jnp.maximum(lengths - jnp.asarray(window), 0))
+            rows, columns = (
+                _axis_weights(start[:, a], size[:, a], lengths[:, a], corner[:, a], window[a], out)
+                for a in (0, 1)
+            )
+            y = corner[:, :1] + jnp.arange(window[0])
+            # Beyond the right edge the next row begins, beyond the map the next level: weight 0.
+            index = origin[:, None] + y * lengths[:, 1:] + corner[:, 1:]
+            index = index[..., None] + jnp.arange(window[1])
+            features = flat.at[index].get(mode='clip')
+            features = jnp.einsum('nyh,nhwc->nywc', rows.astype(flat.dtype), features)
+            return jnp.einsum('nxw,nywc->nyxc', columns.astype(flat.dtype), features)
+
+        return compute
+
+    slots, place, chunk_kinds = _by_kind(kind, len(windows))
+    parts = jax.tree.map(
+        lambda values: values[slots].reshape(-1, CHUNK, *values.shape[1:]),
+        (low, start, size, lengths, origin),
+    )
+    branches = [by_window(window) for window in windows]
+    result = lax.map(lambda part: lax.switch(part[0], branches, part[1]), (chunk_kinds, parts))
+    return result.reshape(-1, out, out, channels)[place]
+
+
+def _window_shapes(shapes: np.ndarray) -> list[tuple[int, int]]:
+    """Every window, no larger than the maps; the last three have room for whatever is left."""
+    (tallest, widest), last = shapes.max(axis=0).tolist(), tuple(shapes[-1].tolist())
+    rest = (last, (32, widest), (tallest, 32))
+    return [(min(height, tallest), min(width, widest)) for height, width in (*WINDOWS, *rest)]
+
+
+def _by_kind(kind: Int[Array, ' n'], kinds: int) -> tuple[Array, Array, Array]:
+    """Lays boxes out in chunks of one kind of window each.
+
+    Returns:
+      The box in each slot (the first box where a kind does not fill its last chunk), the slot of
+      each box, and the kind of each chunk; chunks that are left over get the smallest window.
+    """
+    count = kind.shape[0]
+    chunks = -(-count // CHUNK) + kinds
+    counts = jnp.bincount(kind, length=kinds)
+    needed = -(-counts // CHUNK)
+    ends = jnp.cumsum(needed)
+    order = jnp.argsort(kind, stable=True)
+    rank = jnp.arange(count) - (jnp.cumsum(counts) - counts)[kind[order]]
+    filled = (ends - needed)[kind[order]] * CHUNK + rank
+    slots = jnp.zeros(chunks * CHUNK, jnp.int32).at[filled].set(order)
+    place = jnp.zeros(count, jnp.int32).at[order].set(filled)
+    chunk_kinds = jnp.searchsorted(ends, jnp.arange(chunks), side='right')
+    return slots, place, jnp.where(chunk_kinds < kinds, chunk_kinds, 0)
+
+
+def _axis_weights(
+    start: Float[Array, ' n'],
+    size: Float[Array, ' n'],
+    length: Int[Array, ' n'],
+    corner: Int[Array, ' n'],
+    window: int,
+    out: int,
+) -> Float[Array, 'n {out} {window}']:
+    """The weight of every pixel of a window, along one axis, in every bin."""
+    step = size / out
+    samples = jnp.ceil(step)  # In each bin.
+    pixels = (corner[:, None] + jnp.arange(window)).astype(jnp.float32)
+    last = (length - 1).astype(jnp.float32)[:, None]
+
+    def add_sample(index: Array, weights: Array) -> Array:
+        place = (index + 0.5) / jnp.maximum(samples, 1)
+        x = start[:, None] + (jnp.arange(out) + place[:, None]) * step[:, None]
+        counts = (index < samples)[:, None] & (x >= -1) & (x <= last + 1)
+        x = jnp.clip(x, 0, last)
+        near = jnp.maximum(1 - jnp.abs(x[..., None] - pixels[:, None, :]), 0)
+        return weights + jnp.where(counts[..., None], near, 0)
+
+    weights = jnp.zeros((start.shape[0], out, window), jnp.float32)
+    most = jnp.max(samples, initial=0).astype(jnp.int32)
+    weights = lax.fori_loop(0, most, add_sample, weights)
+    return weights / jnp.maximum(samples, 1)[:, None, None]
