@@ -1,4 +1,4 @@
-"""The neck of a detector: a feature pyramid (Lin et al., arXiv 1612.03144) as mmdetection has it."""
+"""The neck of a detector: a feature pyramid (Lin et al., arXiv 1612.03144), as in mmdetection."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,7 @@
-"""Mask R-CNN (arXiv 1703.06870) and Cascade Mask R-CNN (arXiv 1906.09756), as in mmdetection 2.13+."""
+"""Mask R-CNN (arXiv 1703.06870) and Cascade Mask R-CNN (arXiv 1906.09756).
+
+The rules are those of mmdetection from version 2.13 on.
+"""
 
 import flax.linen as nn
 import jax

@@ -89,7 +89,7 @@ class MaskHead(nn.Module):
         if labels is None:
             return (values @ kernel).astype(jnp.float32) + bias
         logits = jnp.einsum('nyxc,cn->nyx', values, kernel[:, labels])
-        return logits.astype(jnp.float32) + bias[labels, None, None]
+        return logits.astype(jnp.float32) + jnp.asarray(bias)[labels, None, None]
 
 
 class DoubleSize(nn.Module):

@@ -67,7 +67,7 @@ class RPNHead(nn.Module):
 
 
 def anchor_boxes(height: int, width: int, stride: int) -> Float[np.ndarray, 'n 4']:
-    """Returns the anchors of one level: by row, column and ratio, centred on multiples of stride."""
+    """Returns one level's anchors by row, column and ratio, centred on multiples of stride."""
     roots = np.sqrt(np.asarray(RATIOS))
     half = np.stack([stride * SCALE / roots, stride * SCALE * roots], axis=1) / 2
     x, y = np.meshgrid(np.arange(width) * stride, np.arange(height) * stride)
