@@ -99,6 +99,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             experiment.description,
             state_bytes(experiment),
             extend=experiment.run.extend,
+            total_steps=experiment.run.total_steps,
         )
         run = _Run(experiment, workdir, initial, preemption, lock)
         with contextlib.closing(run):

@@ -19,7 +19,12 @@ COMPILATION_CACHE = 'compilation_cache'
 
 
 def check_workdir(
-    workdir: Path, config: dict, description: ModelDescription, *, extend: bool = False
+    workdir: Path,
+    config: dict,
+    description: ModelDescription,
+    *,
+    extend: bool = False,
+    total_steps: int | None = None,
 ) -> None:
     """Refuses a directory that holds something else than an earlier part of this very run.
 
@@ -59,6 +64,13 @@ def check_workdir(
                 f'--workdir {workdir} holds a run with another config.{longer[0]}; give '
                 '--config.training.extend too, to continue it by the schedule of the new total, or '
                 'choose another --workdir'
+            )
+        reached = max(step_directories(workdir), default=0)
+        if total_steps is not None and total_steps < reached:
+            raise CheckpointError(
+                f'--workdir {workdir} holds a run that is already at step {reached}, and with '
+                f'config.{longer[0]} it would end at step {total_steps}; raise it, or choose '
+                'another --workdir'
             )
         changed = [key for key in changed if key not in EXTENDABLE]
     if changed:
@@ -111,6 +123,7 @@ def prepare_workdir(
     checkpoint_bytes: int,
     *,
     extend: bool = False,
+    total_steps: int | None = None,
 ) -> None:
     """Checks a working directory and writes the config there, all before anything is compiled.
 
@@ -120,12 +133,13 @@ def prepare_workdir(
       description: Of the network.
       checkpoint_bytes: Size of one checkpoint.
       extend: Allow another length of the run than before.
+      total_steps: That length, which must not lie before the newest checkpoint.
 
     Raises:
       CheckpointError: As `check_workdir`; or it cannot be written, or has no space for one
         checkpoint.
     """
-    check_workdir(workdir, config, description, extend=extend)
+    check_workdir(workdir, config, description, extend=extend, total_steps=total_steps)
     if jax.process_index() != 0:
         return
     try:
