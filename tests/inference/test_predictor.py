@@ -24,7 +24,7 @@ from gcnet_jax.inference import predictor
 from gcnet_jax.inference.images import LeftOut
 from gcnet_jax.inference.prediction import Prediction
 from gcnet_jax.inference.predictor import Classifier, batch_buckets
-from gcnet_jax.stored_model import write_ported
+from gcnet_jax.stored_model import ModelDescription, write_ported
 
 COUNT = 11
 
@@ -187,6 +187,16 @@ def test_lower_precision_is_near_and_different(stored, plain, pictures):
         assert not close(actual, expected, 1e-4)
     kernels = [leaf for leaf in jax.tree.leaves(classifier._variables) if leaf.dtype == np.int8]
     assert len(kernels) > 5
+
+
+def test_layers_are_listed_from_the_stem_to_the_logits(random_variables):
+    options = {'num_classes': 3, 'widths': (4, 4), 'stage_sizes': (1, 1), 'context': None}
+    description = ModelDescription('resnet18', options)
+    variables = random_variables(
+        description.build(), np.zeros((1, 32, 32, 3), np.float32), train=False
+    )
+    layers = Classifier(description, variables, devices=jax.devices()[:1]).layers
+    assert list(layers) == ['stem', 'stage1', 'stage2', 'pooled', 'logits']
 
 
 def test_features_are_those_of_the_network(stored, classifier, pictures):

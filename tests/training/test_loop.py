@@ -369,6 +369,15 @@ def test_fine_tuning_adds_the_context_to_a_plain_network(tmp_path, whole_run, ca
     assert np.isfinite(final['eval/loss'])
 
 
+def test_a_data_set_of_another_size_does_not_continue_a_run(tmp_path, monkeypatch):
+    """The order of the images follows from their number, so the position would mean others."""
+    train(tiny_config(total_steps=3, checkpoint_steps=3), tmp_path)
+    monkeypatch.setattr(FakeSource, '__len__', lambda self: len(self.images) - 1)
+    config = tiny_config(total_steps=3, checkpoint_steps=3)
+    with pytest.raises(CheckpointError, match='has 43 training images, and had 44 when this run'):
+        train(config, tmp_path)
+
+
 def test_compiled_programs_are_kept_in_the_workdir_or_where_the_config_says(tmp_path, monkeypatch):
     asked = []
 
