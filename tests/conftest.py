@@ -21,6 +21,14 @@ import numpy as np
 import pytest
 
 
+@pytest.fixture
+def float64():
+    """JAX computes in float64 for one test; the setting's name that every JAX from 0.7.2 on has."""
+    jax.config.update('jax_enable_x64', True)
+    yield
+    jax.config.update('jax_enable_x64', False)
+
+
 @pytest.fixture(scope='session')
 def random_variables():
     """A function `(model, *inputs, seed=0, **options) -> variables` of numpy arrays.

@@ -1,7 +1,5 @@
 """The CPU's forms of convolution and max pooling against XLA's own, in every way they are used."""
 
-import contextlib
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,15 +57,6 @@ def reference(features, weights, stride, groups):
 
 def pooled_reference(features):
     return nn.max_pool(features, (3, 3), (2, 2), ((1, 1), (1, 1)))
-
-
-@contextlib.contextmanager
-def wide_numbers():
-    jax.config.update('jax_enable_x64', True)
-    try:
-        yield
-    finally:
-        jax.config.update('jax_enable_x64', False)
 
 
 def value_and_gradients(function, *arguments):
@@ -130,23 +119,22 @@ def test_a_depthwise_gradient_is_accumulated_in_float32():
     jax.tree.map(lambda a, b: assert_close(a, b, 5e-3), actual, expected)
 
 
-def test_float64_stays_float64():
-    with wide_numbers():
-        for shapes in CONVOLUTIONS[:14]:
-            *_, stride, groups = shapes
-            pair = case(*shapes, dtype=np.float64)
-            results = jax.vjp(lambda *pair, s=stride, g=groups: convolve(*pair, s, g), *pair)
-            expected = jax.vjp(lambda *pair, s=stride, g=groups: reference(*pair, s, g), *pair)
-            for actual, wanted in zip(
-                (results[0], *results[1](results[0])),
-                (expected[0], *expected[1](expected[0])),
-                strict=True,
-            ):
-                assert actual.dtype == np.float64
-                assert_close(actual, wanted, 1e-13)
-        features = values(2, 6, 6, 3, dtype=np.float64)
-        output, backward = jax.vjp(max_pool, features)
-        assert output.dtype == backward(output)[0].dtype == np.float64
+def test_float64_stays_float64(float64):
+    for shapes in CONVOLUTIONS[:14]:
+        *_, stride, groups = shapes
+        pair = case(*shapes, dtype=np.float64)
+        results = jax.vjp(lambda *pair, s=stride, g=groups: convolve(*pair, s, g), *pair)
+        expected = jax.vjp(lambda *pair, s=stride, g=groups: reference(*pair, s, g), *pair)
+        for actual, wanted in zip(
+            (results[0], *results[1](results[0])),
+            (expected[0], *expected[1](expected[0])),
+            strict=True,
+        ):
+            assert actual.dtype == np.float64
+            assert_close(actual, wanted, 1e-13)
+    features = values(2, 6, 6, 3, dtype=np.float64)
+    output, backward = jax.vjp(max_pool, features)
+    assert output.dtype == backward(output)[0].dtype == np.float64
 
 
 @pytest.mark.parametrize('shapes', CONVOLUTIONS[:14])

@@ -1,5 +1,7 @@
 """Deformable convolution against the definition, and against an ordinary convolution."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,15 +65,13 @@ def test_without_offsets_it_is_a_convolution(stride, groups):
     np.testing.assert_allclose(actual, plain, atol=2e-5)
 
 
-def test_gradients_agree_with_finite_differences():
+def test_gradients_agree_with_finite_differences(float64):
     features, kernel, offsets = (np.float64(values) for values in draw(1, 2, size=(4, 4)))
     # Away from whole pixels, where the interpolation has a corner.
     offsets = np.floor(offsets) + np.clip(offsets - np.floor(offsets), 0.1, 0.9)
-    with jax.enable_x64(True):
-        compute = lambda *inputs: deformable_convolution(*inputs, groups=2)  # noqa: E731
-        check_grads(
-            compute, tuple(map(jnp.asarray, (features, kernel, offsets))), 1, atol=1e-3, rtol=1e-3
-        )
+    inputs = tuple(map(jnp.asarray, (features, kernel, offsets)))
+    compute = functools.partial(deformable_convolution, groups=2)
+    check_grads(compute, inputs, 1, atol=1e-3, rtol=1e-3)
 
 
 def test_bfloat16_keeps_places_exact():

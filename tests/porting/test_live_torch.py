@@ -152,7 +152,7 @@ class Float64:
 
 
 @pytest.fixture
-def in_float64(monkeypatch):
+def in_float64(float64, monkeypatch):
     """Everything in float64, what is always float32 included.
 
     The gradient of a deep ReLU network cannot be compared in float32: torch's own is 1% away from
@@ -160,9 +160,6 @@ def in_float64(monkeypatch):
     """
     for module in ('context.common', 'context.global_context', 'models.layers'):
         monkeypatch.setattr(f'gcnet_jax.{module}.jnp', Float64())
-    jax.config.update('jax_enable_x64', True)
-    yield
-    jax.config.update('jax_enable_x64', False)
 
 
 @NAMES
