@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from gcnet_jax.training.command import run
+from gcnet_jax.commands.train import run
 
 if __name__ == '__main__':
     sys.exit(run(sys.argv, default_config_file=Path(__file__).parent / 'configs' / 'digits.py'))

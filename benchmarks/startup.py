@@ -88,8 +88,8 @@ class _FirstStepDone(BaseException):
 
 def train_once(watch: Stopwatch, arguments: Sequence[str]) -> None:
     """Does what train.py does until the metrics of the first step are there."""
+    from gcnet_jax.commands.train import run
     from gcnet_jax.training import loop
-    from gcnet_jax.training.command import run
 
     watch.mark('imports')
     watch.listen()
@@ -150,7 +150,7 @@ def write_network(directory: Path, name: str, size: int) -> None:
     from PIL import Image
 
     from gcnet_jax.models import model_entry
-    from gcnet_jax.stored_model import ModelDescription, write_ported
+    from gcnet_jax.stored import ModelDescription, write_ported
 
     preprocessing = dataclasses.replace(model_entry(name).preprocessing, test_size=size)
     description = ModelDescription(name, {'num_classes': CLASSES}, preprocessing=preprocessing)

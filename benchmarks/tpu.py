@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from benchmarks.common import argument_parser, report
 from benchmarks.plain_flax import NETWORKS as PLAIN_NETWORKS
 from gcnet_jax import planning
+from gcnet_jax.commands.config_files import read_flags
 from gcnet_jax.errors import UserError
 from gcnet_jax.planning.chips import topology_devices
 from gcnet_jax.planning.plan import Program, compile_step, describe
-from gcnet_jax.training.command import read_flags
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'imagenet.py'
 NETWORKS = ('flax example resnet50', 'resnet50', 'gc_resnet50')

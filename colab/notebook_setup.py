@@ -184,8 +184,8 @@ def training_config(
       block: A context block, 'none' for no context; empty as in the file.
       stages, position, ratio: Where it goes, and its ratio if it has one.
     """
+    from gcnet_jax.commands.config_files import load_config, shipped_configs
     from gcnet_jax.data.folder import prepare_folder
-    from gcnet_jax.training.command import load_config, shipped_configs
     from gcnet_jax.training.config import name_network
 
     if setup.smoke:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gcnet_jax import __version__
-from gcnet_jax.commands import conversion, images, networks, training
+from gcnet_jax.commands import conversion, curves, images, networks, plan, prepare, train
 from gcnet_jax.commands.common import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED
 from gcnet_jax.errors import UserError, make_output_safe, one_line, print_error
 
@@ -23,15 +23,15 @@ from gcnet_jax.errors import UserError, make_output_safe, one_line, print_error
 COMMANDS = (
     networks.add_models,
     networks.add_summary,
-    training.add_prepare,
-    training.add_train,
+    prepare.add_prepare,
+    train.add_train,
     conversion.add_port,
     images.add_predict,
     images.add_evaluate,
     images.add_features,
     images.add_attention,
-    training.add_curves,
-    training.add_plan,
+    curves.add_curves,
+    plan.add_plan,
     conversion.add_export,
 )
 SETTING = re.compile(r'--(no)?config\.')

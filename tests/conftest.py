@@ -1,6 +1,10 @@
-"""Eight CPU devices for every test, and variables drawn without running a network's own init."""
+"""Eight CPU devices for every test, variables, a small stored network, pictures of all forms."""
 
+import errno
+import io
 import os
+import types
+from pathlib import Path
 
 # The tests compile a lot and compute little: without LLVM's optimisations they take a fifth.
 os.environ['XLA_FLAGS'] = ' '.join(
@@ -19,6 +23,16 @@ import math
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+
+LABELS = ('ant', 'bee', 'cat', 'dog', 'elk', 'fox')
+PLACE = {'stages': (1,), 'position': 'after_conv2', 'ratio': 1 / 2}
+OPTIONS = {
+    'num_classes': len(LABELS),
+    'widths': [8],
+    'stage_sizes': [1],
+    'context': [{'block': 'global_context', **PLACE}, {'block': 'squeeze_excite', **PLACE}],
+}
 
 
 @pytest.fixture
@@ -58,3 +72,63 @@ def random_variables():
         return jax.tree_util.tree_map_with_path(leaf, shapes)
 
     return draw
+
+
+@pytest.fixture(scope='session')
+def stored(tmp_path_factory, random_variables):
+    """A checkpoint of a small network with context blocks."""
+    # Here, because most tests need neither.
+    from gcnet_jax.models.registry import Preprocessing
+    from gcnet_jax.stored import ModelDescription, write_ported
+
+    preprocessing = Preprocessing(
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.3, 0.25),
+        interpolation='bicubic',
+        crop_fraction=0.8,
+        test_size=12,
+    )
+    description = ModelDescription('gccnn', OPTIONS, LABELS, preprocessing, 'a test')
+    directory = tmp_path_factory.mktemp('stored') / 'network'
+    variables = random_variables(
+        description.build(), np.zeros((1, 12, 12, 3), np.float32), train=False
+    )
+    write_ported(directory, description, variables)
+    return types.SimpleNamespace(
+        directory=directory,
+        description=description,
+        variables=variables,
+        one_device=jax.devices()[:1],
+    )
+
+
+def encode(image, image_format='PNG', **options):
+    """Encodes an array or a Pillow image as the bytes of a file."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    data = io.BytesIO()
+    image.save(data, image_format, **options)
+    return data.getvalue()
+
+
+def picture(seed, height=20, width=30):
+    """A smooth picture that differs much from that of another seed, `[height, width, 3]`."""
+    small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height)))
+
+
+@pytest.fixture
+def make():
+    """The two helpers above, because test modules cannot import this file."""
+    return types.SimpleNamespace(encode=encode, picture=picture)
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """A file system that lets nothing be put in place, and nothing be removed either."""
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    monkeypatch.setattr(os, 'replace', refuse)
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    return 'cannot write .*: Read-only file system$'

@@ -256,7 +256,7 @@ def test_a_command_keeps_it_among_the_users_files_and_not_in_the_checkpoint(
 ):
     from PIL import Image
 
-    from gcnet_jax.stored_model import ModelDescription, write_ported
+    from gcnet_jax.stored import ModelDescription, write_ported
 
     options = {'num_classes': 2, 'widths': (8,), 'stage_sizes': (1,), 'context': None}
     description = ModelDescription('gccnn', options)

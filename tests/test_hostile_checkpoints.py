@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from gcnet_jax.stored_model import ModelDescription, write_ported
+from gcnet_jax.stored import ModelDescription, write_ported
 
 FILES = 1000
 # Damages one copy after another and loads it, within 10 s and 1 GB each. What cannot be read must
@@ -21,7 +21,7 @@ from pathlib import Path
 import jax, numpy as np
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.inference.predictor import Classifier
-from gcnet_jax.stored_model import find_checkpoint, load_variables
+from gcnet_jax.stored import find_checkpoint, load_variables
 
 VALUES = (None, True, -1, 0, 10**12, 1e308, float('nan'), '', 'x' * 20_000, [], [[]], {}, {'a': 1})
 

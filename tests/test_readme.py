@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from gcnet_jax.__main__ import main
+from gcnet_jax.commands.config_files import read_flags
 from gcnet_jax.models import create_model, list_models, model_entry
 from gcnet_jax.models.summary import summarize
-from gcnet_jax.stored_model import ModelDescription, write_ported
-from gcnet_jax.training.command import read_flags
+from gcnet_jax.stored import ModelDescription, write_ported
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()

@@ -42,7 +42,7 @@ def report_choice(checkpoint: str, choose: str) -> None:
     Raises:
       CheckpointError: There is no checkpoint.
     """
-    from gcnet_jax.stored_model import find_checkpoint
+    from gcnet_jax.stored import find_checkpoint
 
     chosen = find_checkpoint(checkpoint, choose)
     newest = find_checkpoint(checkpoint, 'newest')

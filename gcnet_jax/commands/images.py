@@ -108,7 +108,7 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 
 def _load_classifier(options: argparse.Namespace, **more: Any) -> Any:
-    from gcnet_jax import Classifier
+    from gcnet_jax.inference.predictor import Classifier
 
     # Pillow warns of damaged files, which have a line of ours.
     warnings.filterwarnings('ignore', module=r'PIL\.')
@@ -212,10 +212,10 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _attention(options: argparse.Namespace) -> int:
-    from gcnet_jax.inference.attention_pictures import mean_distances, write_pictures
+    from gcnet_jax.analysis.attention_pictures import mean_distances, write_pictures
+    from gcnet_jax.analysis.pictures import QUERIES
+    from gcnet_jax.analysis.query_distances import format_distances
     from gcnet_jax.inference.images import LeftOut
-    from gcnet_jax.inference.pictures import QUERIES
-    from gcnet_jax.inference.query_distances import format_distances
 
     report_choice(options.checkpoint, options.choose)
     left_out = LeftOut()

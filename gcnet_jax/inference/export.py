@@ -23,12 +23,12 @@ import numpy as np
 from jax import export
 from jaxtyping import Array, Float, UInt8
 
-from gcnet_jax.data.augment import normalize
+from gcnet_jax.data.on_device import normalize
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError
 from gcnet_jax.files import as_path, write_whole
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
 from gcnet_jax.models.convolution import plain_operations
-from gcnet_jax.stored_model import ModelDescription, find_checkpoint, load_variables
+from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # Onnxruntime reads it since 1.18.

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from gcnet_jax.data.augment import normalize
+from gcnet_jax.data.on_device import normalize
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, unknown_name
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
 from gcnet_jax.inference.images import (
@@ -27,7 +27,7 @@ from gcnet_jax.inference.images import (
 )
 from gcnet_jax.inference.prediction import Prediction
 from gcnet_jax.inference.quantize import WEIGHTS, dequantize_kernels, quantize_kernels
-from gcnet_jax.stored_model import ModelDescription, find_checkpoint, load_variables
+from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
 
 CHOICES = ('best', 'newest')
 LOGITS, POOLED = 'logits', 'pooled'

@@ -1,9 +1,9 @@
 """PyTorch checkpoints in and out: reading files, one name map a family, strict conversion."""
 
 from gcnet_jax.porting.convert import Report
-from gcnet_jax.porting.directories import port, port_reverse
 from gcnet_jax.porting.files import read_checkpoint
 from gcnet_jax.porting.load import load_pretrained, load_torch, to_torch, write_safetensors
+from gcnet_jax.porting.port_checkpoint import port, port_reverse
 
 __all__ = [
     'Report',

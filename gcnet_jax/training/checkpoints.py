@@ -1,7 +1,7 @@
 """Checkpoints of a run: what is in one, and when one is good.
 
 One checkpoint is one directory `checkpoints/STEP` with Orbax items: `variables`, `description` and
-`checksums`, which `gcnet_jax.stored_model` reads without the rest; `training`, what else the next
+`checksums`, which `gcnet_jax.stored` reads without the rest; `training`, what else the next
 step needs; `position`, where the run stands (JSON); `metrics`, the evaluation there, if there was
 one. Orbax writes them together or not at all.
 """
@@ -18,31 +18,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from gcnet_jax.checksums import check_checksums, check_json, checksums, json_checksum
 from gcnet_jax.errors import CheckpointError, one_line
 from gcnet_jax.files import as_place, explain_bucket, is_bucket
-from gcnet_jax.stored_checks import check_files
-from gcnet_jax.stored_model import (
-    CHECKPOINTS,
-    METRICS,
-    ModelDescription,
-    first_error_only,
-    load_variables,
-    read_item,
-    read_model_description,
-    step_directories,
-    write_ported,
-)
+from gcnet_jax.stored.checks import check_files
+from gcnet_jax.stored.checksums import check_checksums, check_json, checksums, json_checksum
+from gcnet_jax.stored.description import ModelDescription
+from gcnet_jax.stored.places import CHECKPOINTS, METRICS, read_item, step_directories
+from gcnet_jax.stored.variables import first_error_only
 from gcnet_jax.training.processes import any_process, wait_for_all
 from gcnet_jax.training.state import TrainState
-
-__all__ = [
-    'CheckpointStore',
-    'ModelDescription',
-    'load_variables',
-    'read_model_description',
-    'write_ported',
-]
 
 
 def _split(state: TrainState) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gcnet_jax.data.loader import evaluation_batches, train_batches
 from gcnet_jax.data.sources import Source, load_source
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import model_entry
-from gcnet_jax.stored_model import ModelDescription
+from gcnet_jax.stored import ModelDescription
 from gcnet_jax.training.config import check_config, plain, steps
 from gcnet_jax.training.freezing import parse_patterns
 from gcnet_jax.training.initial import preprocessing, read_initial_description, take_network

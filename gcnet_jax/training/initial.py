@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.models.registry import Preprocessing, model_entry
-from gcnet_jax.stored_model import ModelDescription, read_model_description
+from gcnet_jax.stored import ModelDescription, read_model_description
 from gcnet_jax.training.config import default_config
 
 

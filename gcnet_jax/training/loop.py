@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from gcnet_jax.errors import CheckpointError, UserError, one_line
 from gcnet_jax.files import as_place
-from gcnet_jax.stored_model import load_variables
+from gcnet_jax.stored import load_variables
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.config import check_config, is_due
 from gcnet_jax.training.experiment import Experiment, assemble, state_bytes

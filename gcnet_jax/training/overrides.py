@@ -18,7 +18,7 @@ from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.models.options import check_options, module_options
 from gcnet_jax.models.placement import parse_context
 from gcnet_jax.models.registry import model_entry
-from gcnet_jax.stored_model import read_model_description
+from gcnet_jax.stored import read_model_description
 from gcnet_jax.training.config import default_config, leaves, name_network
 
 # What follows the checkpoint of `training.init_from` where the command line does not set it.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gcnet_jax.data import augment
+from gcnet_jax.data import on_device
 from gcnet_jax.data.loader import train_batches
 from gcnet_jax.training.experiment import Experiment
 from gcnet_jax.training.freezing import frozen_paths, frozen_statistics, merge, split
@@ -81,7 +81,7 @@ def make_statistics_step(model: nn.Module, options: StepOptions, mesh: Mesh) -> 
             new, momentum = jax.jvp(follow, (zeros,), (ones,))
             return jax.tree.map(lambda new, momentum: new / (1 - momentum), new, momentum)
 
-        images = augment.normalize(batch['image'], options.mean, options.std)
+        images = on_device.normalize(batch['image'], options.mean, options.std)
         found = jax.tree.map(
             lambda leaf: leaf.mean(axis=0), jax.lax.map(of_micro_batch, parts(images))
         )

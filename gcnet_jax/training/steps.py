@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
-from gcnet_jax.data import augment
+from gcnet_jax.data import on_device
 from gcnet_jax.training.freezing import (
     evaluate_frozen,
     frozen_paths,
@@ -75,12 +75,12 @@ def prepare(
 ) -> tuple[Float[Array, 'batch height width channel'], Float[Array, 'batch classes']]:
     """Normalises, erases and mixes a batch on the device; the labels become distributions."""
     erase_key, mix_key = jax.random.split(key)
-    images = augment.normalize(images, options.mean, options.std)
+    images = on_device.normalize(images, options.mean, options.std)
     targets = jax.nn.one_hot(labels, options.num_classes)
     if options.erasing_probability:
-        images = augment.random_erasing(erase_key, images, options.erasing_probability)
+        images = on_device.random_erasing(erase_key, images, options.erasing_probability)
     if options.mixup_alpha or options.cutmix_alpha:
-        images, targets = augment.mix(
+        images, targets = on_device.mix(
             mix_key, images, targets, options.mixup_alpha, options.cutmix_alpha
         )
     return images, targets
@@ -297,7 +297,7 @@ def make_evaluation_step(model: nn.Module, options: StepOptions) -> Callable[[di
     """
 
     def step(variables: dict, batch: dict) -> Metrics:
-        images = augment.normalize(batch['image'], options.mean, options.std)
+        images = on_device.normalize(batch['image'], options.mean, options.std)
         logits = model.apply(variables, images, train=False)
         labels, mask = batch['label'], batch['mask']
         losses = cross_entropy(logits, jax.nn.one_hot(labels, options.num_classes))

@@ -11,7 +11,7 @@ import jax
 from gcnet_jax.compilation_cache import compilation_cache, user_directory
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import is_bucket, reason, write_whole
-from gcnet_jax.stored_model import ModelDescription, read_item, step_directories
+from gcnet_jax.stored import ModelDescription, read_item, step_directories
 from gcnet_jax.training.config import EXTENDABLE, changed_keys
 
 CONFIG_FILE = 'config.json'

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gcnet_jax.commands.config_files import load_config
 from gcnet_jax.data.sources import load_source
 from gcnet_jax.errors import CheckpointError, UserError
 from gcnet_jax.porting import load_pretrained
-from gcnet_jax.training.command import load_config
 from gcnet_jax.training.config import check_config
 
 ROOT = Path(__file__).parents[2]

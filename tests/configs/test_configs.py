@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from gcnet_jax.commands.config_files import load_config
 from gcnet_jax.errors import UserError
 from gcnet_jax.models.registry import Preprocessing
-from gcnet_jax.stored_model import ModelDescription
+from gcnet_jax.stored import ModelDescription
 from gcnet_jax.training import experiment, initial
-from gcnet_jax.training.command import load_config
 from gcnet_jax.training.config import leaves, plain
 
 CONFIGS = Path(__file__).parents[2] / 'configs'

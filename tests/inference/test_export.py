@@ -17,7 +17,7 @@ from gcnet_jax.errors import UserError
 from gcnet_jax.inference import export
 from gcnet_jax.models.registry import Preprocessing
 from gcnet_jax.porting import to_torch
-from gcnet_jax.stored_model import ModelDescription, write_ported
+from gcnet_jax.stored import ModelDescription, write_ported
 
 ALONE = """
 import sys

@@ -17,14 +17,14 @@ import pytest
 from PIL import Image
 
 import gcnet_jax
-from gcnet_jax.checksums import json_checksum
 from gcnet_jax.data import preprocess
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError
 from gcnet_jax.inference import predictor
 from gcnet_jax.inference.images import LeftOut
 from gcnet_jax.inference.prediction import Prediction
 from gcnet_jax.inference.predictor import Classifier, batch_buckets
-from gcnet_jax.stored_model import ModelDescription, write_ported
+from gcnet_jax.stored import ModelDescription, write_ported
+from gcnet_jax.stored.checksums import json_checksum
 
 COUNT = 11
 
@@ -409,7 +409,7 @@ def test_the_package_stays_light_until_a_classifier_is_wanted():
         _ = gcnet_jax.Clasifier
     result = run(
         'import sys, gcnet_jax; '
-        'heavy = ("gcnet_jax.inference", "gcnet_jax.data", "gcnet_jax.stored_model", "PIL"); '
+        'heavy = ("gcnet_jax.inference", "gcnet_jax.data", "gcnet_jax.stored", "PIL"); '
         'print([name for name in heavy if name in sys.modules]); '
         'from gcnet_jax import Classifier; '
         'heavy = ("gcnet_jax.training", "optax", "grain", "tensorflow_datasets", "matplotlib"); '

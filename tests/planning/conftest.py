@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from gcnet_jax.commands.config_files import load_config
 from gcnet_jax.planning.chips import CHIPS
 from gcnet_jax.planning.hlo import Collective, Traffic
 from gcnet_jax.planning.plan import Plan, Program
-from gcnet_jax.training.command import load_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 

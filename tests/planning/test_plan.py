@@ -7,10 +7,10 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from gcnet_jax.commands.config_files import load_config
 from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.planning import plan as planning
 from gcnet_jax.planning.chips import PlanError
-from gcnet_jax.training.command import load_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 

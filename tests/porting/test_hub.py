@@ -14,7 +14,7 @@ from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models import create_model
 from gcnet_jax.porting import load_pretrained, load_torch, port, port_reverse, to_torch
 from gcnet_jax.porting.hub import read_hub_config
-from gcnet_jax.stored_model import load_variables, read_model_description
+from gcnet_jax.stored import load_variables, read_model_description
 from tests.porting.seeded import seeded_tensors
 from tests.porting.test_load import seeded_variables
 
@@ -310,7 +310,7 @@ def test_timm_loads_a_reverse_port_with_its_preprocessing(tmp_path, random_varia
     import timm
 
     from gcnet_jax.models.registry import model_entry
-    from gcnet_jax.stored_model import ModelDescription, write_ported
+    from gcnet_jax.stored import ModelDescription, write_ported
 
     entry = model_entry('gcresnext26ts')
     description = ModelDescription(

@@ -24,7 +24,7 @@ from gcnet_jax.porting import (
 )
 from gcnet_jax.porting.convert import variable_shapes
 from gcnet_jax.porting.load import load_named
-from gcnet_jax.stored_model import load_variables
+from gcnet_jax.stored import load_variables
 from tests.porting.seeded import generator, seeded_images, seeded_tensors
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax
 
+from gcnet_jax.commands.train import run
 from gcnet_jax.training import experiment
-from gcnet_jax.training.command import run
 
 
 def recorded(make, kind):

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from gcnet_jax.checksums import json_checksum
 from gcnet_jax.errors import CheckpointError
-from gcnet_jax.stored_model import ModelDescription, find_checkpoint
+from gcnet_jax.stored import ModelDescription, find_checkpoint
+from gcnet_jax.stored.checksums import json_checksum
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.mesh import make_mesh, state_shardings
 from gcnet_jax.training.state import TrainState

@@ -12,7 +12,7 @@ from gcnet_jax.data.sources import load_source
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.inference.predictor import Classifier
 from gcnet_jax.models.registry import Preprocessing, create_model
-from gcnet_jax.stored_model import ModelDescription, load_variables, write_ported
+from gcnet_jax.stored import ModelDescription, load_variables, write_ported
 from gcnet_jax.training import command, experiment
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.experiment import assemble

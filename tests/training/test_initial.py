@@ -8,7 +8,7 @@ import pytest
 
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models.registry import Preprocessing
-from gcnet_jax.stored_model import ModelDescription
+from gcnet_jax.stored import ModelDescription
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.initial import (
     explain_other_network,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError
 from gcnet_jax.files import as_place
-from gcnet_jax.stored_model import find_checkpoint, load_variables, write_ported
+from gcnet_jax.stored import find_checkpoint, load_variables, write_ported
 from gcnet_jax.training import experiment, lock, loop, metrics
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.config import default_config

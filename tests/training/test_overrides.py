@@ -8,7 +8,7 @@ import pytest
 
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import create_model, list_models
-from gcnet_jax.stored_model import ModelDescription, write_ported
+from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.training import command
 from gcnet_jax.training.config import plain
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from gcnet_jax.stored_model import load_variables
+from gcnet_jax.stored import load_variables
 from tests.training.real_runs import complete, running, stored_sums, without_timing
 
 pytestmark = pytest.mark.slow

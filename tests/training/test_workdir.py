@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gcnet_jax.errors import CheckpointError, ConfigError
-from gcnet_jax.stored_model import ModelDescription, write_ported
+from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.training import workdir
 from gcnet_jax.training.workdir import prepare_workdir
 

@@ -10,9 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from gcnet_jax.analysis import draw_attention, draw_queries, save_figure
+from gcnet_jax.analysis.pictures import COLORMAP, OPACITY, group_by_stage, overlay
 from gcnet_jax.errors import ConfigError, UserError
-from gcnet_jax.inference import draw_attention, draw_queries, save_figure
-from gcnet_jax.inference.pictures import COLORMAP, OPACITY, group_by_stage, overlay
 
 GREY = np.full((40, 60, 3), 100, np.uint8)
 
@@ -196,7 +196,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
 def test_drawing_leaves_pyplot_alone():
     code = (
         'import sys, numpy as np\n'
-        'from gcnet_jax.inference import draw_attention\n'
+        'from gcnet_jax.analysis import draw_attention\n'
         'assert not any(name.startswith("matplotlib") for name in sys.modules)\n'
         'draw_attention(np.zeros((4, 4, 3), np.uint8), {"a": np.ones((2, 2))})\n'
         'assert "matplotlib.pyplot" not in sys.modules'

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from gcnet_jax.commands import config_files, train
 from gcnet_jax.errors import ConfigError
-from gcnet_jax.training import command, loop
+from gcnet_jax.training import loop
 from gcnet_jax.training.processes import Interrupted, Preempted
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -11,7 +12,7 @@ DIGITS = CONFIGS / 'digits.py'
 
 
 def read(*arguments):
-    return command.read_flags(['train.py', *arguments], DIGITS)
+    return config_files.read_flags(['train.py', *arguments], DIGITS)
 
 
 def test_the_default_is_digits():
@@ -62,7 +63,7 @@ def test_a_variant_names_the_run():
 def test_a_wrong_flag_is_one_line(argument, message, capsys, monkeypatch):
     with pytest.raises(ConfigError, match=message):
         read(argument)
-    assert command.run(['train.py', argument], DIGITS) == 1
+    assert train.run(['train.py', argument], DIGITS) == 1
     printed = capsys.readouterr()
     assert printed.out == ''
     assert printed.err.startswith('train.py: ')
@@ -95,7 +96,7 @@ def test_a_mistake_in_a_config_file_is_one_short_line(line, message, tmp_path, c
     file.write_text('\n'.join([*lines, '    c = default_config()', f'    {line}', '    return c']))
     with pytest.raises(ConfigError, match=message):
         read(f'--config={file}')
-    assert command.run(['train.py', f'--config={file}'], DIGITS) == 1
+    assert train.run(['train.py', f'--config={file}'], DIGITS) == 1
     (printed,) = capsys.readouterr().err.splitlines()
     assert len(printed) < 300 + len(str(file))
 
@@ -109,8 +110,8 @@ def test_a_config_file_without_get_config_is_refused(tmp_path):
 def test_a_run_goes_to_a_directory_named_after_its_config(monkeypatch):
     seen = []
     monkeypatch.setattr(loop, 'train', lambda config, workdir: seen.append(workdir))
-    assert command.run(['train.py'], DIGITS) == 0
-    assert command.run(['train.py', '--workdir=there'], DIGITS) == 0
+    assert train.run(['train.py'], DIGITS) == 0
+    assert train.run(['train.py', '--workdir=there'], DIGITS) == 0
     assert seen == [Path('runs/digits'), Path('there')]
 
 
@@ -120,7 +121,7 @@ def test_ctrl_c_says_how_to_continue(monkeypatch, tmp_path, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, 'train', interrupted)
-    assert command.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 130
+    assert train.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 130
     assert 'the same command continues from step 30' in capsys.readouterr().err
 
 
@@ -129,11 +130,11 @@ def test_sigterm_has_an_exit_code_of_its_own(monkeypatch, tmp_path, capsys):
         raise Preempted('SIGTERM: stopped after step 30 of 90, which is saved')
 
     monkeypatch.setattr(loop, 'train', stopped)
-    assert command.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 75
+    assert train.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 75
     assert capsys.readouterr().err == (
         'train.py: SIGTERM: stopped after step 30 of 90, which is saved\n'
     )
-    assert '75 stopped by SIGTERM' in command.USAGE
+    assert '75 stopped by SIGTERM' in config_files.USAGE
 
 
 def test_ctrl_c_that_saved_has_its_own_code_too(monkeypatch, tmp_path, capsys):
@@ -141,7 +142,7 @@ def test_ctrl_c_that_saved_has_its_own_code_too(monkeypatch, tmp_path, capsys):
         raise Interrupted('Ctrl-C: stopped after step 30 of 90, which is saved')
 
     monkeypatch.setattr(loop, 'train', stopped)
-    assert command.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 130
+    assert train.run(['train.py', f'--workdir={tmp_path}'], DIGITS) == 130
     assert capsys.readouterr().err == (
         'train.py: Ctrl-C: stopped after step 30 of 90, which is saved\n'
     )
@@ -151,7 +152,7 @@ def test_ctrl_c_that_saved_has_its_own_code_too(monkeypatch, tmp_path, capsys):
 def test_a_workdir_that_is_no_place_is_refused_at_once(place, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, 'train', pytest.fail)
-    assert command.run(['train.py', f'--workdir={place}'], DIGITS) == 1
+    assert train.run(['train.py', f'--workdir={place}'], DIGITS) == 1
     assert f'--workdir {place}' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -159,4 +160,4 @@ def test_a_workdir_that_is_no_place_is_refused_at_once(place, monkeypatch, tmp_p
 def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(loop, 'train', lambda config, workdir: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        command.run(['train.py', f'--workdir={tmp_path}'], DIGITS)
+        train.run(['train.py', f'--workdir={tmp_path}'], DIGITS)

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from gcnet_jax.analysis import attention_maps, query_distances
+from gcnet_jax.analysis.query_distances import mean_cosine_distance, mean_divergence
 from gcnet_jax.context import GlobalContext, NonLocal
 from gcnet_jax.errors import UserError
-from gcnet_jax.inference import attention_maps, query_distances
-from gcnet_jax.inference.query_distances import mean_cosine_distance, mean_divergence
 
 
 def cosine_by_pairs(vectors):

@@ -13,18 +13,18 @@ import jax
 import numpy as np
 import pytest
 
-from gcnet_jax.checksums import checksums
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models.registry import Preprocessing
-from gcnet_jax.stored_checks import check_files, check_size
-from gcnet_jax.stored_model import (
+from gcnet_jax.stored import (
     ModelDescription,
     find_checkpoint,
-    first_error_only,
     load_variables,
     read_model_description,
     write_ported,
 )
+from gcnet_jax.stored.checks import check_files, check_size
+from gcnet_jax.stored.checksums import checksums
+from gcnet_jax.stored.variables import first_error_only
 from gcnet_jax.training.mesh import make_mesh, state_shardings
 
 DESCRIPTION = ModelDescription(

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.__main__ import main
+from gcnet_jax.analysis.curves import draw_curves, watch_curves
 from gcnet_jax.errors import ConfigError
-from gcnet_jax.inference.curves import draw_curves, watch_curves
 
 LINES = [
     {'step': 10, 'epoch': 0.5, 'train/loss': 2.0, 'train/accuracy': 0.25},

@@ -26,7 +26,8 @@ from gcnet_jax.porting.load import (
     write_safetensors,
 )
 from gcnet_jax.porting.recognise import family_of
-from gcnet_jax.stored_model import CHECKPOINTS, ModelDescription, load_variables, write_ported
+from gcnet_jax.stored import ModelDescription, load_variables, write_ported
+from gcnet_jax.stored.places import CHECKPOINTS
 
 MAX_LABEL_BYTES = 10_000_000
 

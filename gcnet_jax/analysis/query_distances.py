@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from gcnet_jax.analysis.attention_maps import in_order, sown_values
 from gcnet_jax.errors import UserError
-from gcnet_jax.inference.attention_maps import in_order, sown_values
 
 SOWN = ('attention', 'input', 'update')
 # The divergence takes the cube of their number; the cosines are exact for any.

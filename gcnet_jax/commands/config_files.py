@@ -1,92 +1,23 @@
-"""The command line of train.py: flags, one line for each error, and an exit code.
-
-Exit codes: 0 finished; 1 an error that one line explains; 75 stopped by SIGTERM and saved, so that
-the same command continues; 130 interrupted (Ctrl-C), saved as well once a step is done.
-"""
+"""Configs from the command line: `--config FILE[:VARIANT]`, and settings on top of it."""
 
 import re
 import runpy
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from gcnet_jax.errors import (
-    ConfigError,
-    UserError,
-    make_output_safe,
-    one_line,
-    print_error,
-    unknown_name,
-)
+from gcnet_jax.errors import ConfigError, UserError, one_line, unknown_name
 from gcnet_jax.files import as_path, as_place, is_bucket
 from gcnet_jax.training.config import default_config, leaves
 from gcnet_jax.training.overrides import override
 
-FAILED = 1
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again.
-INTERRUPTED = 130
 USAGE = """python train.py [--config FILE[:VARIANT]] [--workdir DIR] [--config.GROUP.KEY=VALUE ...]
 The default is configs/digits.py into runs/digits. The same command again continues a run.
 Exit codes: 0 finished, 1 failed, 75 stopped by SIGTERM and saved (run it again), 130 by Ctrl-C.
 Every setting with its default: gcnet_jax/training/config.py."""
-
-
-def run(arguments: Sequence[str], default_config_file: Path, program: str = 'train.py') -> int:
-    """Runs `train.py` with its command-line arguments.
-
-    Args:
-      arguments: Of the process, the program's name first.
-      default_config_file: The config where `--config` is not given.
-      program: What errors begin with.
-
-    Returns:
-      The exit code.
-    """
-    make_output_safe()
-    try:
-        config, name, workdir = read_flags(arguments, default_config_file)
-    except UserError as error:
-        return _fail(program, error)
-    workdir = workdir or Path('runs') / name
-    # After the flags are read: a wrong flag should not wait for the imports.
-    from gcnet_jax.training.loop import train
-    from gcnet_jax.training.processes import Interrupted, Preempted, leave
-
-    try:
-        train(config, workdir)
-        return 0
-    except Preempted as stop:
-        if jax.process_index() == 0:
-            _fail(program, stop)
-        return INTERRUPTED if isinstance(stop, Interrupted) else PREEMPTED
-    except UserError as error:
-        code = _fail(program, error)
-    except KeyboardInterrupt:
-        print(f'interrupted; the same command {_where(workdir)}', file=sys.stderr)
-        code = INTERRUPTED
-    except Exception:
-        if not jax.distributed.is_initialized():
-            raise
-        traceback.print_exc()
-        code = FAILED
-    return leave(code)
-
-
-def _where(workdir: Path) -> str:
-    from gcnet_jax.stored_model import step_directories
-
-    steps = step_directories(workdir)
-    return f'continues from step {max(steps)}' if steps else 'starts again, nothing was saved yet'
-
-
-def _fail(program: str, error: UserError) -> int:
-    print_error(program, error)
-    return FAILED
 
 
 def read_flags(

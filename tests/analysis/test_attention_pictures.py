@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.__main__ import main
-from gcnet_jax.inference import attention_maps, query_distances
-from gcnet_jax.inference.attention_pictures import write_pictures
+from gcnet_jax.analysis import attention_maps, query_distances
+from gcnet_jax.analysis.attention_pictures import write_pictures
 from gcnet_jax.models.registry import Preprocessing
-from gcnet_jax.stored_model import ModelDescription, write_ported
+from gcnet_jax.stored import ModelDescription, write_ported
 
 PREPROCESSING = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), test_size=16)
 
@@ -102,14 +102,14 @@ def test_what_is_drawn_are_the_maps_of_what_the_network_gets(both, images, monke
     stored, directory, variables = both
     seen = []
     monkeypatch.setattr(
-        'gcnet_jax.inference.attention_pictures.draw_attention',
+        'gcnet_jax.analysis.attention_pictures.draw_attention',
         lambda image, maps, **options: seen.append((image, maps, options)),
     )
     monkeypatch.setattr(
-        'gcnet_jax.inference.attention_pictures.draw_queries',
+        'gcnet_jax.analysis.attention_pictures.draw_queries',
         lambda image, maps, **options: seen.append((image, maps, options)),
     )
-    monkeypatch.setattr('gcnet_jax.inference.attention_pictures.save_figure', lambda *_: None)
+    monkeypatch.setattr('gcnet_jax.analysis.attention_pictures.save_figure', lambda *_: None)
     list(write_pictures(directory, images / '1.png', images, size=12, queries=[(0.0, 1.0)]))
     inputs = normalised(images / '1.png', size=12)
     maps = attention_maps(stored.build(), variables, inputs, train=False)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gcnet_jax.analysis.pictures import png_bytes, save_figure
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line, unknown_name
 from gcnet_jax.files import as_place
-from gcnet_jax.inference.pictures import png_bytes, save_figure
 from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
 
 PARTS = ('train', 'eval')

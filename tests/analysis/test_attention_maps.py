@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
+from gcnet_jax.analysis import attention_maps
 from gcnet_jax.context import GlobalContext, NonLocal, SqueezeExcite, insert
 from gcnet_jax.errors import UserError
-from gcnet_jax.inference import attention_maps
 from gcnet_jax.models import create_model
 
 

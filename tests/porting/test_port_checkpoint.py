@@ -39,7 +39,7 @@ def test_no_space_leaves_no_directory(tmp_path, plain, monkeypatch):
         directory.mkdir()
         raise OSError(errno.ENOSPC, 'No space left on device')
 
-    monkeypatch.setattr('gcnet_jax.porting.directories.write_ported', full)
+    monkeypatch.setattr('gcnet_jax.porting.port_checkpoint.write_ported', full)
     with pytest.raises(CheckpointError, match=r'cannot write .*No space left on device'):
         port(plain, tmp_path / 'out')
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from gcnet_jax.commands.common import EXIT_SOME_IMAGES_FAILED
 from gcnet_jax.data import preprocess, sources
 from gcnet_jax.errors import DataError
 from gcnet_jax.inference.predictor import Classifier
-from gcnet_jax.stored_model import write_ported
+from gcnet_jax.stored import write_ported
 
 LABELS = ('ant', 'bee', 'cat', 'dog', 'elk', 'fox')
 

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from gcnet_jax.analysis.attention_maps import in_order
 from gcnet_jax.errors import ConfigError, UserError
 from gcnet_jax.files import as_path, write_whole
-from gcnet_jax.inference.attention_maps import in_order
 
 # Row and column of the default queries, as parts of the height and the width.
 QUERIES = ((0.5, 0.5), (0.2, 0.2), (0.2, 0.8), (0.8, 0.2), (0.8, 0.8))

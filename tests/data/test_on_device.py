@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gcnet_jax.data import augment
+from gcnet_jax.data import on_device
 
 BATCH, SIZE, CLASSES = 8, 12, 5
 
@@ -28,17 +28,17 @@ def test_normalize_is_the_definition():
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = (images.astype(np.float64) / 255 - mean) / std
-    result = augment.normalize(images, mean, std)
+    result = on_device.normalize(images, mean, std)
     assert result.dtype == jnp.float32
     np.testing.assert_allclose(result, expected, atol=1e-6)
-    low = augment.normalize(images, mean, std, jnp.bfloat16)
+    low = on_device.normalize(images, mean, std, jnp.bfloat16)
     assert low.dtype == jnp.bfloat16
     np.testing.assert_array_equal(low, result.astype(jnp.bfloat16))  # Rounded once, at the end.
 
 
 def test_mixup_mixes_images_and_labels_by_the_same_share(batch):
     images, targets = batch
-    mixed, labels = jax.jit(augment.mixup, static_argnums=3)(keys(1)[0], images, targets, 0.8)
+    mixed, labels = jax.jit(on_device.mixup, static_argnums=3)(keys(1)[0], images, targets, 0.8)
     # The share of the first image itself, read off the result.
     share = float(
         (mixed[0, 0, 0, 0] - images[-1, 0, 0, 0]) / (images[0, 0, 0, 0] - images[-1, 0, 0, 0])
@@ -51,7 +51,7 @@ def test_mixup_mixes_images_and_labels_by_the_same_share(batch):
 @pytest.mark.parametrize('alpha', [0.2, 1.0, 3.0])
 def test_mixup_shares_follow_the_beta_distribution(alpha):
     images, targets = jnp.zeros((2, 1, 1, 1)), jnp.eye(2)
-    draw = jax.jit(jax.vmap(lambda key: augment.mixup(key, images, targets, alpha)[1][0, 0]))
+    draw = jax.jit(jax.vmap(lambda key: on_device.mixup(key, images, targets, alpha)[1][0, 0]))
     shares = draw(keys(4000))
     assert abs(shares.mean() - 0.5) < 0.03
     variance = 1 / (4 * (2 * alpha + 1))
@@ -63,7 +63,7 @@ def test_mixup_shares_follow_the_beta_distribution(alpha):
 
 def test_cutmix_replaces_one_rectangle_and_labels_follow_its_pixels(batch):
     images, targets = batch
-    cut = jax.jit(augment.cutmix, static_argnums=3)
+    cut = jax.jit(on_device.cutmix, static_argnums=3)
     areas = set()
     for key in keys(20):
         mixed, labels = (np.asarray(value) for value in cut(key, images, targets, 1.0))
@@ -90,7 +90,7 @@ def test_cutmix_rectangles_follow_the_distribution():
     @jax.jit
     @jax.vmap
     def draw(key):
-        return augment.cutmix(key, images, jnp.eye(2), 1.0)[0][0, :, :, 0]
+        return on_device.cutmix(key, images, jnp.eye(2), 1.0)[0][0, :, :, 0]
 
     replaced = np.asarray(draw(keys(3000)))
     rng = np.random.default_rng(0)
@@ -112,18 +112,18 @@ def test_cutmix_rectangles_follow_the_distribution():
 
 def test_nothing_happens_at_zero(batch):
     images, targets = batch
-    for function in (augment.mixup, augment.cutmix):
+    for function in (on_device.mixup, on_device.cutmix):
         same = function(keys(1)[0], images, targets, 0.0)
         assert same[0] is images
         assert same[1] is targets
-    same = augment.mix(keys(1)[0], images, targets, 0.0, 0.0)
+    same = on_device.mix(keys(1)[0], images, targets, 0.0, 0.0)
     assert same[0] is images
     assert same[1] is targets
 
 
 def test_mix_chooses_either_half_of_the_time(batch):
     images, targets = batch
-    draw = jax.jit(jax.vmap(lambda key: augment.mix(key, images, targets, 5.0, 5.0)))
+    draw = jax.jit(jax.vmap(lambda key: on_device.mix(key, images, targets, 5.0, 5.0)))
     mixed, labels = draw(keys(400))
     copied = np.asarray((mixed == images) | (mixed == images[::-1])).all(axis=(1, 2, 3, 4))
     assert abs(copied.mean() - 0.5) < 0.08
@@ -132,16 +132,16 @@ def test_mix_chooses_either_half_of_the_time(batch):
 
 def test_bfloat16_images_stay_bfloat16(batch):
     images, targets = jnp.asarray(batch[0], jnp.bfloat16), batch[1]
-    mix = jax.jit(augment.mix, static_argnums=(3, 4))
+    mix = jax.jit(on_device.mix, static_argnums=(3, 4))
     mixed, labels = mix(keys(1)[0], images, targets, 0.5, 0.5)
     assert (mixed.dtype, labels.dtype) == (jnp.bfloat16, jnp.float32)
-    erase = jax.jit(augment.random_erasing, static_argnums=2)
+    erase = jax.jit(on_device.random_erasing, static_argnums=2)
     assert erase(keys(1)[0], images, 0.5).dtype == jnp.bfloat16
 
 
 def test_erasing_clears_one_rectangle_of_some_images():
     images = jnp.ones((2000, 32, 48, 3))
-    erase = jax.jit(lambda key: augment.random_erasing(key, images, 0.25, noise=False))
+    erase = jax.jit(lambda key: on_device.random_erasing(key, images, 0.25, noise=False))
     result = np.asarray(erase(keys(1)[0]))
     erased = result[..., 0] == 0
     assert set(np.unique(result)) == {0, 1}
@@ -165,13 +165,13 @@ def test_erasing_clears_one_rectangle_of_some_images():
 
 def test_erasing_with_noise_changes_nothing_else():
     images = jnp.full((64, 16, 16, 3), 7.0)
-    erase = jax.jit(augment.random_erasing, static_argnums=2)
+    erase = jax.jit(on_device.random_erasing, static_argnums=2)
     result = np.asarray(erase(keys(1)[0], images, 1.0))
     noise = result[result != 7]
     assert (result != 7).any(axis=(1, 2, 3)).all()
     assert abs(noise.mean()) < 0.05
     assert abs(noise.std() - 1) < 0.05
-    same = augment.random_erasing(keys(1)[0], images, 0.0)
+    same = on_device.random_erasing(keys(1)[0], images, 0.0)
     assert same is images
 
 
@@ -182,8 +182,8 @@ def test_eight_devices_give_what_one_gives(batch):
 
     def step(key, images, targets):
         mix_key, erase_key = jax.random.split(key)
-        images, targets = augment.mix(mix_key, images, targets, 0.4, 1.0)
-        return augment.random_erasing(erase_key, images, 0.5), targets
+        images, targets = on_device.mix(mix_key, images, targets, 0.4, 1.0)
+        return on_device.random_erasing(erase_key, images, 0.5), targets
 
     spread = jax.jit(step, out_shardings=sharding)
     plain = jax.jit(step)

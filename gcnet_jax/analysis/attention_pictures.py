@@ -9,12 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gcnet_jax.data.augment import normalize
-from gcnet_jax.errors import ConfigError, DataError, UserError, one_line
-from gcnet_jax.files import as_path, reason
-from gcnet_jax.inference.attention_maps import no_attention, sown_values
-from gcnet_jax.inference.images import LeftOut, find_images, load_image
-from gcnet_jax.inference.pictures import (
+from gcnet_jax.analysis.attention_maps import no_attention, sown_values
+from gcnet_jax.analysis.pictures import (
     QUERIES,
     Picture,
     check_queries,
@@ -22,8 +18,12 @@ from gcnet_jax.inference.pictures import (
     draw_queries,
     save_figure,
 )
-from gcnet_jax.inference.query_distances import SOWN, QueryDistances, distances_of
-from gcnet_jax.stored_model import ModelDescription, find_checkpoint, load_variables
+from gcnet_jax.analysis.query_distances import SOWN, QueryDistances, distances_of
+from gcnet_jax.data.on_device import normalize
+from gcnet_jax.errors import ConfigError, DataError, UserError, one_line
+from gcnet_jax.files import as_path, reason
+from gcnet_jax.inference.images import LeftOut, find_images, load_image
+from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
 
 
 @dataclasses.dataclass(frozen=True)
