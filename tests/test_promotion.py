@@ -110,6 +110,6 @@ def test_inference_folded_and_with_integer_weights(name, batch, random_variables
             return model.apply(dequantize_kernels(variables), images, train=False)
 
     assert jax.eval_shape(compute, folded, images).shape == (batch, 3)
-    plain = functools.partial(model.apply, train=False, method='features')
+    plain = functools.partial(model.apply, train=False, method='outputs')
     maps = jax.eval_shape(plain, variables, images)
     assert {features.shape[0] for features in maps.values()} == {batch}

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,8 +74,6 @@ class Classifier:
         options = dict(description.options) | ({} if dtype is None else {'dtype': dtype})
         self.description = dataclasses.replace(description, options=options)
         self._model = self.description.build()
-        self._backbone = dataclasses.replace(self.description, options=options | {'num_classes': 0})
-        self._backbone = self._backbone.build()
         self._shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(variables)
         )
@@ -245,24 +242,23 @@ class Classifier:
     @functools.cached_property
     def layers(self) -> dict[str, tuple[int, ...]]:
         """The shape of what `features` returns of one image, by the name of the layer."""
-        maps = self._trace(self._model, method='features')
-        # Tracing has sorted them; the stem comes first.
-        order = sorted(maps, key=lambda name: (name != 'stem', name))
-        shapes = {name: maps[name].shape[1:] for name in order}
-        shapes[POOLED] = self._trace(self._backbone).shape[1:]
-        return shapes | ({LOGITS: (self.num_classes,)} if self.num_classes else {})
+        outputs = self._trace()
+        # Tracing has sorted them by name: back to the order of the network.
+        stages = (name for name in outputs if name.startswith('stage'))
+        order = ('stem', *sorted(stages, key=lambda name: int(name[5:])), POOLED, LOGITS)
+        return {name: outputs[name].shape[1:] for name in order if name in outputs}
 
-    def _trace(self, network: nn.Module, **options: Any) -> Any:
-        """Returns the shapes of a network's output for one image, without computing."""
+    def _trace(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of the network's outputs for one image, without computing."""
         size = self.description.preprocessing.test_size
         images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        apply = functools.partial(network.apply, train=False, **options)
+        apply = functools.partial(self._model.apply, train=False, method='outputs')
         return jax.eval_shape(apply, self._shapes, images)
 
     def _check(self) -> int:
         """Returns the number of classes; refuses variables that do not fit."""
         try:
-            output = self._trace(self._model)
+            outputs = self._trace()
         except Exception as error:  # What is wrong with options or shapes has errors of many kinds.
             raise CheckpointError(
                 f'its variables are not those of {self.description.name}: '
@@ -270,7 +266,7 @@ class Classifier:
             ) from error
         if self.description.options.get('num_classes') == 0:
             return 0
-        names, classes = len(self.description.label_names), output.shape[-1]
+        names, classes = len(self.description.label_names), outputs[LOGITS].shape[-1]
         if classes == 1:
             raise CheckpointError(
                 'it has one logit, of which the probability would always be 100%: a classifier has '
@@ -305,20 +301,15 @@ class Classifier:
             images = normalize(images, preprocessing.mean, preprocessing.std)
             variables = dequantize_kernels(variables)
             with folded_batch_norm():
-                output = self._run(layer, variables, images)
-            return output.astype(jnp.float32)
+                # XLA computes the one that is returned.
+                outputs = self._model.apply(variables, images, train=False, method='outputs')
+            return outputs[layer].astype(jnp.float32)
 
         return jax.jit(
             compute,
             in_shardings=(self._whole, self._by_batch),
             out_shardings=self._by_batch,
         )
-
-    def _run(self, layer: str, variables: Mapping[str, Any], images: Array) -> Array:
-        network: nn.Module = self._backbone if layer == POOLED else self._model
-        if layer in (LOGITS, POOLED):
-            return network.apply(variables, images, train=False)
-        return network.apply(variables, images, train=False, method='features')[layer]
 
     def _load_path(self, path: Any) -> Any:
         try:

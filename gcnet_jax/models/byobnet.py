@@ -13,12 +13,11 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
+from gcnet_jax.models.backbone import Backbone, Features
 from gcnet_jax.models.layers import (
     BatchNorm,
     Conv,
     StochasticDepth,
-    check_images,
-    global_average_pool,
     linear_rates,
     max_pool,
 )
@@ -73,7 +72,7 @@ class ByobBottleneck(nn.Module):
         return apply_placements(activate(branch + shortcut), self.context, 'after_add', self.dtype)
 
 
-class ByobNet(nn.Module):
+class ByobNet(Backbone):
     """A residual network with a stem of three convolutions.
 
     Attributes:
@@ -124,15 +123,15 @@ class ByobNet(nn.Module):
         ]
         self.stem_norm = [self.norm(dtype=self.dtype) for _ in self.stem_widths]
         rates = iter(linear_rates(self.stochastic_depth_rate, sum(self.stage_sizes)))
-        for stage, size in enumerate(self.stage_sizes, start=1):
-            blocks = [self._residual_block(stage, index, next(rates)) for index in range(size)]
-            setattr(self, f'stage{stage}', blocks)
+        self.set_up_stages(
+            [
+                [self._residual_block(stage, index, next(rates)) for index in range(size)]
+                for stage, size in enumerate(self.stage_sizes, start=1)
+            ]
+        )
         if self.head_width:
             self.head_conv = Conv(self.head_width, 1, dtype=self.dtype)
             self.head_norm = self.norm(dtype=self.dtype)
-        self.dropout = nn.Dropout(self.dropout_rate)
-        if self.num_classes:
-            self.classifier = nn.Dense(self.num_classes)
 
     def _residual_block(self, stage: int, index: int, rate: float) -> ByobBottleneck:
         widths = (self.stem_widths[-1], *self.widths)
@@ -154,41 +153,15 @@ class ByobNet(nn.Module):
             dtype=self.dtype,
         )
 
-    def features(
-        self, images: Float[Array, 'batch height width channel'], *, train: bool
-    ) -> dict[str, Float[Array, 'batch _ _ _']]:
-        """Returns the feature map of the stem, before its pooling, and of every stage, by name.
-
-        'stage1' is at 1/4 of the image's size, 'stage4' at 1/32, rounded up; 'stem' is at 1/2 where
-        the stem pools and at 1/4 where it does not.
-        """
-        check_images(images, type(self).__name__)
-        activate = ACTIVATIONS[self.activation]
-        values = images.astype(self.dtype)
+    def _stem(self, images: Features, *, train: bool) -> tuple[Features, Features]:
+        # The map is the one before the pooling: at 1/2 of the image's size where there is one.
+        values, activate = images, ACTIVATIONS[self.activation]
         for conv, norm in zip(self.stem_conv, self.stem_norm, strict=True):
             values = activate(norm(conv(values), train=train))
-        maps = {'stem': values}
-        if self.stem_pool:
-            values = max_pool(values)
-        for stage in range(1, len(self.stage_sizes) + 1):
-            for block in getattr(self, f'stage{stage}'):
-                values = block(values, train=train)
-            maps[f'stage{stage}'] = values
-        return maps
+        return values, max_pool(values) if self.stem_pool else values
 
-    def __call__(
-        self, images: Float[Array, 'batch height width channel'], *, train: bool
-    ) -> Float[Array, 'batch classes_or_features']:
-        """Returns the logits in float32, or the pooled features where `num_classes` is 0.
-
-        Args:
-          images: Normalised, floating point.
-          train: Use the batch's statistics and update the running ones (make the collection
-            'batch_stats' mutable), and drop with the random stream 'dropout'.
-        """
-        last = self.features(images, train=train)[f'stage{len(self.stage_sizes)}']
-        if self.head_width:
-            last = self.head_norm(self.head_conv(last), train=train)
-            last = ACTIVATIONS[self.activation](last)
-        pooled = self.dropout(global_average_pool(last), deterministic=not train)
-        return self.classifier(pooled) if self.num_classes else pooled
+    def _head(self, features: Features, *, train: bool) -> Features:
+        if not self.head_width:
+            return features
+        features = self.head_norm(self.head_conv(features), train=train)
+        return ACTIVATIONS[self.activation](features)

@@ -57,17 +57,20 @@ def wants_plain_operations() -> bool:
     return _plain_only.get()
 
 
-def convolve(features: Features, kernel: Kernel, stride: int = 1, groups: int = 1) -> Output:
-    """Convolves with PyTorch's padding, `(size - 1) // 2` on both sides.
+def convolve(
+    features: Features, kernel: Kernel, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> Output:
+    """Convolves with PyTorch's padding, `dilation * (size - 1) // 2` on both sides.
 
     Args:
       features: The input.
       kernel: With `in_channel = channel / groups`, in the features' type.
       stride: Step in both directions; the output is `ceil(size / stride)` high and wide.
       groups: Number of groups that input and output channels are split into.
+      dilation: Distance of neighbouring elements of the kernel in the features.
     """
-    if wants_plain_operations():
-        return plain_convolution(features, kernel, stride, groups)
+    if dilation > 1 or wants_plain_operations():
+        return plain_convolution(features, kernel, stride, groups, dilation)
     return _convolve(features, kernel, stride, groups)
 
 
@@ -76,14 +79,17 @@ def max_pool(features: Features) -> Pooled:
     return plain_max_pool(features) if wants_plain_operations() else _max_pool(features)
 
 
-def plain_convolution(features: Features, kernel: Kernel, stride: int, groups: int) -> Output:
+def plain_convolution(
+    features: Features, kernel: Kernel, stride: int, groups: int, dilation: int = 1
+) -> Output:
     """The convolution as XLA has it."""
-    padding = (kernel.shape[0] - 1) // 2
+    padding = dilation * (kernel.shape[0] - 1) // 2
     return jax.lax.conv_general_dilated(
         features,
         kernel,
         window_strides=(stride, stride),
         padding=((padding, padding), (padding, padding)),
+        rhs_dilation=(dilation, dilation),
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         feature_group_count=groups,
     )

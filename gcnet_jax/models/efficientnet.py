@@ -14,12 +14,11 @@ from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
 from gcnet_jax.context.global_context import GlobalContext
+from gcnet_jax.models.backbone import Backbone, Features
 from gcnet_jax.models.layers import (
     BatchNorm,
     Conv,
     StochasticDepth,
-    check_images,
-    global_average_pool,
 )
 
 KINDS = ('conv', 'edge', 'inverted')
@@ -114,7 +113,7 @@ class EfficientBlock(nn.Module):
         return branch
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(Backbone):
     """EfficientNet-V2 with global context in its inverted residuals.
 
     Attributes:
@@ -145,18 +144,17 @@ class EfficientNet(nn.Module):
         self.stem_conv = Conv(self.stem_width, 3, 2, dtype=self.dtype, kernel_init=init)
         self.stem_norm = self.norm(dtype=self.dtype)
         total, done = sum(stage.size for stage in self.stages), 0
-        for number, stage in enumerate(self.stages, start=1):
+        stages = []
+        for stage in self.stages:
             blocks = []
             for index in range(stage.size):
                 rate = self.stochastic_depth_rate * done / total
                 blocks.append(self._block(stage, stage.stride if index == 0 else 1, rate))
                 done += 1
-            setattr(self, f'stage{number}', blocks)
+            stages.append(blocks)
+        self.set_up_stages(stages)
         self.head_conv = Conv(self.head_width, 1, dtype=self.dtype, kernel_init=init)
         self.head_norm = self.norm(dtype=self.dtype)
-        self.dropout = nn.Dropout(self.dropout_rate)
-        if self.num_classes:
-            self.classifier = nn.Dense(self.num_classes)
 
     def _block(self, stage: EfficientStage, stride: int, rate: float) -> EfficientBlock:
         return EfficientBlock(
@@ -170,30 +168,9 @@ class EfficientNet(nn.Module):
             dtype=self.dtype,
         )
 
-    def features(
-        self, images: Float[Array, 'batch height width channel'], *, train: bool
-    ) -> dict[str, Float[Array, 'batch _ _ _']]:
-        """Returns the feature map of the stem (at 1/2 of the image's size) and of every stage."""
-        check_images(images, type(self).__name__)
-        values = nn.silu(self.stem_norm(self.stem_conv(images.astype(self.dtype)), train=train))
-        maps = {'stem': values}
-        for stage in range(1, len(self.stages) + 1):
-            for block in getattr(self, f'stage{stage}'):
-                values = block(values, train=train)
-            maps[f'stage{stage}'] = values
-        return maps
+    def _stem(self, images: Features, *, train: bool) -> tuple[Features, Features]:
+        values = nn.silu(self.stem_norm(self.stem_conv(images), train=train))
+        return values, values
 
-    def __call__(
-        self, images: Float[Array, 'batch height width channel'], *, train: bool
-    ) -> Float[Array, 'batch classes_or_features']:
-        """Returns the logits in float32, or the pooled features where `num_classes` is 0.
-
-        Args:
-          images: Normalised, floating point.
-          train: Use the batch's statistics and update the running ones (make the collection
-            'batch_stats' mutable), and drop with the random stream 'dropout'.
-        """
-        last = self.features(images, train=train)[f'stage{len(self.stages)}']
-        last = nn.silu(self.head_norm(self.head_conv(last), train=train))
-        pooled = self.dropout(global_average_pool(last), deterministic=not train)
-        return self.classifier(pooled) if self.num_classes else pooled
+    def _head(self, features: Features, *, train: bool) -> Features:
+        return nn.silu(self.head_norm(self.head_conv(features), train=train))

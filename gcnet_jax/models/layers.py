@@ -31,12 +31,14 @@ class Conv(nn.Module):
       kernel_size: Height and width of the kernel, odd.
       stride: Step in both directions; the output is `ceil(size / stride)`.
       groups: Number of groups that input and output channels are split into.
+      dilation: Distance of neighbouring elements of the kernel in the input.
     """
 
     features: int
     kernel_size: int
     stride: int = 1
     groups: int = 1
+    dilation: int = 1
     use_bias: bool = False
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -65,7 +67,7 @@ class Conv(nn.Module):
             kernel = kernel * scale[None, None, None, :]
             bias = None if bias is None else bias * scale
         features, kernel, bias = nn.dtypes.promote_dtype(features, kernel, bias, dtype=self.dtype)
-        output = convolve(features, kernel, self.stride, self.groups)
+        output = convolve(features, kernel, self.stride, self.groups, self.dilation)
         return output if bias is None else output + bias
 
 

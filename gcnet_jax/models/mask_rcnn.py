@@ -31,7 +31,7 @@ class MaskRCNN(nn.Module):
     """A detector with masks over any backbone of four stages at strides 4 to 32.
 
     Attributes:
-      backbone: Has a method `features` that returns 'stage1' to 'stage4'.
+      backbone: Has a method `outputs` that returns 'stage1' to 'stage4'.
       num_classes: Without the background.
       cascade: Three box heads, each on the boxes of the one before, and three mask heads.
       channels: Width of the pyramid, of the proposal network and of the mask heads.
@@ -86,7 +86,7 @@ class MaskRCNN(nn.Module):
         self, images: Float[Array, 'batch height width 3'], *, train: bool
     ) -> list[Float[Array, 'batch _ _ channel']]:
         """Returns the five maps of the neck, at strides 4 to 64."""
-        maps = self.backbone.features(images, train=train)
+        maps = self.backbone.outputs(images, train=train)
         return self.neck([maps[f'stage{stage}'] for stage in (1, 2, 3, 4)])
 
     def propose(self, pyramid, image_sizes: Float[Array, 'batch 2']) -> Proposals:

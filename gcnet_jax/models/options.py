@@ -82,6 +82,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value is None or 1 <= value <= MAX_WIDTH,
         f'from 1 to {MAX_WIDTH:,}',
     ),
+    'output_stride': (lambda value: value in (None, 4, 8, 16, 32), '4, 8, 16, 32 or None'),
     'norm_epsilon': (lambda value: 0 < value < 1, 'in (0, 1)'),
     'context_ratio': (lambda value: 0 < value <= 1, 'in (0, 1]'),
     'dropout_rate': _RATE,

@@ -15,13 +15,12 @@ from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
 from gcnet_jax.context.global_context import Expanded, GlobalContext
+from gcnet_jax.models.backbone import Backbone, Features, stage_strides
 from gcnet_jax.models.convolution import wants_plain_operations
 from gcnet_jax.models.layers import (
     BatchNorm,
     Conv,
     StochasticDepth,
-    check_images,
-    global_average_pool,
     linear_rates,
     max_pool,
 )
@@ -32,7 +31,7 @@ from gcnet_jax.models.placement import (
     placed_modules,
 )
 
-STEMS = ('imagenet', 'small', 'none')
+STEMS = ('imagenet', 'deep', 'small', 'none')
 
 
 class BasicBlock(nn.Module):
@@ -43,6 +42,7 @@ class BasicBlock(nn.Module):
 
     width: int
     stride: int = 1
+    dilation: int = 1
     groups: int = 1
     base_width: int = 64
     context: tuple[Placement, ...] = ()
@@ -59,7 +59,10 @@ class BasicBlock(nn.Module):
             return apply_placements(values, self.context, position, self.dtype)
 
         shortcut = _shortcut(self, features, self.width, train)
-        branch = Conv(self.width, 3, self.stride, dtype=self.dtype, name='conv1')(features)
+        conv1 = Conv(
+            self.width, 3, self.stride, dilation=self.dilation, dtype=self.dtype, name='conv1'
+        )
+        branch = conv1(features)
         branch = nn.relu(self.norm(dtype=self.dtype, name='norm1')(branch, train=train))
         branch = place(branch, 'after_conv1')
         branch = Conv(self.width, 3, dtype=self.dtype, name='conv2')(branch)
@@ -77,6 +80,7 @@ class BottleneckBlock(nn.Module):
 
     width: int
     stride: int = 1
+    dilation: int = 1
     groups: int = 1
     base_width: int = 64
     context: tuple[Placement, ...] = ()
@@ -98,7 +102,10 @@ class BottleneckBlock(nn.Module):
         branch = Conv(inner, 1, dtype=self.dtype, name='conv1')(features)
         branch = nn.relu(self.norm(dtype=self.dtype, name='norm1')(branch, train=train))
         branch = place(branch, 'after_conv1')
-        branch = Conv(inner, 3, self.stride, self.groups, dtype=self.dtype, name='conv2')(branch)
+        conv2 = Conv(
+            inner, 3, self.stride, self.groups, self.dilation, dtype=self.dtype, name='conv2'
+        )
+        branch = conv2(branch)
         branch = nn.relu(self.norm(dtype=self.dtype, name='norm2')(branch, train=train))
         branch = place(branch, 'after_conv2')
         conv3 = Conv(out_channels, 1, dtype=self.dtype, name='conv3')
@@ -182,16 +189,19 @@ def _last_norm(block: BasicBlock | BottleneckBlock, name: str) -> nn.Module:
     return block.norm(dtype=block.dtype, scale_init=scale_init, name=name)
 
 
-class ResNet(nn.Module):
-    """A residual network for classification, or a backbone through the method `features`.
+class ResNet(Backbone):
+    """A residual network for classification, or a backbone through the method `outputs`.
 
     Attributes:
       block: BasicBlock or BottleneckBlock.
       stage_sizes: Number of residual blocks in each stage.
       widths: Width of each stage, before the bottleneck's expansion.
       num_classes: Size of the classifier; 0 leaves it out and returns the pooled features.
-      stem: 'imagenet' (7x7 at stride 2 and max pooling), 'small' (3x3 at stride 1, for 32-pixel
-        images) or 'none' (the first residual block reads the image).
+      stem: 'imagenet' (7x7 at stride 2 and max pooling), 'deep' (three 3x3, the first at stride 2
+        and half as wide, and max pooling: ResNet-C of arXiv 1812.01187), 'small' (3x3 at stride 1,
+        for 32-pixel images) or 'none' (the first residual block reads the image).
+      output_stride: Size of the image over that of the last map, where that is less than the
+        strides make it: 8 or 16 for segmentation, see `stage_strides`. None leaves the strides.
       groups, base_width: ResNeXt's cardinality and width: 32 and 4 for 32x4d.
       context: Context blocks, see Placement.
       dropout_rate: Before the classifier.
@@ -206,6 +216,7 @@ class ResNet(nn.Module):
     widths: Sequence[int] = (64, 128, 256, 512)
     num_classes: int = 1000
     stem: str = 'imagenet'
+    output_stride: int | None = None
     groups: int = 1
     base_width: int = 64
     context: tuple[Placement, ...] = ()
@@ -221,23 +232,39 @@ class ResNet(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        if self.stem != 'none':
+        if self.stem == 'deep':
+            width = self.widths[0]
+            self.stem_conv = [
+                Conv(features, 3, stride, dtype=self.dtype)
+                for features, stride in ((width // 2, 2), (width // 2, 1), (width, 1))
+            ]
+            self.stem_norm = [self.norm(dtype=self.dtype) for _ in self.stem_conv]
+        elif self.stem != 'none':
             size, stride = (7, 2) if self.stem == 'imagenet' else (3, 1)
             self.stem_conv = Conv(self.widths[0], size, stride, dtype=self.dtype)
             self.stem_norm = self.norm(dtype=self.dtype)
+        strides = stage_strides(
+            [1] + [2] * (len(self.stage_sizes) - 1), self._stem_stride, self.output_stride
+        )
         rates = iter(linear_rates(self.stochastic_depth_rate, sum(self.stage_sizes)))
-        for stage, size in enumerate(self.stage_sizes, start=1):
-            blocks = [self._residual_block(stage, index, next(rates)) for index in range(size)]
-            setattr(self, f'stage{stage}', blocks)
-        self.dropout = nn.Dropout(self.dropout_rate)
-        if self.num_classes:
-            self.classifier = nn.Dense(self.num_classes)
+        stages = []
+        for stage, geometry in enumerate(strides, start=1):
+            indices = range(self.stage_sizes[stage - 1])
+            stages.append([self._residual_block(stage, i, *geometry, next(rates)) for i in indices])
+        self.set_up_stages(stages)
 
-    def _residual_block(self, stage: int, index: int, rate: float) -> nn.Module:
+    @property
+    def _stem_stride(self) -> int:
+        return 4 if self.stem in ('imagenet', 'deep') else 1
+
+    def _residual_block(
+        self, stage: int, index: int, stride: int, dilation_before: int, dilation: int, rate: float
+    ) -> nn.Module:
         size = self.stage_sizes[stage - 1]
         return self.block(
             width=self.widths[stage - 1],
-            stride=2 if stage > 1 and index == 0 else 1,
+            stride=stride if index == 0 else 1,
+            dilation=dilation_before if index == 0 else dilation,
             groups=self.groups,
             base_width=self.base_width,
             context=tuple(place for place in self.context if place.holds(stage, index, size)),
@@ -247,28 +274,20 @@ class ResNet(nn.Module):
             dtype=self.dtype,
         )
 
-    def features(
-        self, images: Float[Array, 'batch height width channel'], *, train: bool
-    ) -> dict[str, Float[Array, 'batch _ _ _']]:
-        """Returns the feature map of the stem and of every stage, by name.
-
-        The ImageNet networks give 'stem' at 1/2, 'stage1' at 1/4, ... 'stage4' at 1/32 of the
-        image's size, rounded up.
-        """
-        check_images(images, type(self).__name__)
-        maps = {}
-        values = images.astype(self.dtype)
+    def _stem(self, images: Features, *, train: bool) -> tuple[Features | None, Features]:
+        if self.stem == 'none':
+            return None, images
         if self.stem == 'imagenet' and train and _may_reorder(self, self.stem_norm):
-            maps['stem'], values = self._stem_pooled_first(values)
-        elif self.stem != 'none':
-            values = nn.relu(self.stem_norm(self.stem_conv(values), train=train))
-            maps['stem'] = values
-            values = max_pool(values) if self.stem == 'imagenet' else values
-        for stage in range(1, len(self.stage_sizes) + 1):
-            for block in getattr(self, f'stage{stage}'):
-                values = block(values, train=train)
-            maps[f'stage{stage}'] = values
-        return maps
+            return self._stem_pooled_first(images)
+        values = images
+        layers = (
+            zip(self.stem_conv, self.stem_norm, strict=True)
+            if self.stem == 'deep'
+            else [(self.stem_conv, self.stem_norm)]
+        )
+        for conv, norm in layers:
+            values = nn.relu(norm(conv(values), train=train))
+        return values, values if self.stem == 'small' else max_pool(values)
 
     def _stem_pooled_first(
         self, images: Float[Array, 'batch height width channel']
@@ -296,17 +315,3 @@ class ResNet(nn.Module):
 
         # What is not used, most often the map, is not computed under jit.
         return finish(turned), finish(max_pool(turned))
-
-    def __call__(
-        self, images: Float[Array, 'batch height width channel'], *, train: bool
-    ) -> Float[Array, 'batch classes_or_features']:
-        """Returns the logits in float32, or the pooled features where `num_classes` is 0.
-
-        Args:
-          images: Normalised, floating point.
-          train: Use the batch's statistics and update the running ones (make the collection
-            'batch_stats' mutable), and drop with the random stream 'dropout'.
-        """
-        last = self.features(images, train=train)[f'stage{len(self.stage_sizes)}']
-        pooled = self.dropout(global_average_pool(last), deterministic=not train)
-        return self.classifier(pooled) if self.num_classes else pooled

@@ -57,7 +57,7 @@ NETWORKS = {
 
 def outputs(model, variables, images):
     """The logits and every feature map."""
-    maps = model.apply(variables, images, train=False, method='features')
+    maps = model.apply(variables, images, train=False, method='outputs')
     return maps | {'logits': model.apply(variables, images, train=False)}
 
 

@@ -55,7 +55,7 @@ def test_feature_maps_have_torch_s_sizes(name, stem):
     images = jax.ShapeDtypeStruct((2, 66, 50, 3), jnp.float32)
     variables = shapes_of(model)
     maps = jax.eval_shape(
-        lambda v, x: model.apply(v, x, train=False, method='features'), variables, images
+        lambda v, x: model.apply(v, x, train=False, method='outputs'), variables, images
     )
     assert maps['stem'].shape == (2, *stem, 64)
     assert maps['stage1'].shape == (2, 17, 13, 256)
@@ -125,7 +125,7 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(small):
             variables,
         )
 
-    assert {value.dtype for value in run('features').values()} == {jnp.dtype('bfloat16')}
+    assert {value.dtype for value in run('outputs').values()} == {jnp.dtype('bfloat16')}
     assert run('__call__').dtype == jnp.float32
 
 

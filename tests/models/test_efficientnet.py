@@ -37,7 +37,7 @@ def test_parameters_and_sizes_are_as_published():
     # Published: timm 1.0.31.
     assert sum(leaf.size for leaf in jax.tree.leaves(variables['params'])) == 13_677_713
     maps = jax.eval_shape(
-        lambda v, x: model.apply(v, x, train=False, method='features'), variables, images
+        lambda v, x: model.apply(v, x, train=False, method='outputs'), variables, images
     )
     assert maps['stem'].shape == (1, 33, 25, 24)
     assert [maps[f'stage{number}'].shape[1:] for number in range(1, 7)] == [

@@ -7,7 +7,9 @@ import pytest
 
 from gcnet_jax.context import GlobalContext, SqueezeExcite, insert
 from gcnet_jax.models import create_model
+from gcnet_jax.models.backbone import stage_strides
 from gcnet_jax.models.convolution import plain_operations
+from gcnet_jax.models.layers import Conv
 from gcnet_jax.models.resnet import ResNet
 
 GC = {'block': 'global_context', 'stages': (2, 3, 4), 'position': 'after_conv3', 'ratio': 1 / 16}
@@ -88,13 +90,13 @@ def test_feature_maps_have_torchvisions_sizes(size):
     model = create_model('resnet50')
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     maps = jax.eval_shape(
-        lambda variables, images: model.apply(variables, images, train=False, method='features'),
+        lambda variables, images: model.apply(variables, images, train=False, method='outputs'),
         shapes_of(model),
         images,
     )
     names = ['stem', 'stage1', 'stage2', 'stage3', 'stage4']
     sizes = [-(-size // 2**halvings) for halvings in range(1, 6)]
-    assert maps.keys() == set(names)
+    assert maps.keys() == {*names, 'pooled', 'logits'}
     assert [maps[name].shape[1] for name in names] == sizes
     assert [maps[name].shape[3] for name in names] == [64, 256, 512, 1024, 2048]
 
@@ -147,7 +149,7 @@ def test_blocks_chain_in_the_order_given(random_variables):
         variables = random_variables(model, images, train=False)
         block = variables['params']['stage1_0']
         plain = create_model('resnet18', **small, context=None)
-        values = run(plain, variables, images, method='features')['stage1']
+        values = run(plain, variables, images, method='outputs')['stage1']
         for index, entry in enumerate(order):
             params = block[f'context_after_add_{index}']
             assert ('pool' in params) == (entry is gc)
@@ -170,7 +172,7 @@ def test_without_classes_the_output_is_the_pooled_features(random_variables):
     model = create_model('resnet18', **SMALL | {'num_classes': 0})
     variables = random_variables(model, images, train=False)
     output = run(model, variables, images)
-    maps = run(model, variables, images, method='features')
+    maps = run(model, variables, images, method='outputs')
     assert output.shape == (2, 16)
     np.testing.assert_allclose(output, np.asarray(maps['stage4']).mean((1, 2)), rtol=1e-5)
 
@@ -181,7 +183,7 @@ def test_bfloat16_computes_low_and_keeps_float32_parameters(random_variables):
     low = create_model('gc_resnet50', **SMALL, dtype='bfloat16')
     variables = random_variables(exact, images, train=False)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(low))} == {jnp.dtype('float32')}
-    assert run(low, variables, images, method='features')['stage4'].dtype == jnp.bfloat16
+    assert run(low, variables, images, method='outputs')['stage4'].dtype == jnp.bfloat16
     logits, expected = run(low, variables, images), run(exact, variables, images)
     assert logits.dtype == jnp.float32
     assert np.abs(logits - expected).max() < 2e-2 * np.abs(expected).max()
@@ -191,7 +193,7 @@ def test_zero_init_residual_starts_each_block_as_its_shortcut():
     images = random_images(16)
     small = SMALL | {'stage_sizes': (2,), 'widths': (4,)}
     model = create_model('resnet18', **small, zero_init_residual=True)
-    maps = run(model, initialised(model, images), images, method='features')
+    maps = run(model, initialised(model, images), images, method='outputs')
     stem = np.pad(maps['stem'], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     windows = np.lib.stride_tricks.sliding_window_view(stem, (3, 3), axis=(1, 2))
     np.testing.assert_array_equal(maps['stage1'], windows[:, ::2, ::2].max((-2, -1)))
@@ -281,7 +283,7 @@ def test_a_stem_pooled_first_gives_the_same_maps(dtype, random_variables):
     variables = random_variables(model, images, train=False)
     turn_every_other_channel(variables)
     (maps, statistics), (plain, plain_statistics) = (
-        run(model, variables, images, train=True, method='features', mutable=['batch_stats', *more])
+        run(model, variables, images, train=True, method='outputs', mutable=['batch_stats', *more])
         for more in ((), ('intermediates',))
     )
     tolerance = 1e-5 if dtype == 'float32' else 2e-2
@@ -367,3 +369,59 @@ def test_a_block_inserted_behind_the_last_norm_is_trained(random_variables):
 
     grads = jax.jit(jax.grad(loss))(variables['params'])
     assert np.abs(grads['stage4_0']['norm3']['extra']['expand']['kernel']).max() > 0
+
+
+def dilated_reference(features, kernel, stride, dilation):
+    """A 3x3 convolution from its definition, as PyTorch pads."""
+    padded = np.pad(features, ((0, 0), (dilation,) * 2, (dilation,) * 2, (0, 0)))
+    height, width = (-(-size // stride) for size in features.shape[1:3])
+    total = 0
+    for row, column in np.ndindex(3, 3):
+        seen = padded[:, row * dilation :: stride, column * dilation :: stride]
+        total = total + seen[:, :height, :width] @ kernel[row, column]
+    return total
+
+
+@pytest.mark.parametrize(('stride', 'dilation'), [(1, 2), (2, 2), (1, 4)])
+def test_a_dilated_convolution_is_the_definition(stride, dilation):
+    features = random_images(13)
+    kernel = np.random.default_rng(1).normal(size=(3, 3, 3, 5)).astype(np.float32)
+    conv = Conv(5, 3, stride, dilation=dilation)
+    actual = conv.apply({'params': {'kernel': kernel}}, features)
+    expected = dilated_reference(features, kernel, stride, dilation)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_output_stride_dilates_instead_of_striding(random_variables):
+    images = random_images(64)
+    model = create_model('resnet50', **SMALL, output_stride=8)
+    variables = random_variables(model, images, train=False)
+    maps = run(model, variables, images, method='outputs')
+    assert [maps[f'stage{stage}'].shape[1] for stage in (1, 2, 3, 4)] == [16, 8, 8, 8]
+    # Stage 3 dilates by 2 from its second block on, stage 4 begins with that and goes on with 4.
+    assert list(stage_strides((1, 2, 2, 2), 4, 8)) == [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 4)]
+    assert list(stage_strides((1, 2, 2, 2), 4, 16)) == [(1, 1, 1), (2, 1, 1), (2, 1, 1), (1, 1, 2)]
+    assert list(stage_strides((1, 2), 4, None)) == [(1, 1, 1), (2, 1, 1)]
+    # Every dilated map, taken at the plain network's positions, would need the plain inputs: only
+    # the parameters are the same, so that trained weights serve both.
+    plain = shapes_of(create_model('resnet50', **SMALL))
+    assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, shapes_of(model))
+
+
+def test_the_deep_stem_is_three_convolutions_and_pooling(random_variables):
+    images = random_images(32)
+    model = create_model('resnet18', **SMALL, stem='deep')
+    variables = random_variables(model, images, train=False)
+    maps = run(model, variables, images, method='outputs')
+    values = images
+    for index in range(3):
+        kernel = variables['params'][f'stem_conv_{index}']['kernel']
+        norm, stats = (variables[name][f'stem_norm_{index}'] for name in ('params', 'batch_stats'))
+        values = dilated_reference(values, kernel, 2 if index == 0 else 1, 1)
+        scale = norm['scale'] / np.sqrt(stats['var'] + 1e-5)
+        values = np.maximum((values - stats['mean']) * scale + norm['bias'], 0)
+    np.testing.assert_allclose(maps['stem'], values, rtol=1e-3, atol=1e-4)
+    assert maps['stage1'].shape[1:3] == (8, 8)
+    width = model.widths[0]
+    kernels = [variables['params'][f'stem_conv_{i}']['kernel'].shape[3] for i in range(3)]
+    assert kernels == [width // 2, width // 2, width]

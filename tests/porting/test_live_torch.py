@@ -130,7 +130,7 @@ def test_every_stage_and_the_logits(peer):
             expected = network(as_torch(images)).numpy()
 
         def run(v, x):
-            maps = model.apply(v, x, train=False, method='features')
+            maps = model.apply(v, x, train=False, method='outputs')
             return maps, model.apply(v, x, train=False)
 
         maps, logits = quickly(run, variables, jnp.asarray(images))
