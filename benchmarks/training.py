@@ -37,6 +37,7 @@ def ours(network: str, batch: int, size: int) -> Callable:
     import jax.numpy as jnp
 
     from gcnet_jax.models import create_model, model_entry
+    from gcnet_jax.tasks import Classification
     from gcnet_jax.training.mesh import batch_shardings, make_mesh, state_shardings
     from gcnet_jax.training.optimizers import make_optimizer
     from gcnet_jax.training.state import TrainState
@@ -49,7 +50,7 @@ def ours(network: str, batch: int, size: int) -> Callable:
     )
     variables = common.random_variables(dict(shapes))
     classes = variables['params']['classifier']['bias'].size
-    options = StepOptions(num_classes=classes, mean=preprocessing.mean, std=preprocessing.std)
+    task = Classification(classes, preprocessing.mean, preprocessing.std)
     mesh = make_mesh(devices=jax.devices()[:1])
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -61,8 +62,9 @@ def ours(network: str, batch: int, size: int) -> Callable:
     )
     shardings = state_shardings(state, mesh)
     state = jax.device_put(state, shardings)
-    inputs = jax.device_put(batch_of(batch, size), batch_shardings(mesh))
-    step = jit_train_step(make_train_step(model, optimizer, options, mesh), mesh, shardings)
+    inputs = jax.device_put(batch_of(batch, size), batch_shardings(mesh, task.batch_spec()))
+    step = make_train_step(model, optimizer, task, StepOptions(), mesh)
+    step = jit_train_step(step, task, mesh, shardings)
 
     def run():
         nonlocal state

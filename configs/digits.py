@@ -19,13 +19,13 @@ def get_config() -> ConfigDict:
     config.data.image_size = 8
     config.data.augmentation = 'none'
     config.data.flip = False
-    config.data.mixup_alpha = 0.2
+    config.task.mixup_alpha = 0.2
     config.schedule.peak_learning_rate = 0.1
     config.schedule.warmup_epochs = 1.0
     config.optimizer.weight_decay = 5e-4
     config.training.total_epochs = 6.0
     config.training.batch_size = 64
-    config.training.label_smoothing = 0.1
+    config.task.label_smoothing = 0.1
     config.training.evaluation_epochs = 2.0
     config.training.checkpoint_epochs = 2.0
     config.training.log_steps = 20

@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 5e-4
     config.training.total_epochs = 30.0
     config.training.batch_size = 64
-    config.training.label_smoothing = 0.1
+    config.task.label_smoothing = 0.1
     config.training.log_steps = 10
     return config

@@ -35,6 +35,6 @@ def get_config(variant: str = 'gc_resnet50') -> ConfigDict:
     config.schedule.warmup_epochs = 5.0
     config.training.total_epochs = 120.0
     config.training.batch_size = 1024
-    config.training.label_smoothing = 0.1
+    config.task.label_smoothing = 0.1
     config.training.log_steps = 100
     return config

@@ -15,6 +15,7 @@ from gcnet_jax.context import GlobalContext, NonLocal, SimplifiedNonLocal, Squee
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
 from gcnet_jax.inference.quantize import dequantize_kernels, quantize_kernels
 from gcnet_jax.models import create_model
+from gcnet_jax.tasks import Classification, MultiLabel
 from gcnet_jax.training.state import state_initializer
 from gcnet_jax.training.steps import StepOptions, make_evaluation_step, make_train_step
 from tests.models.test_layers import SMALL
@@ -66,29 +67,27 @@ def test_training_steps(name, norm, dtype):
     model = create_model(name, num_classes=3, dtype=dtype, dropout_rate=0.1, **options)
     optimizer = optax.sgd(0.1, momentum=0.9)
     initialize = state_initializer(model, optimizer, (32, 32, 3), use_ema=True)
-    settings = StepOptions(
-        num_classes=3,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.2, 0.2, 0.2),
+    pixels = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+    classification = Classification(
+        3,
+        *pixels,
         label_smoothing=0.1,
         mixup_alpha=0.2,
         cutmix_alpha=1.0,
         erasing_probability=0.2,
-        ema_decay=0.9,
-        accumulation_steps=2,
+        class_weights=(1.0, 2.0, 0.5),
     )
-    batch = {
-        'image': jax.ShapeDtypeStruct((4, 32, 32, 3), np.uint8),
-        'label': jax.ShapeDtypeStruct((4,), np.int32),
-    }
+    settings = StepOptions(ema_decay=0.9, accumulation_steps=2)
     state = jax.eval_shape(initialize, jax.random.key(0))
-    step = make_train_step(model, optimizer, settings, make_mesh_of_one())
-    again, _ = jax.eval_shape(step, state, batch)
-    same = jax.tree.map(lambda one, two: one.dtype == two.dtype, again, state)
-    assert all(jax.tree.leaves(same))
-    evaluate = make_evaluation_step(model, settings)
     variables = {'params': state.params, 'batch_stats': state.batch_stats}
-    jax.eval_shape(evaluate, variables, batch | {'mask': jax.ShapeDtypeStruct((4,), bool)})
+    for task in (classification, MultiLabel(3, *pixels, erasing_probability=0.2)):
+        batch = task.batch_shapes(4, 32, 32)
+        step = make_train_step(model, optimizer, task, settings, make_mesh_of_one())
+        again, _ = jax.eval_shape(step, state, batch)
+        same = jax.tree.map(lambda one, two: one.dtype == two.dtype, again, state)
+        assert all(jax.tree.leaves(same))
+        evaluate = make_evaluation_step(model, task)
+        jax.eval_shape(evaluate, variables, batch | {'mask': jax.ShapeDtypeStruct((4,), bool)})
 
 
 def make_mesh_of_one():

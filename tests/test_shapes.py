@@ -13,6 +13,7 @@ from jaxtyping import install_import_hook
 
 with install_import_hook('gcnet_jax', 'beartype.beartype'):
     from gcnet_jax import GlobalContext, NonLocal, SimplifiedNonLocal, SqueezeExcite, create_model
+    from gcnet_jax import tasks
     from gcnet_jax.training import steps
 
 import jax
@@ -47,9 +48,17 @@ for name in ('gc_resnet50', 'gccnn'):
         return logits.sum()
 
     jax.eval_shape(jax.grad(loss), variables, images)
-options = steps.StepOptions(num_classes=4, mean=(0.5,) * 3, std=(0.2,) * 3, mixup_alpha=0.2)
-images, labels = jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros((4,), jnp.int32)
-jax.eval_shape(lambda key: steps.prepare(images, labels, key, options), jax.random.key(0))
+for task in (
+    tasks.Classification(4, (0.5,) * 3, (0.2,) * 3, mixup_alpha=0.2, class_weights=(1.0,) * 4),
+    tasks.MultiLabel(4, (0.5,) * 3, (0.2,) * 3),
+):
+    batch = task.batch_shapes(4, 8, 8)
+
+    def sums(batch, logits, key):
+        batch = task.prepare(batch, key)
+        return task.weight(batch), task.loss({'logits': logits}, batch)
+
+    jax.eval_shape(sums, batch, jnp.zeros((4, 4)), jax.random.key(0))
 print('checked')
 """
 

@@ -113,7 +113,8 @@ def train_batches(
         it.
 
     Returns:
-      Iterator of `{'image': uint8 [local_batch, size, size, 3], 'label': int32 [local_batch]}`.
+      Iterator of `{'image': uint8 [local_batch, size, size, 3], 'label': int32 [local_batch]}`,
+      with several labels per image 'label': int32 [local_batch, classes].
 
     Raises:
       ConfigError: If an argument cannot work.
@@ -199,7 +200,7 @@ def evaluation_batches(
 
 
 # An image, its label, whether it counts, and how many damaged images were met for it.
-Example = tuple[np.ndarray, int, bool, int]
+Example = tuple[np.ndarray, int | np.ndarray, bool, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +241,7 @@ class _EvaluationExample:
     def __call__(self, index: int) -> Example:
         nothing = np.zeros((self.size, self.size, 3), np.uint8)
         if index >= len(self.source):
-            return nothing, 0, False, 0
+            return nothing, self.source.no_label, False, 0
         record = self.source[int(index)]
         try:
             image = preprocess.decode_and_crop(
@@ -249,7 +250,7 @@ class _EvaluationExample:
         except DataError as error:
             if not self.skip_damaged:
                 raise _damaged(self.source, int(index), str(error)) from error
-            return nothing, 0, False, 1
+            return nothing, self.source.no_label, False, 1
         return image, record['label'], True, 0
 
 

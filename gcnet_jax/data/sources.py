@@ -36,6 +36,7 @@ class Source:
       name: Name of the data set.
       split: The split, such as `train[:90%]`.
       label_names: Name of each class, in the order of the labels.
+      is_multilabel: Whether an image has any number of labels.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Source:
         image_key: str = 'image',
         label_key: str = 'label',
         record_key: str | None = None,
+        is_multilabel: bool = False,
     ) -> None:
+        self.is_multilabel = is_multilabel
         self.name = name
         self.split = split
         self.label_names = label_names
@@ -68,17 +71,28 @@ class Source:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns `{'image': encoded bytes, 'label': int}`.
 
+        With several labels per image, 'label' is an array that is 1 for each of them, else 0.
+
         Raises:
           DataError: If the record cannot be read or has no label.
         """
         features = self._read(index)
-        label = features[self._label_key].int64_list.value[0]
-        if not 0 <= label < self.num_classes:
-            raise UnlabelledError(
-                f'{self.describe(index)} has the label {label}, which stands for no label '
-                f'(labels are 0 to {self.num_classes - 1}); choose a labelled split'
-            )
+        labels = list(features[self._label_key].int64_list.value)
+        for label in labels:
+            if not 0 <= label < self.num_classes:
+                raise UnlabelledError(
+                    f'{self.describe(index)} has the label {label}, which stands for no label '
+                    f'(labels are 0 to {self.num_classes - 1}); choose a labelled split'
+                )
+        label = labels[0] if not self.is_multilabel else self.no_label
+        if self.is_multilabel:
+            label[labels] = 1
         return {'image': features[self._image_key].bytes_list.value[0], 'label': label}
+
+    @property
+    def no_label(self) -> Any:
+        """The label of an example that fills up a batch and does not count."""
+        return np.zeros(self.num_classes, np.int32) if self.is_multilabel else 0
 
     def describe(self, index: int) -> str:
         """Returns the name of a record for messages, with its file name where that is stored."""
@@ -133,7 +147,7 @@ def load_source(
     builder = _open_builder(name, data_dir)
     _check_format(builder, name)
     image_key, label_key = _find_keys(builder.info, name)
-    label_names = tuple(builder.info.features[label_key].names)
+    label_names = _names(builder.info.features[label_key])
     length = _check_split(builder.info, name, split)
     _check_files(builder.info, name, split)
     try:
@@ -156,6 +170,7 @@ def load_source(
         image_key=image_key,
         label_key=label_key,
         record_key=record_key,
+        is_multilabel=_is_sequence(builder.info.features[label_key]),
     )
     source[0]  # An unlabelled split or an unreadable file shows here, before anything is built.
     return source
@@ -183,7 +198,7 @@ def read_label_names(name: str, data_dir: str | None = None) -> tuple[str, ...]:
             info = None
         if info is None:
             raise
-    return tuple(info.features[_find_keys(info, name)[1]].names)
+    return _names(info.features[_find_keys(info, name)[1]])
 
 
 def default_split(name: str, data_dir: str | None = None, *, purpose: str = 'evaluation') -> str:
@@ -308,6 +323,9 @@ def _find_keys(info: tfds.core.DatasetInfo, name: str) -> tuple[str, str]:
     features = info.features if isinstance(info.features, dict | tfds.features.FeaturesDict) else {}
     images = [key for key, value in features.items() if type(value) is tfds.features.Image]
     labels = [key for key, value in features.items() if type(value) is tfds.features.ClassLabel]
+    # Several labels per image; of more than one such feature, as in `voc`, the one called so.
+    several = [key for key, value in features.items() if _is_sequence(value)]
+    labels = labels or ([key for key in several if key == 'labels'] or several)
     supervised = info.supervised_keys or ()
     if len(supervised) == 2 and supervised[0] in images and supervised[1] in labels:
         images, labels = supervised[:1], supervised[1:]
@@ -316,9 +334,20 @@ def _find_keys(info: tfds.core.DatasetInfo, name: str) -> tuple[str, str]:
         found = ', '.join(f'{key} ({type(value).__name__})' for key, value in features.items())
         raise DataError(
             f'data set {name!r} is no image classification set: it needs one Image of integers '
-            f'and one ClassLabel, and has {found or "no features"}'
+            'and one ClassLabel (or one Sequence of them), and has '
+            f'{found or "no features"}'
         )
     return images[0], labels[0]
+
+
+def _is_sequence(feature: Any) -> bool:
+    """Whether a feature holds any number of labels per image."""
+    is_sequence = isinstance(feature, tfds.features.Sequence)
+    return is_sequence and type(feature.feature) is tfds.features.ClassLabel
+
+
+def _names(feature: Any) -> tuple[str, ...]:
+    return tuple((feature.feature if _is_sequence(feature) else feature).names)
 
 
 def _check_split(info: tfds.core.DatasetInfo, name: str, split: str) -> int:

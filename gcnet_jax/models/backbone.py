@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from gcnet_jax.models.layers import check_images, global_average_pool
 
 Features = Float[Array, 'batch height width channel']
+Map = Float[Array, 'batch _ _ _']
 
 
 class Backbone(nn.Module):
@@ -27,11 +28,11 @@ class Backbone(nn.Module):
         if self.num_classes:
             self.classifier = nn.Dense(self.num_classes)
 
-    def _stem(self, images: Features, *, train: bool) -> tuple[Features | None, Features]:
+    def _stem(self, images: Features, *, train: bool) -> tuple[Map | None, Map]:
         """Returns the stem's feature map (None if there is no stem), and what stage 1 reads."""
         raise NotImplementedError
 
-    def _head(self, features: Features, *, train: bool) -> Features:
+    def _head(self, features: Features, *, train: bool) -> Map:
         """Returns what is pooled for the classifier; here the last stage itself."""
         return features
 

@@ -13,7 +13,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
-from gcnet_jax.models.backbone import Backbone, Features
+from gcnet_jax.models.backbone import Backbone, Features, Map
 from gcnet_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -153,14 +153,14 @@ class ByobNet(Backbone):
             dtype=self.dtype,
         )
 
-    def _stem(self, images: Features, *, train: bool) -> tuple[Features, Features]:
+    def _stem(self, images: Features, *, train: bool) -> tuple[Map, Map]:
         # The map is the one before the pooling: at 1/2 of the image's size where there is one.
         values, activate = images, ACTIVATIONS[self.activation]
         for conv, norm in zip(self.stem_conv, self.stem_norm, strict=True):
             values = activate(norm(conv(values), train=train))
         return values, max_pool(values) if self.stem_pool else values
 
-    def _head(self, features: Features, *, train: bool) -> Features:
+    def _head(self, features: Features, *, train: bool) -> Map:
         if not self.head_width:
             return features
         features = self.head_norm(self.head_conv(features), train=train)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
 from gcnet_jax.context.global_context import GlobalContext
-from gcnet_jax.models.backbone import Backbone, Features
+from gcnet_jax.models.backbone import Backbone, Features, Map
 from gcnet_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -168,9 +168,9 @@ class EfficientNet(Backbone):
             dtype=self.dtype,
         )
 
-    def _stem(self, images: Features, *, train: bool) -> tuple[Features, Features]:
+    def _stem(self, images: Features, *, train: bool) -> tuple[Map, Map]:
         values = nn.silu(self.stem_norm(self.stem_conv(images), train=train))
         return values, values
 
-    def _head(self, features: Features, *, train: bool) -> Features:
+    def _head(self, features: Features, *, train: bool) -> Map:
         return nn.silu(self.head_norm(self.head_conv(features), train=train))

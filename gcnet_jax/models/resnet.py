@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
 from gcnet_jax.context.global_context import Expanded, GlobalContext
-from gcnet_jax.models.backbone import Backbone, Features, stage_strides
+from gcnet_jax.models.backbone import Backbone, Features, Map, stage_strides
 from gcnet_jax.models.convolution import wants_plain_operations
 from gcnet_jax.models.layers import (
     BatchNorm,
@@ -274,7 +274,7 @@ class ResNet(Backbone):
             dtype=self.dtype,
         )
 
-    def _stem(self, images: Features, *, train: bool) -> tuple[Features | None, Features]:
+    def _stem(self, images: Features, *, train: bool) -> tuple[Map | None, Map]:
         if self.stem == 'none':
             return None, images
         if self.stem == 'imagenet' and train and _may_reorder(self, self.stem_norm):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from gcnet_jax.data.sources import read_label_names
@@ -165,11 +164,12 @@ def describe(
     if not with_context:
         model['context'] = None
     labels = _label_names(model['num_classes'], data)
-    if tree['training']['class_weights'] == 'balanced':
+    if tree['task'].get('class_weights') == 'balanced':
         # The weights come from the images; the cost of a step does not depend on their values.
-        tree['training']['class_weights'] = (1.0,) * len(labels)
+        tree['task']['class_weights'] = (1.0,) * len(labels)
+    is_multilabel = tree['task']['name'] == 'multilabel'
     sources = [
-        StandInSource(data['name'], split, labels, length=batch_size)
+        StandInSource(data['name'], split, labels, batch_size, is_multilabel)
         for split in (data['train_split'], data['evaluation_split'])
     ]
     return assemble(ConfigDict(tree), devices=devices, sources=sources)
@@ -192,19 +192,18 @@ def compile_step(experiment: Experiment) -> Program:
     Raises:
       OutOfMemory: It does not fit into the chip's memory.
     """
-    mesh, options = experiment.mesh, experiment.train_options
-    step = make_train_step(experiment.model, experiment.optimizer, experiment.step_options, mesh)
+    mesh, task, options = experiment.mesh, experiment.task, experiment.train_options
+    step = make_train_step(
+        experiment.model, experiment.optimizer, task, experiment.step_options, mesh
+    )
     state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     shardings = state_shardings(state, mesh)
     size, image_size = options['global_batch_size'], options['image_size']
-    batch = {
-        'image': jax.ShapeDtypeStruct((size, image_size, image_size, 3), jnp.uint8),
-        'label': jax.ShapeDtypeStruct((size,), jnp.int32),
-    }
+    batch = task.batch_shapes(size, image_size, image_size)
     began = time.perf_counter()
     try:
-        lowered = jit_train_step(step, mesh, shardings).lower(
-            _placed(state, shardings), _placed(batch, batch_shardings(mesh))
+        lowered = jit_train_step(step, task, mesh, shardings).lower(
+            _placed(state, shardings), _placed(batch, batch_shardings(mesh, task.batch_spec()))
         )
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

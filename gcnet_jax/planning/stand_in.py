@@ -11,6 +11,7 @@ class StandInSource:
     split: str
     label_names: tuple[str, ...]
     length: int
+    is_multilabel: bool = False
 
     @property
     def num_classes(self) -> int:

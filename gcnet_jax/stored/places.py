@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gcnet_jax.errors import CheckpointError
+from gcnet_jax.errors import CheckpointError, UserError
 from gcnet_jax.files import as_place, explain_bucket, is_bucket, read_json
+from gcnet_jax.tasks import find_task
 
 CHECKPOINTS = 'checkpoints'
 METRICS = 'metrics'
@@ -34,7 +35,7 @@ def find_checkpoint(directory: str | os.PathLike, choose: str = 'newest') -> Pat
 
     Args:
       directory: A workdir, its `checkpoints`, a single checkpoint, or a ported directory.
-      choose: 'newest', or 'best': of the highest accuracy where any was evaluated, else the newest.
+      choose: 'newest', or 'best': by the task's metric where any was evaluated, else the newest.
 
     Raises:
       CheckpointError: There is no checkpoint.
@@ -51,18 +52,20 @@ def find_checkpoint(directory: str | os.PathLike, choose: str = 'newest') -> Pat
             'or a ported directory'
         )
     if choose == 'best':
-        return max(found.items(), key=lambda item: (_accuracy(item[1]), item[0]))[1]
+        return max(found.items(), key=lambda item: (_score(item[1]), item[0]))[1]
     return found[max(found)]
 
 
-def _accuracy(checkpoint: Path) -> float:
+def _score(checkpoint: Path) -> float:
+    """Returns the value of the metric that is best where it is highest; -1 where there is none."""
     try:
         metrics = read_item(checkpoint, METRICS)
-    except CheckpointError:
+        task = find_task(read_item(checkpoint, 'description').get('task', 'classification'))
+    except UserError:
         return -1.0
-    accuracy = metrics.get('eval/accuracy')
-    is_number = isinstance(accuracy, (int, float)) and math.isfinite(accuracy)
-    return float(accuracy) if is_number else -1.0
+    score = metrics.get(f'eval/{task.best}')
+    is_number = isinstance(score, (int, float)) and math.isfinite(score)
+    return float(score) if is_number else -1.0
 
 
 def read_item(checkpoint: Path, name: str) -> dict[str, Any]:

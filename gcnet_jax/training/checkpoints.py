@@ -59,7 +59,8 @@ class CheckpointStore:
     Args:
       workdir: The run's directory.
       description: Of the network, stored in every checkpoint.
-      keep: Number of newest checkpoints that are kept, beside the best by eval/accuracy.
+      best: The metric of an evaluation whose highest value marks the best checkpoint.
+      keep: Number of newest checkpoints that are kept, beside the best.
       say: Called with a line about each damaged checkpoint.
     """
 
@@ -67,6 +68,7 @@ class CheckpointStore:
         self,
         workdir: Path,
         description: ModelDescription,
+        best: str,
         keep: int,
         say: Callable[[str], None] = print,
     ) -> None:
@@ -76,18 +78,18 @@ class CheckpointStore:
         self._set_aside_unreadable()
         policies = checkpoint_managers
 
-        def accuracy(metrics):
-            return metrics.get('eval/accuracy', -1.0)
+        def score(metrics):
+            return metrics.get(f'eval/{best}', -1.0)
 
         self._manager = ocp.CheckpointManager(
             self._root,
             options=ocp.CheckpointManagerOptions(
-                best_fn=accuracy,
+                best_fn=score,
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(keep),
                         policies.BestN(
-                            get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False
+                            get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
                         ),
                     ]
                 ),

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from gcnet_jax.errors import ConfigError, unknown_name
+from gcnet_jax.tasks import find_task
 from gcnet_jax.training.optimizers import optimizer_options
 from gcnet_jax.training.rules import RULES
 
@@ -26,6 +27,14 @@ RESUMABLE = (
     'training.extend',
     'training.keep_checkpoints',
 )
+# Where settings are now that earlier versions had elsewhere.
+MOVED = {
+    'training.label_smoothing': 'task.label_smoothing',
+    'training.class_weights': 'task.class_weights',
+    'data.mixup_alpha': 'task.mixup_alpha',
+    'data.cutmix_alpha': 'task.cutmix_alpha',
+    'data.erasing_probability': 'task.erasing_probability',
+}
 # What else may differ with training.extend.
 EXTENDABLE = ('training.total_epochs', 'training.total_steps')
 
@@ -33,11 +42,13 @@ EXTENDABLE = ('training.total_epochs', 'training.total_steps')
 def default_config() -> ConfigDict:
     """Returns every setting with its default.
 
-    The group `model` is open: it also takes every option of the network that it names.
+    The group `model` is open: it also takes every option of the network that it names. The group
+    `task` has the settings of the task that it names, see `name_task`.
     """
     config = ConfigDict(
         {
             'model': _model(),
+            'task': task_settings('classification'),
             'data': _data(),
             'optimizer': _optimizer(),
             'schedule': _schedule(),
@@ -61,6 +72,23 @@ def name_network(config: ConfigDict, name: str | None) -> None:
     kept = {'num_classes': config.model.num_classes, 'dtype': config.model.dtype}
     config.model = ConfigDict(_model())
     config.model.update({'name': name, **kept})
+
+
+def task_settings(name: str) -> dict:
+    """Returns the group `task` for a task: its name, and its settings with their defaults."""
+    settings = find_task(name).settings
+    return {
+        # What the network learns: 'classification' or 'multilabel'. What the other settings mean
+        # stands in gcnet_jax/tasks, in the file of that name.
+        'name': name,
+        **{key: placeholder(object) if value is None else value for key, value in settings.items()},
+    }
+
+
+def name_task(config: ConfigDict, name: str) -> None:
+    """Chooses another task, with the default of each of its settings; changes config in place."""
+    config.task = ConfigDict(task_settings(name))
+    config.task.lock()
 
 
 def _model() -> dict:
@@ -116,11 +144,6 @@ def _data() -> dict:
         'crop_scale': placeholder(tuple),
         # Mirror left and right half of the time. Not for digits.
         'flip': True,
-        # Beta parameters of mixup and cutmix (0: off; both: one or the other, at random), share of
-        # images with an erased box.
-        'mixup_alpha': 0.0,
-        'cutmix_alpha': 0.0,
-        'erasing_probability': 0.0,
         # RandAugment: number of operations for each image (0: off) and their strength, 0 to 30;
         # None: 9.
         'randaugment_ops': 0,
@@ -182,11 +205,6 @@ def _training() -> dict:
         'batch_size': 128,
         # Micro-batches that a batch is computed in: less memory, the same gradient.
         'accumulation_steps': 1,
-        'label_smoothing': 0.0,
-        # What an example of each class counts in the training loss: 'balanced' (inversely to the
-        # number of its examples; reads the labels of all training images at the start), or one
-        # number per class. None: 1 for all.
-        'class_weights': placeholder(object),
         # Decay of the moving average of the weights, which evaluation then uses; 0: none.
         'ema_decay': 0.0,
         # Everything random follows from it: weights, order of the data, augmentation, dropout.
@@ -195,12 +213,13 @@ def _training() -> dict:
         # end always does both.
         'evaluation_epochs': 1.0,
         'evaluation_steps': placeholder(int),
-        # End the run at an evaluation when eval/accuracy has not improved for so long; None: never.
+        # End the run at an evaluation when the metric that decides which checkpoint is the best,
+        # such as eval/accuracy, has not improved for so long; None: never.
         'early_stopping_epochs': placeholder(float),
         'early_stopping_steps': placeholder(int),
         'checkpoint_epochs': 1.0,
         'checkpoint_steps': placeholder(int),
-        # How many of the newest checkpoints to keep, beside the best by eval/accuracy.
+        # How many of the newest checkpoints to keep, beside the best by the task's metric.
         'keep_checkpoints': 2,
         # How often to write train/* metrics, averaged over these steps.
         'log_steps': 50,
@@ -283,13 +302,15 @@ def is_due(step: int, interval: float) -> bool:
 
 def changed_keys(config: Mapping, other: Mapping) -> list[str]:
     """Returns where two plain configs differ, but for what may change when a run is continued."""
-    first, second = dict(leaves(config)), dict(leaves(other))
+    first, second = (
+        {MOVED.get(key, key): value for key, value in leaves(tree)} for tree in (config, other)
+    )
     missing = object()
     # A run of an earlier version lacks the settings that were added since.
-    defaults = {key: value for key, value in leaves(plain(default_config())) if '.' in key}
-    for key in defaults.keys() - first.keys():
-        if key in second and key.partition('.')[0] in config:
-            first[key] = defaults[key]
+    groups = {key.partition('.')[0] for key in first}
+    for key, default in leaves(plain(default_config())):
+        if key not in first and key in second and key.partition('.')[0] in groups:
+            first[key] = default
     return [
         key
         for key in sorted(first.keys() | second.keys())
@@ -309,6 +330,9 @@ def check_config(config: ConfigDict) -> None:
     """
     known = default_config().to_dict()
     given = config.to_dict()
+    task = given.get('task')
+    if isinstance(task, Mapping) and 'name' in task:
+        known['task'] = ConfigDict(task_settings(task['name'])).to_dict()
     _check_keys(given, known)
     defaults = dict(leaves(known))
     for key, value in leaves(given):

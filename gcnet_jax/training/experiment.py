@@ -19,10 +19,10 @@ from gcnet_jax.data.sources import Source, load_source
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.stored import ModelDescription
+from gcnet_jax.tasks import Task, find_task
 from gcnet_jax.training.config import check_config, plain, steps
 from gcnet_jax.training.freezing import parse_patterns
 from gcnet_jax.training.initial import preprocessing, read_initial_description, take_network
-from gcnet_jax.training.losses import balanced_weights
 from gcnet_jax.training.mesh import batch_parts, make_mesh
 from gcnet_jax.training.optimizers import make_optimizer, warmup_cosine
 from gcnet_jax.training.processes import ProcessOptions, check_connected, process_options
@@ -38,7 +38,7 @@ class RunOptions:
       total_steps: Where the run ends.
       evaluation_steps, checkpoint_steps, log_steps: How often each happens; see `config.is_due`.
       keep_checkpoints: Newest checkpoints that are kept, beside the best.
-      early_stopping_steps: How long eval/accuracy may go without improving, or None.
+      early_stopping_steps: How long the task's best metric may go without improving, or None.
       max_bad_steps: Steps in a row that are not finite, at which the run stops.
       seed: Of everything random.
       init_from: Checkpoint that the weights start from, or None.
@@ -74,7 +74,8 @@ class Experiment:
       config: The plain config.
       description: Of the network, as it is stored beside the checkpoints.
       model: The network.
-      train_source, evaluation_source: The images.
+      task: What it learns.
+      train_source, evaluation_source: The examples.
       train_options, evaluation_options: Arguments of the loaders.
       steps_per_epoch: Batches an epoch; not a whole number where the batches do not come out even.
       schedule: The learning rate, a function of the step.
@@ -89,6 +90,7 @@ class Experiment:
     config: dict
     description: ModelDescription
     model: nn.Module
+    task: Task
     train_source: Source
     evaluation_source: Source
     train_options: dict[str, Any]
@@ -162,6 +164,7 @@ def assemble(
         config=plain(config),
         description=description,
         model=model,
+        task=find_task(config.task.name).build(config.task, sources[0], images),
         train_source=sources[0],
         evaluation_source=sources[1],
         train_options=train_options,
@@ -170,17 +173,9 @@ def assemble(
         schedule=schedule,
         optimizer=make_optimizer(schedule=schedule, **config.optimizer),
         step_options=StepOptions(
-            num_classes=description.options['num_classes'],
-            mean=images.mean,
-            std=images.std,
-            label_smoothing=config.training.label_smoothing,
             accumulation_steps=config.training.accumulation_steps,
-            mixup_alpha=config.data.mixup_alpha,
-            cutmix_alpha=config.data.cutmix_alpha,
-            erasing_probability=config.data.erasing_probability,
             ema_decay=config.training.ema_decay,
             frozen=parse_patterns(config.optimizer.frozen),
-            class_weights=_class_weights(config.training.class_weights, sources[0]),
         ),
         mesh=mesh,
         run=run,
@@ -189,21 +184,6 @@ def assemble(
     )
     check_shapes(experiment)
     return experiment
-
-
-def _class_weights(setting: Any, source: Source) -> tuple[float, ...] | None:
-    """Returns the weight of each class; 'balanced' reads the label of every image once."""
-    if setting is None:
-        return None
-    if setting == 'balanced':
-        labels = [source[index]['label'] for index in range(len(source))]
-        return balanced_weights(labels, source.num_classes)
-    if len(setting) != source.num_classes:
-        raise ConfigError(
-            f'config.training.class_weights has {len(setting)} numbers, but data set {source.name} '
-            f'has {source.num_classes} labels; give one for each, in the order of the labels'
-        )
-    return tuple(map(float, setting))
 
 
 def check_shapes(experiment: Experiment) -> None:

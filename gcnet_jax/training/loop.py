@@ -31,7 +31,6 @@ from gcnet_jax.training.metrics import (
     Clock,
     MetricsWriter,
     Progress,
-    SilentProgress,
     Window,
     read_metrics,
 )
@@ -50,6 +49,7 @@ from gcnet_jax.training.statistics import (
     refresh_statistics,
 )
 from gcnet_jax.training.steps import (
+    evaluation_spec,
     jit_evaluation_step,
     jit_train_step,
     make_evaluation_step,
@@ -109,10 +109,10 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         return final
     for line in read_metrics(workdir):
         final.update(line)
-    values = f'eval/accuracy {final["eval/accuracy"]:.2%}, eval/loss {final["eval/loss"]:.4f}'
-    best = ''
+    metric, best = f'eval/{experiment.task.best}', ''
+    values = f'{metric} {run.shown(final[metric])}, eval/loss {final["eval/loss"]:.4f}'
     if run.best is not None and run.best['step'] != run.step:
-        best = f' (best {run.best["accuracy"]:.2%} at step {run.best["step"]})'
+        best = f' (best {run.shown(run.best["value"])} at step {run.best["step"]})'
     how = f'trained in {final["seconds"]:.0f} s' if finished else 'was complete already'
     run.progress.say(f'{values} after step {run.step}{best}; {how}; see {workdir}')
     return final
@@ -149,13 +149,14 @@ class _Run:
         self.lock = lock
         self.preemption = preemption
         self.options = experiment.run
+        self.task = experiment.task
         self.mesh = experiment.mesh
-        self.progress = Progress('none', 0, 0)
+        self.progress = Progress('none', 0, 0, self.task)
         self.writer = self.batches = None
         first = jax.process_index() == 0
         say = _print if first and self.options.progress != 'none' else _silent
         self.store = CheckpointStore(
-            workdir, experiment.description, self.options.keep_checkpoints, say
+            workdir, experiment.description, self.task.best, self.options.keep_checkpoints, say
         )
         # The processes agree on a later step than any was asked about: none before this one.
         preemption.stops_at(self.store.newest or 0)
@@ -168,9 +169,9 @@ class _Run:
             self.state, shardings = self._start(initial, say)
             if first:
                 self.writer = MetricsWriter(workdir, self.step, self.options.tensorboard)
-                self.progress = Progress(self.options.progress, self.step, self.options.total_steps)
-            else:
-                self.progress = SilentProgress()
+                self.progress = Progress(
+                    self.options.progress, self.step, self.options.total_steps, self.task
+                )
             self._compile(shardings)
             stack.pop_all()
         self.clock = Clock()
@@ -186,14 +187,13 @@ class _Run:
 
     def _compile(self, shardings: TrainState) -> None:
         experiment = self.experiment
-        train_step = make_train_step(
-            experiment.model, experiment.optimizer, experiment.step_options, self.mesh
-        )
-        self.train_step = jit_train_step(train_step, self.mesh, shardings)
-        evaluation_step = make_evaluation_step(experiment.model, experiment.step_options)
-        self.evaluation_step = jit_evaluation_step(evaluation_step, self.mesh, shardings)
-        statistics_step = make_statistics_step(experiment.model, experiment.step_options, self.mesh)
-        self.statistics_step = jit_statistics_step(statistics_step, self.mesh, shardings)
+        model, task, options = experiment.model, experiment.task, experiment.step_options
+        train_step = make_train_step(model, experiment.optimizer, task, options, self.mesh)
+        self.train_step = jit_train_step(train_step, task, self.mesh, shardings)
+        evaluation_step = make_evaluation_step(model, task)
+        self.evaluation_step = jit_evaluation_step(evaluation_step, task, self.mesh, shardings)
+        statistics_step = make_statistics_step(model, task, options, self.mesh)
+        self.statistics_step = jit_statistics_step(statistics_step, task, self.mesh, shardings)
 
     def _start(self, initial: dict | None, say: Any) -> tuple[TrainState, TrainState]:
         """Restores the newest whole checkpoint, or makes the state of step 0."""
@@ -225,6 +225,8 @@ class _Run:
             self.window.sums['skipped'] = 0.0  # The first process holds those of all.
         self.bad_in_a_row = position['bad_in_a_row']
         self.best = position.get('best')
+        if self.best is not None and 'value' not in self.best:  # Of an earlier version.
+            self.best = {'step': self.best['step'], 'value': self.best['accuracy']}
         say(f'continuing from step {self.step}')
         if self.options.extend and self.step < self.options.total_steps:
             rate = float(self.experiment.schedule(self.step))
@@ -296,14 +298,15 @@ class _Run:
         if not evaluated or self.step - self.best['step'] < patience:
             return False
         self.progress.say(
-            f'stopped early after step {self.step} of {self.options.total_steps}: eval/accuracy '
-            f'has not exceeded {self.best["accuracy"]:.2%} since step {self.best["step"]}'
+            f'stopped early after step {self.step} of {self.options.total_steps}: '
+            f'eval/{self.task.best} has not exceeded {self.shown(self.best["value"])} since step '
+            f'{self.best["step"]}'
         )
         return True
 
     def _prefetched(self, batches: Any) -> Iterator[tuple[dict, int]]:
         """Yields batches, sent to the devices ahead of time, and the images skipped for each."""
-        shardings = batch_shardings(self.mesh)
+        shardings = batch_shardings(self.mesh, self.task.batch_spec())
         queue, counted, failure = collections.deque(), 0, None
         while True:
             while len(queue) < self.options.prefetch_batches and failure is None:
@@ -340,7 +343,7 @@ class _Run:
             waited = self.clock.waited_fraction()
             rate = self.clock.rate()
             self._add_up_skipped()
-            values = self.window.means()
+            values = self.window.means(self.task)
             values['train/learning_rate'] = float(self.experiment.schedule(step - 1))
             values['train/images_per_second'] = (
                 rate * self.experiment.train_options['global_batch_size']
@@ -378,8 +381,9 @@ class _Run:
         if evaluate:
             values = self._evaluate()
             self._write(self.step, values)
-            if self.best is None or values['eval/accuracy'] > self.best['accuracy']:
-                self.best = {'step': self.step, 'accuracy': values['eval/accuracy']}
+            value = values[f'eval/{self.task.best}']
+            if self.best is None or value > self.best['value']:
+                self.best = {'step': self.step, 'value': value}
         self._save(values)
         self.clock.start()
 
@@ -426,32 +430,29 @@ class _Run:
             self.window.sums['skipped'] = total if jax.process_index() == 0 else 0.0
 
     def _evaluate(self) -> dict[str, float]:
-        """Returns the averages over the evaluation split, every example once."""
+        """Returns the task's metrics over the evaluation split, every example once."""
         began = time.perf_counter()
-        shardings = batch_shardings(self.mesh, ('image', 'label', 'mask'))
+        shardings = batch_shardings(self.mesh, evaluation_spec(self.task))
         variables = self.state.evaluation_variables()
-        sums, pending = collections.defaultdict(float), None
+        evaluation, pending = self.task.evaluation(), None
         with contextlib.closing(self.experiment.evaluation_batches()) as batches:
             for batch in batches:
                 previous = pending
                 pending = self.evaluation_step(variables, to_global(batch, shardings))
-                _add(sums, previous)
-        _add(sums, pending)
-        if not np.isfinite(sums['loss']) or not sums['count']:
-            self._stop_at(self.step, f'eval/loss {sums["loss"]:g} over {sums["count"]:g} images')
-        return {
-            'eval/loss': sums['loss'] / sums['count'],
-            'eval/accuracy': sums['top1'] / sums['count'],
-            'eval/top5': sums['top5'] / sums['count'],
-            'eval/examples': int(sums['count']),
-            'eval/seconds': time.perf_counter() - began,
-        }
+                if previous is not None:
+                    evaluation.add(jax.device_get(previous))
+        evaluation.add(jax.device_get(pending))
+        metrics = evaluation.metrics()
+        if not np.isfinite(list(metrics.values())).all():
+            self._stop_at(
+                self.step, f'eval/loss {metrics["loss"]:g} over {metrics["examples"]:g} images'
+            )
+        values = {f'eval/{name}': value for name, value in metrics.items()}
+        return values | {'eval/seconds': time.perf_counter() - began}
 
-
-def _add(sums: dict[str, float], metrics: dict | None) -> None:
-    if metrics is not None:
-        for name, value in jax.device_get(metrics).items():
-            sums[name] += float(value)
+    def shown(self, value: float) -> str:
+        """Returns a value of the metric that decides which checkpoint is the best, as text."""
+        return f'{value:.2%}' if self.task.best in self.task.percentages else f'{value:.4g}'
 
 
 def _introduce(experiment: Experiment, shapes: TrainState, say: Any) -> None:

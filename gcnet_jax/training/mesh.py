@@ -5,6 +5,7 @@ the height of the images. All axes are Auto: the partitioner places every collec
 else in the package knows about devices.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -86,11 +87,24 @@ def feature_sharding(mesh: Mesh, height: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(_BATCH, rows))
 
 
-def batch_shardings(mesh: Mesh, names: tuple[str, ...] = ('image', 'label')) -> dict:
-    """Returns where a batch lives: images split by batch and height, all else by batch."""
-    by_batch = NamedSharding(mesh, PartitionSpec(_BATCH))
-    by_height = NamedSharding(mesh, PartitionSpec(_BATCH, 'spatial'))
-    return {name: by_height if name == 'image' else by_batch for name in names}
+def batch_shardings(
+    mesh: Mesh, spec: Mapping[str, tuple[str, ...]], *, leading: int = 0
+) -> dict[str, NamedSharding]:
+    """Returns where the arrays of a batch live.
+
+    Args:
+      mesh: The devices.
+      spec: The axes of each array, from the first on: 'batch' is split over `data` and `fsdp`,
+        'height' over `spatial`. What is not named is whole on every device.
+      leading: Number of axes before them, which are whole.
+    """
+    places = {'batch': _BATCH, 'height': 'spatial'}
+    return {
+        name: NamedSharding(
+            mesh, PartitionSpec(*(None,) * leading, *(places[axis] for axis in axes))
+        )
+        for name, axes in spec.items()
+    }
 
 
 def leaf_spec(

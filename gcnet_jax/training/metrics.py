@@ -20,6 +20,7 @@ import tqdm
 from gcnet_jax.errors import CheckpointError, one_line
 from gcnet_jax.files import is_bucket, write_whole
 from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
+from gcnet_jax.tasks import Task
 
 # Depends on the machine, so it differs from run to run.
 TIMING = ('train/images_per_second', 'train/data_wait_fraction', 'eval/seconds')
@@ -32,24 +33,24 @@ class Window:
 
     def __init__(self, sums: dict[str, float] | None = None) -> None:
         self.sums = collections.defaultdict(float, sums or {})
+        if 'count' in self.sums and 'weight' not in self.sums:  # Of an earlier version.
+            self.sums['weight'] = self.sums['count']
 
-    def add(self, metrics: dict[str, Any], skipped: int) -> None:
+    def add(self, metrics: Mapping[str, Any], skipped: int) -> None:
+        """Takes in the metrics of one step; of one that is not finite only that it was."""
         if metrics['finite']:
-            for name in ('loss', 'correct', 'count', 'gradient_norm', 'weight'):
-                if name in metrics:
-                    self.sums[name] += float(metrics[name])
+            for name in metrics.keys() - {'finite'}:
+                self.sums[name] += float(metrics[name])
             self.sums['steps'] += 1
         else:
             self.sums['bad_steps'] += 1
         self.sums['skipped'] += skipped
 
-    def means(self) -> dict[str, float]:
+    def means(self, task: Task) -> dict[str, float]:
+        """Returns what is reported of these steps, by the names in metrics.jsonl."""
         sums, values = self.sums, {}
         if sums['count']:
-            # With class weights the mean is a weighted one; the sum is zero where all weights are.
-            weight = sums['weight'] if 'weight' in sums else sums['count']
-            values['train/loss'] = sums['loss'] / weight if weight else 0.0
-            values['train/accuracy'] = sums['correct'] / sums['count']
+            values = {f'train/{k}': v for k, v in task.training_metrics(sums).items()}
             values['train/gradient_norm'] = sums['gradient_norm'] / sums['steps']
         if sums['bad_steps']:
             values['train/bad_steps'] = sums['bad_steps']
@@ -138,8 +139,8 @@ def _to_line(line: Mapping[str, Any]) -> str:
     return json.dumps(line, allow_nan=False) + '\n'
 
 
-# What has a line of its own above the bar.
-ABOVE_BAR = ('eval/loss', 'eval/accuracy', 'train/bad_steps', 'train/skipped_images')
+# What has a line of its own above the bar, beside the evaluation's best metric.
+ABOVE_BAR = ('eval/loss', 'train/bad_steps', 'train/skipped_images')
 # With counts of six digits and ten hours left this fits 80 columns, with a short bar.
 BAR_FORMAT = '{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}'
 
@@ -147,18 +148,21 @@ BAR_FORMAT = '{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}'
 class Progress:
     """A bar on a terminal, with what fits one line of it; plain lines with every value elsewhere.
 
-    Beside the bar stand the time left, images per second, loss and accuracy. The other values are
-    in metrics.jsonl; steps that were not finite and skipped images have a line above the bar.
+    Beside the bar stand the time left, images per second, the loss, and the task's best metric
+    where training has it too. The other values are in metrics.jsonl; steps that were not finite and
+    skipped images have a line above the bar.
 
     Args:
       mode: 'auto', 'bar', 'lines' or 'none'.
       step, total_steps: Where the run stands and where it ends.
+      task: Says how its metrics are shown.
     """
 
-    def __init__(self, mode: str, step: int, total_steps: int) -> None:
+    def __init__(self, mode: str, step: int, total_steps: int, task: Task) -> None:
         if mode == 'auto':
             mode = 'bar' if sys.stderr.isatty() else 'lines'
         self._mode = mode
+        self._task = task
         self._total = total_steps
         self._bar = None
         if mode == 'bar':
@@ -193,20 +197,22 @@ class Progress:
             if rate and step < self._total
             else ''
         )
-        shown = ', '.join(f'{name} {_short(name, value)}' for name, value in values.items())
+        shown = ', '.join(f'{name} {self._short(name, value)}' for name, value in values.items())
         self.say(f'step {step}/{self._total} (epoch {epoch:.2f}): {shown}{left}')
 
     def _report_beside_bar(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        names = [name for name in values if name in ABOVE_BAR]
+        above = (*ABOVE_BAR, f'eval/{self._task.best}')
+        names = [name for name in values if name in above]
         if names:
-            shown = ', '.join(f'{name} {_short(name, values[name])}' for name in names)
+            shown = ', '.join(f'{name} {self._short(name, values[name])}' for name in names)
             self.say(f'step {step}/{self._total} (epoch {epoch:.2f}): {shown}')
         if 'train/loss' in values:
-            shown = [f'loss {_short("train/loss", values["train/loss"])}']
+            shown = [f'loss {self._short("train/loss", values["train/loss"])}']
             if values.get('train/images_per_second'):
                 shown.insert(0, f'{values["train/images_per_second"]:,.0f} images/s')
-            if 'train/accuracy' in values:
-                shown.append(f'accuracy {values["train/accuracy"]:.2%}')
+            best = f'train/{self._task.best}'
+            if best in values:
+                shown.append(f'{self._task.best} {self._short(best, values[best])}')
             # tqdm puts a comma before it.
             self._bar.set_postfix_str(', '.join(shown))
 
@@ -215,20 +221,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-
-class SilentProgress(Progress):
-    """For every process but the first."""
-
-    def __init__(self) -> None:
-        super().__init__('none', 0, 0)
-
-
-def _short(name: str, value: float) -> str:
-    if name.endswith(('accuracy', 'top5')):
-        return f'{value:.2%}'
-    if name.endswith('images_per_second'):
-        return f'{value:,.0f}'
-    return f'{value:.4g}'
+    def _short(self, name: str, value: float) -> str:
+        metric = name.rpartition('/')[2]
+        if metric in self._task.percentages:
+            return f'{value:.2%}'
+        return f'{value:,.0f}' if metric == 'images_per_second' else f'{value:.4g}'
 
 
 def _duration(seconds: float) -> str:

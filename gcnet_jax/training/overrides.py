@@ -19,7 +19,7 @@ from gcnet_jax.models.options import check_options, module_options
 from gcnet_jax.models.placement import parse_context
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.stored import read_model_description
-from gcnet_jax.training.config import default_config, leaves, name_network
+from gcnet_jax.training.config import default_config, leaves, name_network, name_task
 
 # What follows the checkpoint of `training.init_from` where the command line does not set it.
 FOLLOWING = (
@@ -53,6 +53,8 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     given = [(text, *_split(text)) for text in overrides]
     last = {path: value for _, path, value in given}
     name = last.get('model.name')
+    if last.get('task.name', config.task.name) != config.task.name:
+        name_task(config, last['task.name'])
     if last.get('training.init_from'):
         config.data.update(dict.fromkeys(FOLLOWING))
     if name is not None and name != config.model.name:

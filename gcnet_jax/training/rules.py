@@ -79,6 +79,14 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'model.name': ((lambda value: value is None or isinstance(value, str)), 'a string or None'),
     'model.num_classes': _whole(2),  # A softmax over one class is always 1.
     'model.dtype': _choice('float32', 'bfloat16'),
+    'task.label_smoothing': _RATE,
+    'task.mixup_alpha': _FROM_0,
+    'task.cutmix_alpha': _FROM_0,
+    'task.erasing_probability': _number(0, 1),
+    'task.class_weights': (
+        _is_class_weights,
+        "'balanced' or one number from 0 per class, not all 0",
+    ),
     'data.name': _NAME,
     'data.data_dir': _NAME,
     'data.train_split': _NAME,
@@ -95,9 +103,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'data.augmentation': _choice(*AUGMENTATIONS),
     'data.crop_scale': (_is_scale, 'two numbers with 0 < smallest <= largest <= 1'),
     'data.flip': _FLAG,
-    'data.mixup_alpha': _FROM_0,
-    'data.cutmix_alpha': _FROM_0,
-    'data.erasing_probability': _number(0, 1),
     'data.randaugment_ops': _whole(0),
     'data.randaugment_magnitude': (
         lambda value: _whole(0)[0](value) and value <= 30,
@@ -126,11 +131,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'training.total_steps': _COUNT,
     'training.batch_size': _COUNT,
     'training.accumulation_steps': _COUNT,
-    'training.label_smoothing': _RATE,
-    'training.class_weights': (
-        _is_class_weights,
-        "'balanced' or one number from 0 per class, not all 0",
-    ),
     'training.early_stopping_epochs': _ABOVE_0,
     'training.early_stopping_steps': _COUNT,
     'training.ema_decay': _RATE,

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gcnet_jax.data import on_device
 from gcnet_jax.data.loader import train_batches
+from gcnet_jax.tasks import Task
 from gcnet_jax.training.experiment import Experiment
 from gcnet_jax.training.freezing import frozen_paths, frozen_statistics, merge, split
 from gcnet_jax.training.mesh import batch_shardings, replicated, to_global
@@ -51,7 +51,9 @@ def have_moving_statistics(state: TrainState, patterns: tuple[str, ...]) -> bool
     return bool(jax.tree.leaves(split(state.batch_stats, fixed)[0]))
 
 
-def make_statistics_step(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
+def make_statistics_step(
+    model: nn.Module, task: Task, options: StepOptions, mesh: Mesh
+) -> Callable:
     """Returns the pure function that adds one batch's part to the mean statistics.
 
     It maps the variables, the sum so far (anything of the right shapes for the first batch), a
@@ -60,7 +62,7 @@ def make_statistics_step(model: nn.Module, options: StepOptions, mesh: Mesh) -> 
     those in the variables, and so are all of them if the mean is not finite.
     """
     apply = make_apply(model, options, mesh)
-    parts = make_split(options.accumulation_steps, mesh)
+    parts = make_split(task, options.accumulation_steps, mesh)
 
     def step(variables: dict, total: Any, batch: dict, index: Any, count: Any) -> Any:
         params = jax.lax.with_sharding_constraint(variables['params'], replicated(mesh))
@@ -81,10 +83,8 @@ def make_statistics_step(model: nn.Module, options: StepOptions, mesh: Mesh) -> 
             new, momentum = jax.jvp(follow, (zeros,), (ones,))
             return jax.tree.map(lambda new, momentum: new / (1 - momentum), new, momentum)
 
-        images = on_device.normalize(batch['image'], options.mean, options.std)
-        found = jax.tree.map(
-            lambda leaf: leaf.mean(axis=0), jax.lax.map(of_micro_batch, parts(images))
-        )
+        images = parts({'image': task.prepare(batch, None)['image']})['image']
+        found = jax.tree.map(lambda leaf: leaf.mean(axis=0), jax.lax.map(of_micro_batch, images))
         total = jax.tree.map(
             lambda old, new: jnp.where(index == 0, 0.0, old) + new / count,
             split(total, frozen)[0],
@@ -99,7 +99,7 @@ def make_statistics_step(model: nn.Module, options: StepOptions, mesh: Mesh) -> 
     return step
 
 
-def jit_statistics_step(step: Callable, mesh: Mesh, shardings: TrainState) -> Callable:
+def jit_statistics_step(step: Callable, task: Task, mesh: Mesh, shardings: TrainState) -> Callable:
     """Compiles the statistics step for a mesh."""
     variables = shardings.evaluation_variables()
     return jax.jit(
@@ -107,7 +107,7 @@ def jit_statistics_step(step: Callable, mesh: Mesh, shardings: TrainState) -> Ca
         in_shardings=(
             variables,
             variables['batch_stats'],
-            batch_shardings(mesh),
+            batch_shardings(mesh, task.batch_spec()),
             replicated(mesh),
             replicated(mesh),
         ),
@@ -156,7 +156,7 @@ def refresh_statistics(
         return state
     if not have_moving_statistics(state, experiment.step_options.frozen):
         return state
-    shardings = batch_shardings(experiment.mesh)
+    shardings = batch_shardings(experiment.mesh, experiment.task.batch_spec())
     with train_batches(experiment.train_source, **experiment.train_options) as batches:
         placed = (to_global(batch, shardings) for batch in batches)
         statistics = fresh_statistics(step, state.evaluation_variables(), placed, count)

@@ -14,22 +14,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
-from gcnet_jax.data import on_device
+from gcnet_jax.tasks import Task
 from gcnet_jax.training.freezing import (
     evaluate_frozen,
     frozen_paths,
     frozen_statistics,
     merge,
     split,
-)
-from gcnet_jax.training.losses import (
-    cross_entropy,
-    example_weights,
-    in_top,
-    smooth_labels,
 )
 from gcnet_jax.training.mesh import batch_shardings, feature_sharding, replicated
 from gcnet_jax.training.state import TrainState
@@ -39,51 +33,17 @@ Metrics = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What a step needs beside the model and the optimizer.
+    """What a step needs beside the model, the task and the optimizer.
 
     Attributes:
-      num_classes: Number of labels.
-      mean, std: The images' mean and standard deviation a channel, on the 0..1 scale.
-      label_smoothing: Share of each label that is spread over all classes.
       accumulation_steps: Number of micro-batches that a batch is computed in, one after the other.
-      mixup_alpha, cutmix_alpha: Parameters of the Beta distributions of the mixing weights; 0 is
-        off.
-      erasing_probability: Share of the images in which a rectangle is erased.
       ema_decay: Of the moving average of the weights; 0 is off.
       frozen: Patterns of the parameters that are not trained, see `freezing.frozen_paths`.
-      class_weights: How much an example of each class counts in the loss; None is 1 for all.
     """
 
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    label_smoothing: float = 0.0
     accumulation_steps: int = 1
-    mixup_alpha: float = 0.0
-    cutmix_alpha: float = 0.0
-    erasing_probability: float = 0.0
     ema_decay: float = 0.0
     frozen: tuple[str, ...] = ()
-    class_weights: tuple[float, ...] | None = None
-
-
-def prepare(
-    images: UInt8[Array, 'batch height width channel'],
-    labels: Int[Array, ' batch'],
-    key: Array,
-    options: StepOptions,
-) -> tuple[Float[Array, 'batch height width channel'], Float[Array, 'batch classes']]:
-    """Normalises, erases and mixes a batch on the device; the labels become distributions."""
-    erase_key, mix_key = jax.random.split(key)
-    images = on_device.normalize(images, options.mean, options.std)
-    targets = jax.nn.one_hot(labels, options.num_classes)
-    if options.erasing_probability:
-        images = on_device.random_erasing(erase_key, images, options.erasing_probability)
-    if options.mixup_alpha or options.cutmix_alpha:
-        images, targets = on_device.mix(
-            mix_key, images, targets, options.mixup_alpha, options.cutmix_alpha
-        )
-    return images, targets
 
 
 def moving_average(average: Any, new: Any, decay: float, step: Int[Array, '']) -> Any:
@@ -115,7 +75,7 @@ def place_features(mesh: Mesh) -> Callable:
 
 
 def make_apply(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
-    """Returns a function computing logits and new running statistics in training.
+    """Returns a function computing the named outputs and new running statistics in training.
 
     Modules whose parameters are all frozen run as in evaluation.
     """
@@ -127,93 +87,85 @@ def make_apply(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
             frozen = frozen_paths(params, options.frozen)
             if frozen:
                 stack.enter_context(nn.intercept_methods(evaluate_frozen(params, frozen)))
-            logits, updated = model.apply(
+            outputs, updated = model.apply(
                 {'params': params, 'batch_stats': batch_stats},
                 images,
                 train=True,
                 mutable=['batch_stats'],
                 rngs={'dropout': key},
+                method='outputs',
             )
-        return logits, updated.get('batch_stats', {})
+        return outputs, updated.get('batch_stats', {})
 
     return apply
 
 
-def make_loss(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
-    """Returns a function computing a micro-batch's part of the batch's mean loss, and its sums.
+def make_loss(model: nn.Module, task: Task, options: StepOptions, mesh: Mesh) -> Callable:
+    """Returns a function computing one micro-batch's part of the batch's mean loss, and its sums.
 
     The function takes the parameters in two parts, those to differentiate by and the frozen ones,
-    and `total`, the batch size or the sum of its examples' weights.
+    and the weight of the whole batch.
     """
     apply = make_apply(model, options, mesh)
 
-    def loss_share(params, fixed, batch_stats, images, targets, key, total):
+    def loss_share(params, fixed, batch_stats, batch, key, weight):
         params = merge(params, fixed) if fixed else params
-        logits, batch_stats = apply(params, batch_stats, images, key)
-        losses = cross_entropy(logits, smooth_labels(targets, options.label_smoothing))
-        correct = in_top(logits, jnp.argmax(targets, axis=-1), 1)
-        if options.class_weights is not None:
-            losses = losses * example_weights(targets, options.class_weights)
-        sums = {'loss': jnp.sum(losses), 'correct': jnp.sum(correct.astype(jnp.float32))}
-        return sums['loss'] / total, (batch_stats, sums)
+        outputs, batch_stats = apply(params, batch_stats, batch['image'], key)
+        sums = task.loss(outputs, batch)
+        # Where no example counts, loss and gradient are zero.
+        return sums['loss'] / jnp.where(weight > 0, weight, 1.0), (batch_stats, sums)
 
     return loss_share
 
 
-def make_split(count: int, mesh: Mesh) -> Callable:
-    """Returns a function splitting an array of a batch into `count` micro-batches.
+def make_split(task: Task, count: int, mesh: Mesh) -> Callable:
+    """Returns a function splitting the arrays of a batch into `count` micro-batches.
 
     A micro-batch takes every n-th example, so that each device keeps its own rows.
     """
+    shardings = batch_shardings(mesh, task.batch_spec(), leading=1)
 
-    def split_batch(array):
-        spec = PartitionSpec(None, *(('data', 'fsdp'), 'spatial')[: 2 if array.ndim == 4 else 1])
-        parts = jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, spec))
+    def split_batch(batch):
+        return {
+            name: jax.lax.with_sharding_constraint(
+                jnp.moveaxis(array.reshape(-1, count, *array.shape[1:]), 1, 0), shardings[name]
+            )
+            for name, array in batch.items()
+        }
 
     return split_batch
 
 
-def make_gradient(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
+def make_gradient(model: nn.Module, task: Task, options: StepOptions, mesh: Mesh) -> Callable:
     """Returns a function computing a batch's gradient, new statistics and sums.
 
     The gradient is that of the mean over the whole batch, with respect to the parameters that are
     not frozen; BatchNorm sees one micro-batch at a time.
     """
-    gradient = jax.value_and_grad(make_loss(model, options, mesh), has_aux=True)
+    gradient = jax.value_and_grad(make_loss(model, task, options, mesh), has_aux=True)
     count = options.accumulation_steps
-    parts = make_split(count, mesh)
+    parts = make_split(task, count, mesh)
 
-    def whole(params, fixed, batch_stats, images, targets, key):
-        total = images.shape[0]
-        if options.class_weights is not None:
-            total = jnp.sum(example_weights(targets, options.class_weights))
-            # Where all its examples count nothing, the batch's loss and gradient are zero.
-            total = jnp.where(total > 0, total, 1.0)
+    def whole(params, fixed, batch_stats, batch, key):
+        weight = task.weight(batch)
         if count == 1:
             (_, (batch_stats, sums)), grads = gradient(
-                params, fixed, batch_stats, images, targets, key, total
+                params, fixed, batch_stats, batch, key, weight
             )
-            return grads, batch_stats, sums
+            return grads, batch_stats, {**sums, 'weight': weight}
 
         def add(carry, micro):
-            grads, batch_stats, sums = carry
-            images, targets, index = micro
-            (_, (batch_stats, new)), more = gradient(
-                params, fixed, batch_stats, images, targets, jax.random.fold_in(key, index), total
+            grads, batch_stats = carry
+            batch, index = micro
+            (_, (batch_stats, sums)), more = gradient(
+                params, fixed, batch_stats, batch, jax.random.fold_in(key, index), weight
             )
-            return (
-                jax.tree.map(jnp.add, grads, more),
-                batch_stats,
-                jax.tree.map(jnp.add, sums, new),
-            ), None
+            return (jax.tree.map(jnp.add, grads, more), batch_stats), sums
 
-        zero = jnp.zeros((), jnp.float32)
-        start = (jax.tree.map(jnp.zeros_like, params), batch_stats, {'loss': zero, 'correct': zero})
-        (grads, batch_stats, sums), _ = jax.lax.scan(
-            add, start, (parts(images), parts(targets), jnp.arange(count))
-        )
-        return grads, batch_stats, sums
+        start = (jax.tree.map(jnp.zeros_like, params), batch_stats)
+        (grads, batch_stats), sums = jax.lax.scan(add, start, (parts(batch), jnp.arange(count)))
+        sums = jax.tree.map(lambda of_parts: of_parts.sum(axis=0), sums)
+        return grads, batch_stats, {**sums, 'weight': weight}
 
     return whole
 
@@ -241,31 +193,31 @@ def keep_frozen(learned: TrainState, state: TrainState, frozen: frozenset[str]) 
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, options: StepOptions, mesh: Mesh
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    task: Task,
+    options: StepOptions,
+    mesh: Mesh,
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
     """Returns the pure training step.
 
-    It maps the state and a batch {'image': uint8 [batch, height, width, channel], 'label': int32
-    [batch]} to the next state and the batch's {'loss', 'correct', 'count': sums; 'gradient_norm':
-    before clipping, of what is not frozen; 'finite': bool}, with class weights also {'weight': sum
-    of the examples' weights, by which 'loss' is to be divided}. Where loss or gradient are not
-    finite, the new state has the old weights, statistics and optimizer state, and only `step`
-    moves.
+    It maps the state and a batch of the task to the next state and the batch's {'gradient_norm':
+    before clipping, of what is not frozen; 'finite': bool; 'count': number of examples; 'weight':
+    by which the loss is divided} beside the task's sums. Where loss or gradient are not finite, the
+    new state has the old weights, statistics and optimizer state, and only `step` moves.
     """
-    gradient = make_gradient(model, options, mesh)
+    gradient = make_gradient(model, task, options, mesh)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         prepare_key, model_key = jax.random.split(key)
-        images, targets = prepare(batch['image'], batch['label'], prepare_key, options)
+        batch = task.prepare(batch, prepare_key)
         # Parameters are stored in parts and used whole. Left to itself the partitioner computes
         # with the parts, and got gradients wrong inside the loop over micro-batches (jax 0.10.2).
         params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
         frozen = frozen_paths(params, options.frozen)
         trained, fixed = split(params, frozen)
-        grads, batch_stats, sums = gradient(
-            trained, fixed, state.batch_stats, images, targets, model_key
-        )
+        grads, batch_stats, sums = gradient(trained, fixed, state.batch_stats, batch, model_key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums['loss']) & jnp.isfinite(norm)
         grads = merge(grads, jax.tree.map(jnp.zeros_like, fixed))
@@ -280,59 +232,50 @@ def make_train_step(
         )
         learned = keep_frozen(learned, state, frozen)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, state)
-        count = jnp.asarray(images.shape[0], jnp.float32)
+        count = jnp.asarray(batch['image'].shape[0], jnp.float32)
         metrics = {**sums, 'count': count, 'gradient_norm': norm, 'finite': finite}
-        if options.class_weights is not None:
-            metrics['weight'] = jnp.sum(example_weights(targets, options.class_weights))
         return kept.replace(step=state.step + 1), metrics
 
     return step
 
 
-def make_evaluation_step(model: nn.Module, options: StepOptions) -> Callable[[dict, dict], Metrics]:
+def make_evaluation_step(model: nn.Module, task: Task) -> Callable[[dict, dict], dict]:
     """Returns the pure evaluation step.
 
-    It maps variables and a batch that has a 'mask' too (bool [batch], False for padding) to the
-    sums {'loss', 'top1', 'top5', 'count'} over the examples that are not padding.
+    It maps variables and a batch that has a 'mask' too (bool [batch], False for padding) to what
+    the task's evaluation adds up.
     """
 
-    def step(variables: dict, batch: dict) -> Metrics:
-        images = on_device.normalize(batch['image'], options.mean, options.std)
-        logits = model.apply(variables, images, train=False)
-        labels, mask = batch['label'], batch['mask']
-        losses = cross_entropy(logits, jax.nn.one_hot(labels, options.num_classes))
-        values = {
-            'loss': losses,
-            'top1': in_top(logits, labels, 1),
-            'top5': in_top(logits, labels, 5),
-            'count': jnp.ones_like(losses),
-        }
-        # Padding is selected away, not multiplied: zero times infinity is not a number.
-        return {
-            name: jnp.sum(jnp.where(mask, value.astype(jnp.float32), 0.0))
-            for name, value in values.items()
-        }
+    def step(variables: dict, batch: dict) -> dict:
+        images = task.prepare(batch, None)['image']
+        outputs = model.apply(variables, images, train=False, method='outputs')
+        return task.results(outputs, batch)
 
     return step
 
 
-def jit_train_step(step: Callable, mesh: Mesh, shardings: TrainState) -> Callable:
+def jit_train_step(step: Callable, task: Task, mesh: Mesh, shardings: TrainState) -> Callable:
     """Compiles the training step for a mesh; the old state is donated to the new one."""
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_shardings(mesh)),
+        in_shardings=(shardings, batch_shardings(mesh, task.batch_spec())),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
 
 
-def jit_evaluation_step(step: Callable, mesh: Mesh, shardings: TrainState) -> Callable:
-    """Compiles the evaluation step for a mesh."""
+def jit_evaluation_step(step: Callable, task: Task, mesh: Mesh, shardings: TrainState) -> Callable:
+    """Compiles the evaluation step for a mesh; every process gets the results of all examples."""
     return jax.jit(
         step,
         in_shardings=(
             shardings.evaluation_variables(),
-            batch_shardings(mesh, ('image', 'label', 'mask')),
+            batch_shardings(mesh, evaluation_spec(task)),
         ),
         out_shardings=replicated(mesh),
     )
+
+
+def evaluation_spec(task: Task) -> dict[str, tuple[str, ...]]:
+    """Returns the arrays of an evaluation batch with the axes that may be split."""
+    return {**task.batch_spec(), 'mask': ('batch',)}

@@ -24,8 +24,9 @@ NAMES = [
     'imagenet:resnet50',
     'finetune',
     'finetune:imagenet',
+    'multilabel',
 ]
-CLASSES = {'digits': 10, 'cifar10': 10, 'imagenet2012': 1000}
+CLASSES = {'digits': 10, 'cifar10': 10, 'imagenet2012': 1000, 'voc/2007': 20}
 
 
 OWN_SIZES = Preprocessing(train_size=160, test_size=192, crop_fraction=0.9)
@@ -43,6 +44,7 @@ class FakeSource:
         self.name, self.split, self.data_dir = name, split, data_dir
         self.num_classes = CLASSES.get(name, 10)
         self.label_names = tuple(map(str, range(self.num_classes)))
+        self.is_multilabel = name == 'voc/2007'
 
     def __len__(self):
         return 50000
@@ -82,6 +84,7 @@ def fingerprint(built):
             'schedule': [float(built.schedule(int(point))) for point in points],
             'updates': updates,
             'steps': built.step_options,
+            'task': built.task,
             'mesh': dict(built.mesh.shape),
             'run': built.run,
         }
@@ -109,7 +112,8 @@ def other(key, value):
         'data.randaugment_magnitude': 7,
         'optimizer.name': 'lars',
         'optimizer.frozen': ('bias',),
-        'training.class_weights': 'balanced',
+        'task.class_weights': 'balanced',
+        'task.name': 'classification' if value == 'multilabel' else 'multilabel',
         'optimizer.nesterov': False,
         'training.new_classifier': True,
         'training.init_from': '/elsewhere',
@@ -192,7 +196,10 @@ def test_every_setting_changes_what_is_built_or_is_refused(name):
     assert not set(refused) & NEEDS.keys()
     assert dead == []
     # Only what the other settings exclude: options of other optimizers, and the like.
-    allowed = ('optimizer.', 'model.', 'mesh.', 'data.crop_scale')
+    # Each task has settings of its own, and reads data of its own.
+    allowed = ('optimizer.', 'model.', 'mesh.', 'data.crop_scale', 'task.name')
+    if original.task.name == 'multilabel':
+        allowed += ('data.name',)
     if original.data.crop_scale is not None:
         allowed += ('data.augmentation',)
     assert [key for key in refused if not key.startswith(allowed)] == []

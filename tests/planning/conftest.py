@@ -26,7 +26,7 @@ def make_small_config():
             'ratio': 0.5,
         }
         tree['model'] |= {'widths': (8,), 'stage_sizes': (1,), 'context': context}
-        tree['data']['mixup_alpha'] = 0.0
+        tree['task']['mixup_alpha'] = 0.0
         return ConfigDict(tree)
 
     return make

@@ -91,7 +91,7 @@ def test_a_config_is_described_without_its_data(name, tmp_path, monkeypatch):
         tree.data.data_dir = str(tmp_path)
     built = planning.describe(tree, jax.devices(), 64)
     classes = {'imagenet': 1000, 'finetune': 5, 'folder': 5}
-    assert built.step_options.num_classes == classes.get(name, 10)
+    assert built.task.num_classes == classes.get(name, 10)
     assert built.train_options['global_batch_size'] == 64
     assert built.model.context
     assert not planning.describe(tree, jax.devices(), 64, with_context=False).model.context
@@ -104,7 +104,7 @@ def test_an_unknown_data_set_says_how_to_plan_anyway(small_config, tmp_path):
         planning.describe(small_config, jax.devices(), 64)
     assert 'my_flowers' in str(raised.value)
     small_config.model.num_classes = 5
-    assert planning.describe(small_config, jax.devices(), 64).step_options.num_classes == 5
+    assert planning.describe(small_config, jax.devices(), 64).task.num_classes == 5
 
 
 def test_the_mesh_is_of_the_devices_given(small_config):
@@ -139,9 +139,9 @@ def test_durations_that_depend_on_the_images_refuse_no_plan(small_config, traini
 
 
 def test_balanced_class_weights_need_no_images(small_config):
-    small_config.training.class_weights = 'balanced'
+    small_config.task.class_weights = 'balanced'
     built = planning.describe(small_config, jax.devices(), 64)
-    assert len(built.step_options.class_weights) == built.step_options.num_classes
+    assert len(built.task.class_weights) == built.task.num_classes
 
 
 @pytest.fixture(scope='module')

@@ -1,12 +1,15 @@
 """A tiny network with batch norm, global context and squeeze-excitation, and batches for it."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from gcnet_jax.models.registry import create_model
-from gcnet_jax.training.mesh import make_mesh, state_shardings, to_global
+from gcnet_jax.tasks import Classification
+from gcnet_jax.training.mesh import batch_shardings, make_mesh, state_shardings, to_global
 from gcnet_jax.training.state import TrainState
 from gcnet_jax.training.steps import StepOptions
 
@@ -26,9 +29,29 @@ def tiny_model():
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a step is made of beside the network."""
+
+    task: Classification
+    options: StepOptions
+
+    def places(self, mesh):
+        return batch_shardings(mesh, self.task.batch_spec())
+
+    def changed(self, **settings):
+        """Returns a job with other settings, be they the task's or the step's."""
+        of_step = {name for name in settings if hasattr(self.options, name)}
+        task = {name: settings[name] for name in settings.keys() - of_step}
+        options = {name: settings[name] for name in of_step}
+        return Job(
+            dataclasses.replace(self.task, **task), dataclasses.replace(self.options, **options)
+        )
+
+
 @pytest.fixture
-def step_options():
-    return StepOptions(num_classes=4, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+def job():
+    return Job(Classification(4, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25)), StepOptions())
 
 
 @pytest.fixture
@@ -51,6 +74,9 @@ class SmallNet(nn.Module):
         features = nn.Conv(8, (3, 3), name='conv')(images)
         features = nn.BatchNorm(use_running_average=not train, momentum=0.9, name='norm')(features)
         return nn.Dense(4, name='classifier')(nn.relu(features).mean(axis=(1, 2)))
+
+    def outputs(self, images, *, train):
+        return {'logits': self(images, train=train)}
 
 
 @pytest.fixture(scope='session')

@@ -41,7 +41,7 @@ def make_state(step, shape=(2, 2, 2), use_ema=True):
 
 
 def save(workdir, steps, keep=9, accuracies=None):
-    store = CheckpointStore(workdir, DESCRIPTION, keep)
+    store = CheckpointStore(workdir, DESCRIPTION, 'accuracy', keep)
     for step in steps:
         metrics = {'eval/accuracy': accuracies[step]} if accuracies else {}
         store.save(make_state(step), {'step': step, 'window': {'loss': step / 3}}, metrics)
@@ -58,7 +58,7 @@ def target(shape=(2, 2, 2), use_ema=True):
 
 def restore(workdir, shape=(2, 2, 2)):
     lines = []
-    store = CheckpointStore(workdir, DESCRIPTION, 9, lines.append)
+    store = CheckpointStore(workdir, DESCRIPTION, 'accuracy', 9, lines.append)
     restored = store.restore(target(shape))
     store.close()
     return restored, lines
@@ -195,7 +195,7 @@ def test_a_changed_value_is_seen_by_the_checksum_alone(tmp_path):
     """The stored checksum and the value differ in one bit, which no file format would notice."""
     root = save(tmp_path, [3])
     state = make_state(5)
-    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    store = CheckpointStore(tmp_path, DESCRIPTION, 'accuracy', 9)
     store.save(state, {'step': 5}, {})
     store.close()
     sums = json.loads((root / '5' / 'checksums' / 'metadata').read_text())
@@ -207,7 +207,7 @@ def test_a_changed_value_is_seen_by_the_checksum_alone(tmp_path):
 
 
 def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
-    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    store = CheckpointStore(tmp_path, DESCRIPTION, 'accuracy', 9)
     store.save(make_state(3), {'step': 3}, {})
     store.wait()
 
@@ -225,7 +225,7 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(tmp_path, monkey
 
 
 def test_orbax_does_not_log_what_is_explained(tmp_path, caplog):
-    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    store = CheckpointStore(tmp_path, DESCRIPTION, 'accuracy', 9)
     for error in (OSError(errno.ENOSPC, 'No space left on device'), KeyError('other')):
         try:
             raise error
@@ -236,7 +236,7 @@ def test_orbax_does_not_log_what_is_explained(tmp_path, caplog):
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path):
-    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    store = CheckpointStore(tmp_path, DESCRIPTION, 'accuracy', 9)
     with pytest.raises(ZeroDivisionError), store.explain_errors():
         raise ZeroDivisionError
     store.close()
@@ -248,7 +248,7 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path):
 )
 def test_a_position_that_the_loop_could_not_go_on_from_is_damage(tmp_path, change):
     position = {'step': 3, 'examples': 9, 'window': {'loss': 0.5}, 'best': None}
-    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    store = CheckpointStore(tmp_path, DESCRIPTION, 'accuracy', 9)
     store.save(make_state(3), position, {})
     store.close()
     place = tmp_path / 'checkpoints' / '3'

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gcnet_jax.commands import config_files
 from gcnet_jax.data.folder import prepare_folder
 from gcnet_jax.data.sources import load_source
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.inference.predictor import Classifier
 from gcnet_jax.models.registry import Preprocessing, create_model
 from gcnet_jax.stored import ModelDescription, load_variables, write_ported
-from gcnet_jax.training import command, experiment
+from gcnet_jax.training import experiment
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.experiment import assemble
 from gcnet_jax.training.loop import train
@@ -224,7 +225,7 @@ def test_ninety_images_fine_tune_from_a_ported_network_by_one_command(
     write_ported(
         tmp_path / 'ported', ModelDescription('gcresnet50t', options, preprocessing=own), variables
     )
-    config, _, _ = command.read_flags(
+    config, _, _ = config_files.read_flags(
         [
             'train.py', f'--config.training.init_from={tmp_path / "ported"}',
             '--config.data.name=colors', f'--config.data.data_dir={tmp_path / "sets"}',

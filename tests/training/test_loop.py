@@ -28,6 +28,8 @@ class FakeSource:
 
     label_names = ('black', 'dark', 'light', 'white')
     num_classes = 4
+    is_multilabel = False
+    no_label = 0
 
     def __init__(self, name, split, data_dir, purpose='evaluation'):
         split = split or 'test'  # As the real one chooses for a set that has no validation split.
@@ -80,7 +82,7 @@ def tiny_config(**training):
     config.model.dropout_rate = 0.1
     config.data.image_size = 8
     config.data.augmentation = 'pad_crop'
-    config.data.mixup_alpha = 0.2
+    config.task.mixup_alpha = 0.2
     config.data.num_threads = 0
     config.training.batch_size = 16
     config.training.total_steps = 12
@@ -483,7 +485,7 @@ def fine_tuning_config(**training):
     config.optimizer.weight_decay = 0.1
     config.data.randaugment_ops = 1
     config.data.color_jitter = 0.4
-    config.training.class_weights = 'balanced'
+    config.task.class_weights = 'balanced'
     config.schedule.peak_learning_rate = 1e-9  # The accuracy stays what it is.
     config.schedule.warmup_epochs = 0.0
     return config
@@ -546,9 +548,7 @@ def test_few_steps_are_evaluated_with_statistics_of_the_weights_as_they_are(tmp_
     found = []
     with built.train_batches(0) as batches:
         for _ in range(3):  # 44 images in batches of 16.
-            images = (next(batches)['image'] / 255 - built.step_options.mean) / (
-                built.step_options.std
-            )
+            images = (next(batches)['image'] / 255 - built.task.mean) / (built.task.std)
             kept = follow(variables['params'], images.astype(np.float32))
             found.append(jax.tree.map(lambda leaf: np.asarray(leaf) / 0.1, kept))
     mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *found)

@@ -86,8 +86,9 @@ def test_parameters_are_really_split_over_fsdp():
 
 def test_images_are_split_by_batch_and_height():
     mesh = make_mesh(2, 2, 2)
+    spec = {'image': ('batch', 'height'), 'label': ('batch',)}
     batch = {'image': np.arange(8 * 4 * 4 * 3).reshape(8, 4, 4, 3), 'label': np.arange(8)}
-    placed = to_global(batch, batch_shardings(mesh))
+    placed = to_global(batch, batch_shardings(mesh, spec))
     assert {shard.data.shape for shard in placed['image'].addressable_shards} == {(2, 2, 4, 3)}
     assert {shard.data.shape for shard in placed['label'].addressable_shards} == {(2,)}
     np.testing.assert_array_equal(placed['image'], batch['image'])

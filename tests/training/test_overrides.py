@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from gcnet_jax.commands import config_files
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import create_model, list_models
 from gcnet_jax.stored import ModelDescription, write_ported
-from gcnet_jax.training import command
 from gcnet_jax.training.config import plain
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -34,7 +34,7 @@ def get_config():
 def read(file, *overrides):
     path = file if str(file).endswith('.py') else CONFIGS / f'{file}.py'
     arguments = ['train.py', f'--config={path}', *(f'--config.{text}' for text in overrides)]
-    return command.read_flags(arguments, path)[0]
+    return config_files.read_flags(arguments, path)[0]
 
 
 def options(config):
@@ -218,11 +218,11 @@ def test_an_unknown_key_in_a_file_is_one_line(tmp_path):
     with pytest.raises(
         ConfigError, match=r"line 10 of mine.py: .*mean 'config.training.total_epochs'"
     ) as one:
-        command.load_config(str(path))
+        config_files.load_config(str(path))
     assert len(str(one.value)) < 300
     path.write_text(OWN.replace('config.model.dropout_rate', 'config.optimizer.batch_size'))
     with pytest.raises(ConfigError, match=r"did you mean 'config.training.batch_size'"):
-        command.load_config(str(path))
+        config_files.load_config(str(path))
 
 
 @pytest.mark.parametrize(
@@ -237,4 +237,4 @@ def test_a_broken_file_names_its_line(tmp_path, text, message):
     path = tmp_path / 'mine.py'
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        command.load_config(str(path))
+        config_files.load_config(str(path))

@@ -1,5 +1,3 @@
-import dataclasses
-
 import flax.linen as nn
 import jax
 import numpy as np
@@ -7,7 +5,6 @@ import optax
 import pytest
 
 from gcnet_jax.models.registry import create_model
-from gcnet_jax.training.mesh import batch_shardings
 from gcnet_jax.training.statistics import (
     SETTLED_STEPS,
     fresh_statistics,
@@ -21,15 +18,16 @@ from gcnet_jax.training.statistics import (
 SGD = optax.sgd(0.1)
 
 
-def compiled(model, options, mesh, shardings):
-    return jit_statistics_step(make_statistics_step(model, options, mesh), mesh, shardings)
+def compiled(model, job, mesh, shardings):
+    step = make_statistics_step(model, job.task, job.options, mesh)
+    return jit_statistics_step(step, job.task, mesh, shardings)
 
 
-def by_hand(model, variables, options, batches, parts=1):
+def by_hand(model, variables, job, batches, parts=1):
     """Mean over micro-batches of what the norm's inputs have for mean and variance."""
     found = []
     for batch in batches:
-        images = (batch['image'] / 255 - options.mean) / options.std
+        images = (batch['image'] / 255 - job.task.mean) / job.task.std
         for part in range(parts):
             _, kept = model.apply(
                 variables,
@@ -44,29 +42,29 @@ def by_hand(model, variables, options, batches, parts=1):
 
 @pytest.mark.parametrize(('shape', 'parts'), [((1, 1, 1), 1), ((2, 2, 2), 1), ((4, 1, 1), 2)])
 def test_statistics_are_the_mean_over_the_batches(
-    shape, parts, place, put, small_model, step_options, make_batch
+    shape, parts, place, put, small_model, job, make_batch
 ):
-    options = dataclasses.replace(step_options, accumulation_steps=parts)
+    job = job.changed(accumulation_steps=parts)
     mesh, shardings, state = place(shape, small_model, SGD)
     variables = jax.device_get(state.evaluation_variables())
-    step = compiled(small_model, options, mesh, shardings)
+    step = compiled(small_model, job, mesh, shardings)
     batches = [make_batch(seed=seed) for seed in range(3)]
-    placed = [put(batch, batch_shardings(mesh)) for batch in batches]
+    placed = [put(batch, job.places(mesh)) for batch in batches]
     found = fresh_statistics(step, state.evaluation_variables(), iter(placed), 3)
-    mean, variance = by_hand(small_model, variables, options, batches, parts)
+    mean, variance = by_hand(small_model, variables, job, batches, parts)
     np.testing.assert_allclose(found['norm']['mean'], mean, atol=1e-5)
     np.testing.assert_allclose(found['norm']['var'], variance, rtol=1e-4)
 
 
-def test_statistics_of_frozen_modules_are_kept(place, put, step_options, make_batch):
+def test_statistics_of_frozen_modules_are_kept(place, put, job, make_batch):
     model = create_model('gccnn', widths=(8, 8), stage_sizes=(1, 1), num_classes=4, context=None)
-    options = dataclasses.replace(step_options, frozen=('stage1*',))
+    job = job.changed(frozen=('stage1*',))
     mesh, shardings, state = place((2, 2, 2), model, SGD)
-    assert have_moving_statistics(state, options.frozen)
+    assert have_moving_statistics(state, job.options.frozen)
     assert not have_moving_statistics(state, ('*norm*',))
     before = jax.device_get(state.batch_stats)
-    step = compiled(model, options, mesh, shardings)
-    batch = put(make_batch(), batch_shardings(mesh))
+    step = compiled(model, job, mesh, shardings)
+    batch = put(make_batch(), job.places(mesh))
     found = jax.device_get(fresh_statistics(step, state.evaluation_variables(), iter([batch]), 1))
     jax.tree.map(np.testing.assert_array_equal, found['stage1_0'], before['stage1_0'])
     for old, new in zip(
@@ -75,14 +73,12 @@ def test_statistics_of_frozen_modules_are_kept(place, put, step_options, make_ba
         assert not np.allclose(old, new)
 
 
-def test_statistics_that_are_not_finite_are_not_taken(
-    place, put, small_model, step_options, make_batch
-):
-    options = dataclasses.replace(step_options, std=(0.0, 1.0, 1.0))
+def test_statistics_that_are_not_finite_are_not_taken(place, put, small_model, job, make_batch):
+    job = job.changed(std=(0.0, 1.0, 1.0))
     mesh, shardings, state = place((1, 1, 1), small_model, SGD)
     before = jax.device_get(state.batch_stats)
-    step = compiled(small_model, options, mesh, shardings)
-    placed = [put(make_batch(), batch_shardings(mesh))] * 2
+    step = compiled(small_model, job, mesh, shardings)
+    placed = [put(make_batch(), job.places(mesh))] * 2
     found = fresh_statistics(step, state.evaluation_variables(), iter(placed), 2)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), before)
 
@@ -115,13 +111,16 @@ class OwnMomentum(nn.Module):
         norm = nn.BatchNorm(use_running_average=not train, momentum=0.6, name='norm')
         return nn.Dense(4, name='classifier')(norm(features).mean(axis=(1, 2)))
 
+    def outputs(self, images, *, train):
+        return {'logits': self(images, train=train)}
 
-def test_the_momentum_of_a_norm_may_be_any(place, put, step_options, make_batch):
+
+def test_the_momentum_of_a_norm_may_be_any(place, put, job, make_batch):
     model, batch = OwnMomentum(), make_batch()
     mesh, shardings, state = place((1, 1, 1), model, SGD)
     variables = jax.device_get(state.evaluation_variables())
-    step = compiled(model, step_options, mesh, shardings)
-    placed = put(batch, batch_shardings(mesh))
+    step = compiled(model, job, mesh, shardings)
+    placed = put(batch, job.places(mesh))
     found = fresh_statistics(step, state.evaluation_variables(), iter([placed]), 1)
-    _, variance = by_hand(model, variables, step_options, [batch])
+    _, variance = by_hand(model, variables, job, [batch])
     np.testing.assert_allclose(found['norm']['var'], variance, rtol=1e-4)

@@ -1,5 +1,3 @@
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ from gcnet_jax.models.registry import create_model
 from gcnet_jax.training.mesh import batch_shardings
 from gcnet_jax.training.optimizers import make_optimizer
 from gcnet_jax.training.steps import (
+    evaluation_spec,
     jit_evaluation_step,
     jit_train_step,
     make_evaluation_step,
@@ -40,8 +39,9 @@ def close(actual, expected, tolerance=1e-5):
     return worst
 
 
-def compiled(model, options, mesh, shardings, optimizer=SGD):
-    return jit_train_step(make_train_step(model, optimizer, options, mesh), mesh, shardings)
+def compiled(model, job, mesh, shardings, optimizer=SGD):
+    step = make_train_step(model, optimizer, job.task, job.options, mesh)
+    return jit_train_step(step, job.task, mesh, shardings)
 
 
 @pytest.fixture(scope='module')
@@ -49,15 +49,15 @@ def ten_steps(place, put, tiny_model):
     """Runs ten steps on a mesh: the first gradient, all losses, and the moving average."""
     done = {}
 
-    def run(shape, options, make_batch):
+    def run(shape, job, make_batch):
         if shape in done:
             return done[shape]
         optimizer = optax.sgd(1e-4, momentum=0.9)
         mesh, shardings, state = place(shape, tiny_model, optimizer, use_ema=True)
-        step = compiled(tiny_model, options, mesh, shardings, optimizer)
+        step = compiled(tiny_model, job, mesh, shardings, optimizer)
         losses = []
         for index in range(10):
-            state, metrics = step(state, put(make_batch(seed=index), batch_shardings(mesh)))
+            state, metrics = step(state, put(make_batch(seed=index), job.places(mesh)))
             losses.append(float(metrics['loss']) / float(metrics['count']))
             if index == 0:  # The momentum after one step is the gradient itself.
                 gradient = jax.device_get(optax.tree.get(state.opt_state, 'trace'))
@@ -78,16 +78,14 @@ def ten_steps(place, put, tiny_model):
         ),
     ],
 )
-def test_any_mesh_gives_one_devices_losses_and_gradients(
-    shape, ten_steps, step_options, make_batch
-):
-    options = dataclasses.replace(step_options, **EVERYTHING)
-    losses, gradient, average = ten_steps((1, 1, 1), options, make_batch)
+def test_any_mesh_gives_one_devices_losses_and_gradients(shape, ten_steps, job, make_batch):
+    job = job.changed(**EVERYTHING)
+    losses, gradient, average = ten_steps((1, 1, 1), job, make_batch)
     # There is something to compare: ten losses, and a gradient in the attention of the block.
     assert len(set(losses)) == 10
     pool = gradient['stage1_0']['context_after_conv2_0']['pool']
     assert np.abs(pool['logits']['kernel']).max() > 1e-5
-    worst = close(ten_steps(shape, options, make_batch), (losses, gradient, average))
+    worst = close(ten_steps(shape, job, make_batch), (losses, gradient, average))
     print(f'{shape}: differs from one device by at most {worst:.1e}')
 
 
@@ -99,33 +97,37 @@ def test_any_mesh_gives_one_devices_losses_and_gradients(
         pytest.param({'kind': 'frozen'}, marks=pytest.mark.slow),
     ],
 )
-def test_any_kind_of_norm_gives_the_same_on_any_mesh(norm, place, put, step_options, make_batch):
+def test_any_kind_of_norm_gives_the_same_on_any_mesh(norm, place, put, job, make_batch):
     """A group of four images is spread over four devices on the second mesh."""
     options = {'widths': (8,), 'stage_sizes': (1,), 'context': None, 'num_classes': 4}
     model = create_model('gccnn', norm=norm, **options)
-    options = dataclasses.replace(step_options, accumulation_steps=2)
+    job = job.changed(accumulation_steps=2)
     results = []
     for shape in [(1, 1, 1), (4, 1, 2)]:
         mesh, shardings, state = place(shape, model, SGD)
-        step = compiled(model, options, mesh, shardings)
+        step = compiled(model, job, mesh, shardings)
         for seed in range(2):
-            state, metrics = step(state, put(make_batch(seed=seed), batch_shardings(mesh)))
+            state, metrics = step(state, put(make_batch(seed=seed), job.places(mesh)))
         results.append(jax.device_get((state.params, state.batch_stats, metrics)))
     close(results[1], results[0])
 
 
 def test_a_stem_and_a_context_that_are_pooled_first_give_the_same_on_any_mesh(
-    place, put, step_options, make_batch
+    place, put, job, make_batch
 ):
     context = {'block': 'global_context', 'stages': 1, 'position': 'after_conv3', 'ratio': 1 / 4}
     model = create_model('resnet50', widths=(4,), stage_sizes=(2,), context=context, num_classes=4)
     results = []
     for shape in [(1, 1, 1), (2, 2, 2)]:
         mesh, shardings, state = place(shape, model, SGD)
-        step = compiled(model, step_options, mesh, shardings)
+        step = compiled(model, job, mesh, shardings)
         for seed in range(2):
             state, metrics = step(
-                state, put(make_batch(image_size=32, seed=seed), batch_shardings(mesh))
+                state,
+                put(
+                    make_batch(image_size=32, seed=seed),
+                    job.places(mesh),
+                ),
             )
         gradient = optax.tree.get(state.opt_state, 'trace')
         results.append(jax.device_get((gradient, state.batch_stats, metrics)))
@@ -142,31 +144,34 @@ class PlainNet(nn.Module):
         features = nn.relu(nn.Conv(8, (3, 3))(images))
         return nn.Dense(4)(features.mean(axis=(1, 2)))
 
+    def outputs(self, images, *, train):
+        return {'logits': self(images, train=train)}
+
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), (4, 1, 2)])
-def test_accumulation_gives_the_big_batchs_gradient(shape, place, put, step_options, make_batch):
+def test_accumulation_gives_the_big_batchs_gradient(shape, place, put, job, make_batch):
     model = PlainNet()
     results = []
     for count in (1, 4):
-        options = dataclasses.replace(step_options, accumulation_steps=count, mixup_alpha=0.5)
+        job = job.changed(accumulation_steps=count, mixup_alpha=0.5)
         optimizer = optax.sgd(1.0)
         mesh, shardings, state = place(shape, model, optimizer)
-        step = compiled(model, options, mesh, shardings, optimizer)
-        state, metrics = step(state, put(make_batch(), batch_shardings(mesh)))
+        step = compiled(model, job, mesh, shardings, optimizer)
+        state, metrics = step(state, put(make_batch(), job.places(mesh)))
         results.append(jax.device_get((state.params, metrics)))
     assert results[0][1]['count'] == 16
     close(results[1], results[0])
 
 
-def test_the_gradient_is_that_of_the_mean_loss(place, put, step_options, make_batch):
-    model, options = PlainNet(), dataclasses.replace(step_options, label_smoothing=0.2)
+def test_the_gradient_is_that_of_the_mean_loss(place, put, job, make_batch):
+    model, job = PlainNet(), job.changed(label_smoothing=0.2)
     mesh, shardings, state = place((1, 1, 1), model, optax.sgd(0.5))
     batch = make_batch()
 
     def reference(params):
         images = (
-            jnp.asarray(batch['image'], jnp.float32) / 255 - jnp.array(options.mean)
-        ) / jnp.array(options.std)
+            jnp.asarray(batch['image'], jnp.float32) / 255 - jnp.array(job.task.mean)
+        ) / jnp.array(job.task.std)
         logits = model.apply({'params': params}, images, train=True)
         labels = jnp.eye(4)[batch['label']] * 0.8 + 0.2 / 4
         logs = logits - jnp.log(jnp.exp(logits).sum(axis=1, keepdims=True))
@@ -174,26 +179,26 @@ def test_the_gradient_is_that_of_the_mean_loss(place, put, step_options, make_ba
 
     params = jax.device_get(state.params)
     loss, gradient = jax.value_and_grad(reference)(params)
-    step = jit_train_step(make_train_step(model, optax.sgd(0.5), options, mesh), mesh, shardings)
-    state, metrics = step(state, put(batch, batch_shardings(mesh)))
+    step = compiled(model, job, mesh, shardings, optax.sgd(0.5))
+    state, metrics = step(state, put(batch, job.places(mesh)))
     close(state.params, jax.tree.map(lambda leaf, g: leaf - 0.5 * g, params, gradient))
     np.testing.assert_allclose(metrics['loss'] / metrics['count'], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(gradient), rtol=1e-5)
     assert state.step == 1
 
 
-def test_one_step_of_eight_devices(place, put, small_model, step_options, make_batch):
+def test_one_step_of_eight_devices(place, put, small_model, job, make_batch):
     """Batch norm sees all images; evaluation uses the moving average; the old state is donated."""
-    options = dataclasses.replace(step_options, ema_decay=0.5)
+    job = job.changed(ema_decay=0.5)
     mesh, shardings, state = place((8, 1, 1), small_model, SGD, use_ema=True)
     # A copy: a buffer that numpy looks at is not donated.
     before = jax.device_get(jax.tree.map(jnp.copy, state))
     batch = make_batch()
-    step = compiled(small_model, options, mesh, shardings)
-    new, _ = step(state, put(batch, batch_shardings(mesh)))
+    step = compiled(small_model, job, mesh, shardings)
+    new, _ = step(state, put(batch, job.places(mesh)))
 
     kernel, bias = before.params['conv']['kernel'].astype(np.float64), before.params['conv']['bias']
-    images = (batch['image'] / 255 - options.mean) / options.std
+    images = (batch['image'] / 255 - job.task.mean) / job.task.std
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     convolved = bias + sum(
         padded[:, row : row + 8, column : column + 8] @ kernel[row, column]
@@ -220,25 +225,23 @@ def test_moving_average_forgets_the_start_early_and_slows_down():
         np.testing.assert_allclose(result['w'], expected, rtol=1e-5)
 
 
-def test_a_step_that_is_not_finite_changes_no_weight(
-    place, put, small_model, step_options, make_batch
-):
-    options = dataclasses.replace(step_options, std=(0.0, 1.0, 1.0))
+def test_a_step_that_is_not_finite_changes_no_weight(place, put, small_model, job, make_batch):
+    job = job.changed(std=(0.0, 1.0, 1.0))
     mesh, shardings, state = place((2, 2, 1), small_model, SGD, use_ema=True)
     before = jax.device_get(state)
-    step = compiled(small_model, options, mesh, shardings)
-    state, metrics = step(state, put(make_batch(), batch_shardings(mesh)))
+    step = compiled(small_model, job, mesh, shardings)
+    state, metrics = step(state, put(make_batch(), job.places(mesh)))
     assert not metrics['finite']
     after = jax.device_get(state)
     assert after.step == 1
     jax.tree.map(np.testing.assert_array_equal, after.replace(step=before.step), before)
 
 
-def test_randomness_follows_from_key_and_step(place, put, small_model, step_options, make_batch):
-    options = dataclasses.replace(step_options, erasing_probability=0.9)
+def test_randomness_follows_from_key_and_step(place, put, small_model, job, make_batch):
+    job = job.changed(erasing_probability=0.9)
     mesh, _, state = place((1, 1, 1), small_model, SGD)
-    step = jax.jit(make_train_step(small_model, SGD, options, mesh))
-    batch = put(make_batch(), batch_shardings(mesh))
+    step = jax.jit(make_train_step(small_model, SGD, job.task, job.options, mesh))
+    batch = put(make_batch(), job.places(mesh))
     first = step(state, batch)[1]['loss']
     assert step(state, batch)[1]['loss'] == first
     assert step(state.replace(step=state.step + 1), batch)[1]['loss'] != first
@@ -246,26 +249,25 @@ def test_randomness_follows_from_key_and_step(place, put, small_model, step_opti
 
 
 @pytest.mark.parametrize('size', [8, 16, 24])
-def test_evaluation_counts_every_example_once(
-    size, place, put, small_model, step_options, make_batch
-):
+def test_evaluation_counts_every_example_once(size, place, put, small_model, job, make_batch):
     """Twenty-one examples in padded batches of any size, against numpy over all of them."""
     mesh, shardings, state = place((8, 1, 1), small_model, SGD)
     data = make_batch(21)
-    images = (data['image'] / 255 - step_options.mean) / step_options.std
+    images = (data['image'] / 255 - job.task.mean) / job.task.std
     variables = jax.device_get(state.evaluation_variables())
     logits = np.asarray(
         small_model.apply(variables, jnp.asarray(images, jnp.float32), train=False), np.float64
     )
     logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     expected = {
-        'count': 21,
-        'loss': -logs[np.arange(21), data['label']].sum(),
-        'top1': (logits.argmax(axis=1) == data['label']).sum(),
-        'top5': 21,
+        'examples': 21,
+        'loss': -logs[np.arange(21), data['label']].mean(),
+        'accuracy': (logits.argmax(axis=1) == data['label']).mean(),
+        'top5': 1,
     }
-    step = jit_evaluation_step(make_evaluation_step(small_model, step_options), mesh, shardings)
-    sums = dict.fromkeys(expected, 0.0)
+    step = make_evaluation_step(small_model, job.task)
+    step = jit_evaluation_step(step, job.task, mesh, shardings)
+    evaluation = job.task.evaluation()
     for start in range(0, 21, size):
         rows = {name: value[start : start + size] for name, value in data.items()}
         real = len(rows['label'])
@@ -275,14 +277,14 @@ def test_evaluation_counts_every_example_once(
             'mask': np.arange(size) < real,
         }
         batch['image'][:real], batch['label'][:real] = rows['image'], rows['label']
-        where = batch_shardings(mesh, ('image', 'label', 'mask'))
-        for name, value in step(state.evaluation_variables(), put(batch, where)).items():
-            sums[name] += float(value)
-    np.testing.assert_allclose(sums['loss'], expected['loss'], rtol=1e-5)
-    assert {**sums, 'loss': 0} == {**expected, 'loss': 0}
+        where = batch_shardings(mesh, evaluation_spec(job.task))
+        evaluation.add(jax.device_get(step(state.evaluation_variables(), put(batch, where))))
+    metrics = evaluation.metrics()
+    np.testing.assert_allclose(metrics['loss'], expected['loss'], rtol=1e-5)
+    assert {**metrics, 'loss': 0} == {**expected, 'loss': 0}
 
 
-def test_padding_that_is_not_finite_does_not_count(place, put, step_options, make_batch):
+def test_padding_that_is_not_finite_does_not_count(place, put, job, make_batch):
     class Fragile(nn.Module):
         @nn.compact
         def __call__(self, images, *, train):
@@ -290,26 +292,31 @@ def test_padding_that_is_not_finite_does_not_count(place, put, step_options, mak
                 images.max(axis=(1, 2, 3))[:, None] > -2
             )
 
+        def outputs(self, images, *, train):
+            return {'logits': self(images, train=train)}
+
     _, _, state = place((1, 1, 1), Fragile(), SGD)
-    step = jax.jit(make_evaluation_step(Fragile(), step_options))
+    step = jax.jit(make_evaluation_step(Fragile(), job.task))
     batch = make_batch(8) | {'mask': np.arange(8) < 5}
     batch['image'][5:] = 0
-    assert np.isfinite(step(state.evaluation_variables(), batch)['loss'])
-    assert step(state.evaluation_variables(), batch)['count'] == 5
+    evaluation = job.task.evaluation()
+    evaluation.add(jax.device_get(step(state.evaluation_variables(), batch)))
+    assert np.isfinite(evaluation.metrics()['loss'])
+    assert evaluation.metrics()['examples'] == 5
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
 def test_frozen_modules_stay_bit_for_bit_and_the_rest_is_trained(
-    shape, place, put, tiny_model, step_options, make_batch
+    shape, place, put, tiny_model, job, make_batch
 ):
     """With weight decay, momentum, accumulation and a moving average, on one device and many."""
-    options = dataclasses.replace(step_options, **EVERYTHING, frozen=('stage1*',))
-    optimizer = make_optimizer('sgd', 0.1, weight_decay=0.1, frozen=options.frozen)
+    job = job.changed(**EVERYTHING, frozen=('stage1*',))
+    optimizer = make_optimizer('sgd', 0.1, weight_decay=0.1, frozen=job.options.frozen)
     mesh, shardings, state = place(shape, tiny_model, optimizer, use_ema=True)
     before = jax.device_get(state)
-    step = compiled(tiny_model, options, mesh, shardings, optimizer)
+    step = compiled(tiny_model, job, mesh, shardings, optimizer)
     for seed in range(2):
-        state, metrics = step(state, put(make_batch(seed=seed), batch_shardings(mesh)))
+        state, metrics = step(state, put(make_batch(seed=seed), job.places(mesh)))
     after = jax.device_get(state)
     assert metrics['finite']
     for name in ('params', 'batch_stats'):
@@ -328,16 +335,16 @@ def test_frozen_modules_stay_bit_for_bit_and_the_rest_is_trained(
     assert len(jax.tree.leaves(optax.tree.get(after.opt_state, 'trace'))) == trained
 
 
-def test_frozen_modules_use_their_running_statistics(place, put, step_options, make_batch):
+def test_frozen_modules_use_their_running_statistics(place, put, job, make_batch):
     """Only the classifier is trained: the step has evaluation's loss, and its gradient alone."""
     shape = {'widths': (8,), 'stage_sizes': (1,), 'context': None}
     model = create_model('gccnn', num_classes=4, stochastic_depth_rate=0.5, **shape)
-    options = dataclasses.replace(step_options, frozen=('*', '!classifier'))
-    optimizer = make_optimizer('sgd', 0.1, frozen=options.frozen)
+    job = job.changed(frozen=('*', '!classifier'))
+    optimizer = make_optimizer('sgd', 0.1, frozen=job.options.frozen)
     mesh, shardings, state = place((4, 1, 2), model, optimizer)
     variables = jax.device_get(state.evaluation_variables())
     batch = make_batch()
-    images = (batch['image'] / 255 - step_options.mean) / step_options.std
+    images = (batch['image'] / 255 - job.task.mean) / job.task.std
 
     def loss(classifier):
         params = {**variables['params'], 'classifier': classifier}
@@ -347,35 +354,33 @@ def test_frozen_modules_use_their_running_statistics(place, put, step_options, m
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean()
 
     expected, gradient = jax.value_and_grad(loss)(variables['params']['classifier'])
-    step = compiled(model, options, mesh, shardings, optimizer)
-    _, metrics = step(state, put(batch, batch_shardings(mesh)))
+    step = compiled(model, job, mesh, shardings, optimizer)
+    _, metrics = step(state, put(batch, job.places(mesh)))
     np.testing.assert_allclose(metrics['loss'] / metrics['count'], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(gradient), rtol=1e-4)
 
 
-def test_frozen_parameters_cost_no_gradient(place, small_model, step_options, make_batch):
+def test_frozen_parameters_cost_no_gradient(place, small_model, job, make_batch):
     flops = []
     for frozen in ((), ('conv', 'norm')):
-        options = dataclasses.replace(step_options, frozen=frozen)
+        job = job.changed(frozen=frozen)
         optimizer = make_optimizer('sgd', 0.1, frozen=frozen)
         mesh, shardings, state = place((1, 1, 1), small_model, optimizer)
-        step = compiled(small_model, options, mesh, shardings, optimizer)
+        step = compiled(small_model, job, mesh, shardings, optimizer)
         flops.append(step.lower(state, make_batch()).compile().cost_analysis()['flops'])
     assert flops[1] < 0.7 * flops[0]
 
 
 @pytest.mark.parametrize(('shape', 'count'), [((1, 1, 1), 1), ((4, 1, 2), 1), ((2, 2, 1), 4)])
 def test_class_weights_are_exact_over_devices_and_micro_batches(
-    shape, count, place, put, step_options, make_batch
+    shape, count, place, put, job, make_batch
 ):
     """The weighted mean over the whole batch, with smoothed labels, and its gradient."""
     model, weights = PlainNet(), (0.5, 4.0, 0.0, 1.5)
-    options = dataclasses.replace(
-        step_options, class_weights=weights, label_smoothing=0.1, accumulation_steps=count
-    )
+    job = job.changed(class_weights=weights, label_smoothing=0.1, accumulation_steps=count)
     mesh, shardings, state = place(shape, model, SGD)
     params, batch = jax.device_get(state.params), make_batch()
-    images = ((batch['image'] / 255 - step_options.mean) / step_options.std).astype(np.float32)
+    images = ((batch['image'] / 255 - job.task.mean) / job.task.std).astype(np.float32)
     each = np.asarray(weights, np.float32)[batch['label']]
 
     def loss(params):
@@ -384,21 +389,21 @@ def test_class_weights_are_exact_over_devices_and_micro_batches(
         return (each * optax.softmax_cross_entropy(logits, labels)).sum() / each.sum()
 
     expected, gradient = jax.value_and_grad(loss)(params)
-    step = compiled(model, options, mesh, shardings)
-    state, metrics = step(state, put(batch, batch_shardings(mesh)))
+    step = compiled(model, job, mesh, shardings)
+    state, metrics = step(state, put(batch, job.places(mesh)))
     close(jax.device_get(optax.tree.get(state.opt_state, 'trace')), gradient)
     np.testing.assert_allclose(metrics['weight'], each.sum(), rtol=1e-6)
     np.testing.assert_allclose(metrics['loss'] / metrics['weight'], expected, rtol=1e-5)
     np.testing.assert_allclose(metrics['count'], 16)
 
 
-def test_a_batch_without_weight_teaches_nothing(place, put, step_options, make_batch):
-    options = dataclasses.replace(step_options, class_weights=(0.0, 1.0, 1.0, 1.0))
+def test_a_batch_without_weight_teaches_nothing(place, put, job, make_batch):
+    job = job.changed(class_weights=(0.0, 1.0, 1.0, 1.0))
     mesh, shardings, state = place((1, 1, 1), PlainNet(), SGD)
     before = jax.device_get(state.params)
-    step = compiled(PlainNet(), options, mesh, shardings)
+    step = compiled(PlainNet(), job, mesh, shardings)
     batch = make_batch() | {'label': np.zeros(16, np.int32)}
-    state, metrics = step(state, put(batch, batch_shardings(mesh)))
+    state, metrics = step(state, put(batch, job.places(mesh)))
     assert metrics['finite']
     assert metrics['loss'] == metrics['weight'] == 0
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)

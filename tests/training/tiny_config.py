@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data.evaluation_split = 'test[:37]'
     config.data.augmentation = 'none'
     config.data.flip = False
-    config.data.mixup_alpha = 0.2
+    config.task.mixup_alpha = 0.2
     config.data.num_threads = 1
     config.training.batch_size = 16
     config.training.accumulation_steps = 2

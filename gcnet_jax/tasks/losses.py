@@ -49,15 +49,13 @@ def example_weights(
     return jnp.sum(labels.astype(jnp.float32) * weights[None, :], axis=-1)
 
 
-def in_top(
-    logits: Float[Array, 'batch classes'], labels: Int[Array, ' batch'], count: int
+def is_highest(
+    logits: Float[Array, 'batch classes'], labels: Int[Array, ' batch']
 ) -> Bool[Array, ' batch']:
-    """Says of each example whether its label is among the `count` highest logits.
+    """Returns for each example whether its label has the highest logit.
 
-    Equal logits are in the order of their classes. A logit that is not a number is never right.
+    Of equal logits the lowest class counts as the highest. A logit that is not a number is never
+    right.
     """
-    logits = logits.astype(jnp.float32)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    classes = jnp.arange(logits.shape[-1])[None, :]
-    higher = (logits > own) | ((logits == own) & (classes < labels[:, None]))
-    return (jnp.sum(higher, axis=-1) < count) & jnp.all(jnp.isfinite(logits), axis=-1)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return (jnp.argmax(logits, axis=-1) == labels) & finite

@@ -1,0 +1,21 @@
+"""What a network learns and how it is judged: one file per task."""
+
+from gcnet_jax.errors import ConfigError, unknown_name
+from gcnet_jax.tasks.classification import Classification
+from gcnet_jax.tasks.multilabel import MultiLabel
+from gcnet_jax.tasks.task import Evaluation, Task
+
+__all__ = ['TASKS', 'Classification', 'Evaluation', 'MultiLabel', 'Task', 'find_task']
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, MultiLabel)}
+
+
+def find_task(name: object) -> type[Task]:
+    """Returns the task of a name.
+
+    Raises:
+      ConfigError: There is none; names the nearest.
+    """
+    if not isinstance(name, str) or name not in TASKS:
+        raise ConfigError(unknown_name('task', name, TASKS))
+    return TASKS[name]

@@ -1,0 +1,114 @@
+"""What a task is: the one thing that training, evaluation and checkpoints know of what is learned.
+
+The step, the loop, the metrics and the mesh call these methods. What a label is, what is lost on a
+wrong answer and which checkpoint is the best one is known here and in the files beside this one.
+"""
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+Batch = Mapping[str, Array]
+Sums = dict[str, Float[Array, '']]
+
+
+@runtime_checkable
+class Evaluation(Protocol):
+    """Adds up what a network answers on a set of examples; lives on the host."""
+
+    def add(self, results: Mapping[str, np.ndarray]) -> None:
+        """Takes in the results of one batch, as `Task.results` returns them."""
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the metrics of all examples so far: 'loss', 'examples', and the task's own."""
+
+
+class Task(abc.ABC):
+    """Base of all tasks; a task is a frozen dataclass, made once per run by `build`.
+
+    Attributes:
+      name: What `config.task.name` and a stored network's description say.
+      best: The metric of an evaluation whose highest value marks the best checkpoint.
+      percentages: Metrics that are shown in per cent.
+      settings: Every setting of the group `config.task` beside `name`, with its default.
+    """
+
+    name: ClassVar[str]
+    best: ClassVar[str]
+    percentages: ClassVar[frozenset[str]]
+    settings: ClassVar[Mapping[str, Any]]
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, settings: Mapping[str, Any], source: Any, preprocessing: Any) -> 'Task':
+        """Makes the task of a run.
+
+        Args:
+          settings: The group `config.task`.
+          source: The training examples, see `gcnet_jax.data.sources.Source`.
+          preprocessing: What the network expects of its images.
+
+        Raises:
+          ConfigError: A setting does not fit the data.
+        """
+
+    @abc.abstractmethod
+    def batch_spec(self) -> dict[str, tuple[str, ...]]:
+        """Returns the arrays of a training batch, each with the axes that may be split.
+
+        An axis is 'batch' or 'height', from the first on; what is not named is whole on every
+        device. A batch of evaluation has a 'mask' beside them, False for padding.
+        """
+
+    @abc.abstractmethod
+    def batch_shapes(
+        self, batch_size: int, height: int, width: int
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes and types of the arrays of a training batch, as the loader makes it."""
+
+    @abc.abstractmethod
+    def prepare(self, batch: Batch, key: Array | None) -> dict[str, Array]:
+        """Returns the batch as the network and the loss read it; runs on the device.
+
+        Args:
+          batch: As the loader made it.
+          key: Of this step, for what is random in training; None leaves that out.
+        """
+
+    @abc.abstractmethod
+    def weight(self, batch: Batch) -> Float[Array, '']:
+        """Returns by what the summed loss of a prepared batch is divided for its mean."""
+
+    @abc.abstractmethod
+    def loss(self, outputs: Mapping[str, Array], batch: Batch) -> Sums:
+        """Returns sums over a part of a prepared batch: 'loss', and whatever else is counted.
+
+        Args:
+          outputs: Of the network, by name.
+          batch: As `prepare` returned it, or a part of it.
+        """
+
+    @abc.abstractmethod
+    def training_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Returns the metrics of training from sums over steps; runs on the host.
+
+        Args:
+          sums: Those of `loss`, and 'count' (examples) and 'weight' (as above).
+        """
+
+    @abc.abstractmethod
+    def results(self, outputs: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
+        """Returns what evaluation needs of a batch, as little as possible; runs on the device.
+
+        Args:
+          outputs: Of the network in evaluation, by name.
+          batch: As the loader made it, with 'mask'.
+        """
+
+    @abc.abstractmethod
+    def evaluation(self) -> Evaluation:
+        """Returns an evaluation that has seen nothing yet."""
