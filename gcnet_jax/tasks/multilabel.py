@@ -111,7 +111,8 @@ class MultiLabelEvaluation:
         else:
             present = labels.any(axis=0)
             precision = average_precision_score(labels[:, present], logits[:, present])
-        losses = np.logaddexp(0, np.where(labels > 0, -logits, logits).astype(np.float64))
+        with np.errstate(invalid='ignore'):  # A loss that is not finite is the caller's to refuse.
+            losses = np.logaddexp(0, np.where(labels > 0, -logits, logits).astype(np.float64))
         return {
             'loss': float(losses.mean(axis=1).mean()) if len(losses) else float('nan'),
             'mAP': float(precision),

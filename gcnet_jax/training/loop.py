@@ -443,10 +443,11 @@ class _Run:
                     evaluation.add(jax.device_get(previous))
         evaluation.add(jax.device_get(pending))
         metrics = evaluation.metrics()
-        if not np.isfinite(list(metrics.values())).all():
-            self._stop_at(
-                self.step, f'eval/loss {metrics["loss"]:g} over {metrics["examples"]:g} images'
-            )
+        wrong = [
+            f'eval/{name} {value:g}' for name, value in metrics.items() if not np.isfinite(value)
+        ]
+        if wrong:
+            self._stop_at(self.step, f'{", ".join(wrong)} over {metrics["examples"]:g} images')
         values = {f'eval/{name}': value for name, value in metrics.items()}
         return values | {'eval/seconds': time.perf_counter() - began}
 

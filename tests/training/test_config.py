@@ -7,6 +7,7 @@ from gcnet_jax.training.config import (
     default_config,
     is_due,
     leaves,
+    name_task,
     plain,
     steps,
 )
@@ -150,3 +151,31 @@ def test_what_may_change_when_a_run_is_continued():
     second.training.seed = 1
     second.model.width = 4
     assert changed_keys(plain(first), plain(second)) == ['model.width', 'training.seed']
+
+
+def test_a_run_of_an_earlier_version_had_some_settings_elsewhere():
+    now = plain(default_config())
+    before = plain(default_config())
+    task = before.pop('task')
+    before['training'] |= {name: task[name] for name in ('label_smoothing', 'class_weights')}
+    before['data'] |= {
+        name: task[name] for name in ('mixup_alpha', 'cutmix_alpha', 'erasing_probability')
+    }
+    assert changed_keys(before, now) == []
+    before['training']['label_smoothing'] = 0.1
+    assert changed_keys(before, now) == ['task.label_smoothing']
+
+
+def test_a_task_has_its_own_settings():
+    config = default_config()
+    name_task(config, 'multilabel')
+    check_config(config)
+    with pytest.raises(AttributeError, match='label_smoothing'):
+        config.task.label_smoothing = 0.1
+    config = default_config()
+    config.task.name = 'multilabel'  # Without name_task: the settings are still the other's.
+    with pytest.raises(ConfigError, match=r'unknown setting .config\.task\.class_weights'):
+        check_config(config)
+    config.task.name = 'detection'
+    with pytest.raises(ConfigError, match="unknown task 'detection'"):
+        check_config(config)

@@ -565,7 +565,8 @@ def test_fine_tunings_settings_that_do_not_fit_are_refused_before_anything_runs(
     config.optimizer.frozen = ('layer1*',)
     with pytest.raises(ConfigError, match=r"'layer1\*', which matches no parameter"):
         train(config, tmp_path)
-    config = tiny_config(class_weights=(1.0, 2.0))
+    config = tiny_config()
+    config.task.class_weights = (1.0, 2.0)
     with pytest.raises(ConfigError, match='has 2 numbers, but data set digits has 4 labels'):
         train(config, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -238,3 +238,13 @@ def test_a_broken_file_names_its_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         config_files.load_config(str(path))
+
+
+def test_another_task_comes_with_its_own_settings():
+    config = read('folder', 'task.name=multilabel', 'task.erasing_probability=0.3')
+    assert config.task.to_dict() == {'name': 'multilabel', 'erasing_probability': 0.3}
+    assert read('folder', 'task.name=classification').task.label_smoothing == 0.1
+    with pytest.raises(ConfigError, match="did you mean 'multilabel'"):
+        read('folder', 'task.name=multi_label')
+    with pytest.raises(ConfigError, match=r"did you mean 'config\.task\.label_smoothing'"):
+        read('folder', 'training.label_smoothing=0.2')
