@@ -37,6 +37,11 @@ class ImageSource(Protocol):
         """Returns the name of a record for messages."""
         ...
 
+    @property
+    def no_label(self) -> Any:
+        """The label of an example that fills up a batch and does not count."""
+        ...
+
 
 class Batches(Iterator[Batch]):
     """An iterator over batches. Dropping or closing it ends its threads.

@@ -17,16 +17,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from gcnet_jax.errors import CheckpointError, UserError, one_line
+from gcnet_jax.errors import UserError, one_line
 from gcnet_jax.files import as_place
-from gcnet_jax.stored import load_variables
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.config import check_config, is_due
 from gcnet_jax.training.experiment import Experiment, assemble, state_bytes
-from gcnet_jax.training.freezing import frozen_paths, split
-from gcnet_jax.training.initial import explain_other_network, merge_initial, plan_classifier
 from gcnet_jax.training.lock import WorkdirLock, hold_workdir
-from gcnet_jax.training.mesh import batch_shardings, state_shardings, to_global
+from gcnet_jax.training.mesh import batch_shardings, to_global
 from gcnet_jax.training.metrics import (
     Clock,
     MetricsWriter,
@@ -42,7 +39,8 @@ from gcnet_jax.training.processes import (
     process_options,
     sum_over_processes,
 )
-from gcnet_jax.training.state import TrainState, create_state
+from gcnet_jax.training.start import find_start, read_initial
+from gcnet_jax.training.state import TrainState
 from gcnet_jax.training.statistics import (
     jit_statistics_step,
     make_statistics_step,
@@ -86,7 +84,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     workdir = as_place(workdir, '--workdir')
     connect(process_options(config))
     experiment = assemble(config)
-    initial = _read_initial(experiment)
+    initial = read_initial(experiment)
     with (
         explain_lost_process(),
         hold_workdir(workdir) as lock,
@@ -118,22 +116,6 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     return final
 
 
-def _read_initial(experiment: Experiment) -> dict | None:
-    """Reads the checkpoint to start from, and refuses one that does not fit."""
-    place = experiment.run.init_from
-    if place is None:
-        return None
-    there, variables = load_variables(place, choose='best')
-    fresh = jax.eval_shape(experiment.initialize, jax.random.key(0))
-    fresh = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
-    try:
-        merge_initial(fresh, variables, kept=(), place=place)
-    except CheckpointError as error:
-        raise explain_other_network(error, experiment.description, there, place) from error
-    plan_classifier(experiment.description, there, experiment.run.new_classifier, place)
-    return variables
-
-
 class _Run:
     """One call of `train`: the state, where it stands, and who is told about it."""
 
@@ -162,17 +144,16 @@ class _Run:
         preemption.stops_at(self.store.newest or 0)
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
-            self.step = 0
-            self.window, self.bad_in_a_row = Window(), 0
-            self.best = None
-            self.pending = None
-            self.state, shardings = self._start(initial, say)
+            start = find_start(experiment, self.store, initial, say)
+            self.state, self.step = start.state, start.step
+            self.window, self.bad_in_a_row = start.window, start.bad_in_a_row
+            self.best, self.pending = start.best, None
             if first:
                 self.writer = MetricsWriter(workdir, self.step, self.options.tensorboard)
                 self.progress = Progress(
                     self.options.progress, self.step, self.options.total_steps, self.task
                 )
-            self._compile(shardings)
+            self._compile(start.shardings)
             stack.pop_all()
         self.clock = Clock()
 
@@ -194,78 +175,6 @@ class _Run:
         self.evaluation_step = jit_evaluation_step(evaluation_step, task, self.mesh, shardings)
         statistics_step = make_statistics_step(model, task, options, self.mesh)
         self.statistics_step = jit_statistics_step(statistics_step, task, self.mesh, shardings)
-
-    def _start(self, initial: dict | None, say: Any) -> tuple[TrainState, TrainState]:
-        """Restores the newest whole checkpoint, or makes the state of step 0."""
-        initialize = self.experiment.initialize
-        shapes = jax.eval_shape(initialize, jax.random.key(0))
-        shardings = state_shardings(shapes, self.mesh)
-        target = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            shardings,
-        )
-        _introduce(self.experiment, shapes, say)
-        restored = self.store.restore(target)
-        if restored is None:
-            state, shardings = create_state(initialize, self.options.seed, self.mesh)
-            if initial is not None:
-                state = self._fill(state, shardings, initial, say)
-            return state, shardings
-        state, position = restored
-        examples = len(self.experiment.train_source)
-        if position['examples'] != examples:
-            raise CheckpointError(
-                f'the data set has {examples} training images, and had {position["examples"]} when '
-                'this run began; restore it, or choose another --workdir'
-            )
-        self.step = position['step']
-        self.window = Window(position['window'])
-        if jax.process_index() != 0:
-            self.window.sums['skipped'] = 0.0  # The first process holds those of all.
-        self.bad_in_a_row = position['bad_in_a_row']
-        self.best = position.get('best')
-        if self.best is not None and 'value' not in self.best:  # Of an earlier version.
-            self.best = {'step': self.best['step'], 'value': self.best['accuracy']}
-        say(f'continuing from step {self.step}')
-        if self.options.extend and self.step < self.options.total_steps:
-            rate = float(self.experiment.schedule(self.step))
-            say(
-                f'extended to step {self.options.total_steps}: the learning rate goes on at '
-                f'{rate:.3g}, as in the schedule of that many steps'
-            )
-        return state, shardings
-
-    def _fill(
-        self, state: TrainState, shardings: TrainState, initial: dict, say: Any
-    ) -> TrainState:
-        """Puts a checkpoint's variables in the place of the random ones."""
-        experiment, place = self.experiment, self.options.init_from
-        plan = plan_classifier(
-            experiment.description, experiment.initial, self.options.new_classifier, place
-        )
-        merged, context = merge_initial(
-            {'params': state.params, 'batch_stats': state.batch_stats},
-            initial,
-            kept=plan.kept,
-            place=place,
-        )
-        say(f'weights from {place} ({experiment.initial.name})')
-        if context:
-            say(
-                f'{len(context)} context parameters are new, first {context[0]}, last {context[-1]}'
-            )
-        say(plan.text)
-        params, batch_stats = (
-            jax.tree.map(jax.device_put, merged[name], getattr(shardings, name))
-            for name in ('params', 'batch_stats')
-        )
-        ema = state.ema
-        if ema is not None:
-            ema = jax.tree.map(
-                lambda leaf: leaf.copy(), {'params': params, 'batch_stats': batch_stats}
-            )
-        return state.replace(params=params, batch_stats=batch_stats, ema=ema)
 
     def to_the_end(self) -> bool:
         """Runs every step that is left; says whether there was one."""
@@ -454,26 +363,6 @@ class _Run:
     def shown(self, value: float) -> str:
         """Returns a value of the metric that decides which checkpoint is the best, as text."""
         return f'{value:.2%}' if self.task.best in self.task.percentages else f'{value:.4g}'
-
-
-def _introduce(experiment: Experiment, shapes: TrainState, say: Any) -> None:
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-    axes = ' x '.join(f'{name} {size}' for name, size in experiment.mesh.shape.items())
-    device = experiment.mesh.devices.flat[0]
-    train, evaluation = experiment.train_source, experiment.evaluation_source
-    say(
-        f'{experiment.description.name}: {parameters:,} parameters; {train.name}: '
-        f'{len(train):,} training and {len(evaluation):,} evaluation images; '
-        f'{experiment.run.total_steps:,} steps; mesh {axes} of {device.platform} devices'
-    )
-    patterns = experiment.step_options.frozen
-    if patterns:
-        _, fixed = split(shapes.params, frozen_paths(shapes.params, patterns))
-        count = sum(leaf.size for leaf in jax.tree.leaves(fixed))
-        say(f'{count:,} of {parameters:,} parameters are frozen: {", ".join(patterns)}')
-
-    for note in experiment.notes:
-        say(note)
 
 
 def _print(text: str) -> None:

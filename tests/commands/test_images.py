@@ -199,7 +199,7 @@ def test_features_refuses_before_it_computes(run, folder, tmp_path):
 class Source:
     """Six pictures, one a class."""
 
-    name, split, label_names = 'pictures', 'test', LABELS
+    name, split, label_names, no_label = 'pictures', 'test', LABELS, 0
 
     def __init__(self, images):
         self.images = images

@@ -31,6 +31,7 @@ class Pictures:
     label_names: tuple = LABELS
     name: str = 'pictures'
     split: str = 'test'
+    no_label: int = 0
 
     def __len__(self):
         return len(self.images)
@@ -160,6 +161,7 @@ def test_it_is_the_accuracy_of_the_training_run(make, tmp_path, monkeypatch, dty
 
 class TrainingSource(Pictures):
     num_classes = len(LABELS)
+    is_multilabel = False
 
 
 def made(classes=3, name='class'):

@@ -29,6 +29,8 @@ class Squares:
 
     label_names = LABELS
     examples = 32
+    is_multilabel = False
+    no_label = 0
 
     def __init__(self, name, split, data_dir, purpose):
         self.name, self.split = name, split or 'test'

@@ -1,0 +1,168 @@
+"""Where a run starts: from its newest intact checkpoint, from another network, or at random."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from gcnet_jax.errors import CheckpointError
+from gcnet_jax.stored import load_variables
+from gcnet_jax.training.checkpoints import CheckpointStore
+from gcnet_jax.training.experiment import Experiment
+from gcnet_jax.training.freezing import frozen_paths, split
+from gcnet_jax.training.initial import explain_other_network, merge_initial, plan_classifier
+from gcnet_jax.training.mesh import state_shardings
+from gcnet_jax.training.metrics import Window
+from gcnet_jax.training.state import TrainState, create_state
+
+
+@dataclasses.dataclass
+class Start:
+    """What the loop begins with.
+
+    Attributes:
+      state: The training state after `step` steps.
+      shardings: The sharding of each of its leaves.
+      step: Number of steps done.
+      window: Sums of the steps since the last line of metrics.
+      bad_in_a_row: Steps up to this one that were not finite.
+      best: {'step', 'value'} of the best evaluation so far, or None.
+    """
+
+    state: TrainState
+    shardings: TrainState
+    step: int = 0
+    window: Window = dataclasses.field(default_factory=Window)
+    bad_in_a_row: int = 0
+    best: dict | None = None
+
+
+def read_initial(experiment: Experiment) -> dict | None:
+    """Reads the checkpoint to start from, and refuses one that does not fit."""
+    place = experiment.run.init_from
+    if place is None:
+        return None
+    there, variables = load_variables(place, choose='best')
+    fresh = jax.eval_shape(experiment.initialize, jax.random.key(0))
+    fresh = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
+    try:
+        merge_initial(fresh, variables, kept=(), place=place)
+    except CheckpointError as error:
+        raise explain_other_network(error, experiment.description, there, place) from error
+    plan_classifier(experiment.description, there, experiment.run.new_classifier, place)
+    return variables
+
+
+def find_start(
+    experiment: Experiment,
+    store: CheckpointStore,
+    initial: dict | None,
+    say: Callable[[str], None],
+) -> Start:
+    """Restores the newest intact checkpoint, or makes the state of step 0.
+
+    Args:
+      experiment: What the run is made of.
+      store: Its checkpoints.
+      initial: The variables that a new run starts from, as `read_initial` returns them.
+      say: Called with each line for the user.
+
+    Raises:
+      CheckpointError: No checkpoint is intact, or the data set has changed.
+    """
+    initialize, mesh = experiment.initialize, experiment.mesh
+    shapes = jax.eval_shape(initialize, jax.random.key(0))
+    shardings = state_shardings(shapes, mesh)
+    target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+    _introduce(experiment, shapes, say)
+    restored = store.restore(target)
+    if restored is not None:
+        return _continue(experiment, *restored, shardings, say)
+    state, shardings = create_state(initialize, experiment.run.seed, mesh)
+    if initial is not None:
+        state = _fill(experiment, state, shardings, initial, say)
+    return Start(state, shardings)
+
+
+def _continue(
+    experiment: Experiment,
+    state: TrainState,
+    position: dict,
+    shardings: TrainState,
+    say: Callable[[str], None],
+) -> Start:
+    """Returns where a run goes on that was saved at a position."""
+    examples = len(experiment.train_source)
+    if position['examples'] != examples:
+        raise CheckpointError(
+            f'the data set has {examples} training images, and had {position["examples"]} when '
+            'this run began; restore it, or choose another --workdir'
+        )
+    step, window, best = position['step'], Window(position['window']), position.get('best')
+    if jax.process_index() != 0:
+        window.sums['skipped'] = 0.0  # The first process holds those of all.
+    if best is not None and 'value' not in best:  # Saved by an earlier version.
+        best = {'step': best['step'], 'value': best['accuracy']}
+    say(f'continuing from step {step}')
+    if experiment.run.extend and step < experiment.run.total_steps:
+        rate = float(experiment.schedule(step))
+        say(
+            f'extended to step {experiment.run.total_steps}: the learning rate goes on at '
+            f'{rate:.3g}, as in the schedule of that many steps'
+        )
+    return Start(state, shardings, step, window, position['bad_in_a_row'], best)
+
+
+def _fill(
+    experiment: Experiment,
+    state: TrainState,
+    shardings: TrainState,
+    initial: dict,
+    say: Callable[[str], None],
+) -> TrainState:
+    """Puts a checkpoint's variables in the place of the random ones."""
+    place = experiment.run.init_from
+    plan = plan_classifier(
+        experiment.description, experiment.initial, experiment.run.new_classifier, place
+    )
+    merged, context = merge_initial(
+        {'params': state.params, 'batch_stats': state.batch_stats},
+        initial,
+        kept=plan.kept,
+        place=place,
+    )
+    say(f'weights from {place} ({experiment.initial.name})')
+    if context:
+        say(f'{len(context)} context parameters are new, first {context[0]}, last {context[-1]}')
+    say(plan.text)
+    params, batch_stats = (
+        jax.tree.map(jax.device_put, merged[name], getattr(shardings, name))
+        for name in ('params', 'batch_stats')
+    )
+    ema = state.ema
+    if ema is not None:
+        ema = jax.tree.map(lambda leaf: leaf.copy(), {'params': params, 'batch_stats': batch_stats})
+    return state.replace(params=params, batch_stats=batch_stats, ema=ema)
+
+
+def _introduce(experiment: Experiment, shapes: TrainState, say: Callable[[str], None]) -> None:
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
+    axes = ' x '.join(f'{name} {size}' for name, size in experiment.mesh.shape.items())
+    device = experiment.mesh.devices.flat[0]
+    train, evaluation = experiment.train_source, experiment.evaluation_source
+    say(
+        f'{experiment.description.name}: {parameters:,} parameters; {train.name}: '
+        f'{len(train):,} training and {len(evaluation):,} evaluation images; '
+        f'{experiment.run.total_steps:,} steps; mesh {axes} of {device.platform} devices'
+    )
+    patterns = experiment.step_options.frozen
+    if patterns:
+        _, fixed = split(shapes.params, frozen_paths(shapes.params, patterns))
+        count = sum(leaf.size for leaf in jax.tree.leaves(fixed))
+        say(f'{count:,} of {parameters:,} parameters are frozen: {", ".join(patterns)}')
+    for note in experiment.notes:
+        say(note)
