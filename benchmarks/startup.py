@@ -93,7 +93,7 @@ def train_once(watch: Stopwatch, arguments: Sequence[str]) -> None:
 
     watch.mark('imports')
     watch.listen()
-    loop.assemble = watch.after(loop.assemble, 'data and checks')
+    loop.build = watch.after(loop.build, 'data and checks')
     loop.create_state = watch.after(loop.create_state, 'weights')
 
     def stop(*_: Any) -> None:

@@ -21,7 +21,7 @@ from gcnet_jax.planning.chips import Chip, PlanError, parse_topology, topology_d
 from gcnet_jax.planning.hlo import Traffic, read_traffic
 from gcnet_jax.planning.stand_in import StandInSource
 from gcnet_jax.training.config import check_config
-from gcnet_jax.training.experiment import Experiment, assemble
+from gcnet_jax.training.experiment import Experiment, build
 from gcnet_jax.training.mesh import batch_shardings, state_shardings
 from gcnet_jax.training.steps import jit_train_step, make_train_step
 
@@ -172,7 +172,7 @@ def describe(
         StandInSource(data['name'], split, labels, batch_size, is_multilabel)
         for split in (data['train_split'], data['evaluation_split'])
     ]
-    return assemble(ConfigDict(tree), devices=devices, sources=sources)
+    return build(ConfigDict(tree), devices=devices, sources=sources)
 
 
 def _label_names(num_classes: int | None, data: Mapping[str, Any]) -> tuple[str, ...]:
@@ -192,14 +192,14 @@ def compile_step(experiment: Experiment) -> Program:
     Raises:
       OutOfMemory: It does not fit into the chip's memory.
     """
-    mesh, task, options = experiment.mesh, experiment.task, experiment.train_options
+    mesh, task = experiment.mesh, experiment.task
     step = make_train_step(
         experiment.model, experiment.optimizer, task, experiment.step_options, mesh
     )
     state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     shardings = state_shardings(state, mesh)
-    size, image_size = options['global_batch_size'], options['image_size']
-    batch = task.batch_shapes(size, image_size, image_size)
+    size = experiment.description.preprocessing.train_size
+    batch = task.batch_shapes(experiment.config.training.batch_size, size, size)
     began = time.perf_counter()
     try:
         lowered = jit_train_step(step, task, mesh, shardings).lower(

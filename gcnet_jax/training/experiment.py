@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from gcnet_jax.data.color import ColorOptions
-from gcnet_jax.data.loader import evaluation_batches, train_batches
+from gcnet_jax.data.loader import Batches, evaluation_batches, train_batches
 from gcnet_jax.data.sources import Source, load_source
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import model_entry
@@ -25,45 +25,25 @@ from gcnet_jax.training.freezing import parse_patterns
 from gcnet_jax.training.initial import preprocessing, read_initial_description, take_network
 from gcnet_jax.training.mesh import batch_parts, make_mesh
 from gcnet_jax.training.optimizers import make_optimizer, warmup_cosine
-from gcnet_jax.training.processes import ProcessOptions, check_connected, process_options
+from gcnet_jax.training.processes import check_connected
 from gcnet_jax.training.state import state_initializer
 from gcnet_jax.training.steps import StepOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """What the loop itself is told. Durations are in steps.
+class Durations:
+    """The durations of a config in steps; `config.is_due` says when something is due.
 
     Attributes:
-      total_steps: Where the run ends.
-      evaluation_steps, checkpoint_steps, log_steps: How often each happens; see `config.is_due`.
-      keep_checkpoints: Newest checkpoints that are kept, beside the best.
-      early_stopping_steps: How long the task's best metric may go without improving, or None.
-      max_bad_steps: Steps in a row that are not finite, at which the run stops.
-      seed: Of everything random.
-      init_from: Checkpoint that the weights start from, or None.
-      new_classifier: What becomes of its classifier, see `initial.plan_classifier`.
-      extend: Whether the total of an earlier part of the run may have been another.
-      progress, tensorboard, compilation_cache, prefetch_batches: See the config.
-      processes: How the run's processes are connected.
+      total: Where the run ends.
+      evaluation, checkpoint: How often each happens; need not be whole numbers.
+      early_stopping: How long the task's best metric may go without improving, or None.
     """
 
-    total_steps: int
-    evaluation_steps: float
-    checkpoint_steps: float
-    log_steps: int
-    keep_checkpoints: int
-    early_stopping_steps: float | None
-    max_bad_steps: int
-    seed: int
-    init_from: str | None
-    new_classifier: bool | None
-    extend: bool
-    progress: str
-    tensorboard: bool
-    compilation_cache: str | None
-    prefetch_batches: int
-    processes: ProcessOptions
+    total: int
+    evaluation: float
+    checkpoint: float
+    early_stopping: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,38 +51,42 @@ class Experiment:
     """Everything that a run is built of; nothing here is compiled or random.
 
     Attributes:
-      config: The plain config.
+      config: Every setting, with those that followed from the checkpoint filled in.
       description: Of the network, as it is stored beside the checkpoints.
       model: The network.
       task: What it learns.
       train_source, evaluation_source: The examples.
-      train_options, evaluation_options: Arguments of the loaders.
-      steps_per_epoch: Batches an epoch; not a whole number where the batches do not come out even.
+      train_batches: Returns this process's part of the batches from `start_step` on.
+      evaluation_batches: Returns this process's part of the evaluation batches.
       schedule: The learning rate, a function of the step.
       optimizer: With the schedule inside.
       step_options: Arguments of the steps.
       mesh: The devices.
-      run: Arguments of the loop.
+      durations: How long and how often, in steps.
       initial: The network of `training.init_from`, or None.
       notes: What the user should know before the run begins, one line each.
     """
 
-    config: dict
+    config: ConfigDict
     description: ModelDescription
     model: nn.Module
     task: Task
     train_source: Source
     evaluation_source: Source
-    train_options: dict[str, Any]
-    evaluation_options: dict[str, Any]
-    steps_per_epoch: float
+    train_batches: Callable[..., Batches]
+    evaluation_batches: Callable[[], Batches]
     schedule: Callable[[Any], Any]
     optimizer: optax.GradientTransformation
     step_options: StepOptions
     mesh: Mesh
-    run: RunOptions
+    durations: Durations
     initial: ModelDescription | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Batches per epoch; not a whole number where the batches do not come out even."""
+        return len(self.train_source) / self.config.training.batch_size
 
     @functools.cached_property
     def initialize(self) -> Callable:
@@ -110,7 +94,7 @@ class Experiment:
 
         It is one and the same each time, so that JAX traces it once.
         """
-        size = self.train_options['image_size']
+        size = self.description.preprocessing.train_size
         return state_initializer(
             self.model,
             self.optimizer,
@@ -118,26 +102,13 @@ class Experiment:
             use_ema=self.step_options.ema_decay > 0,
         )
 
-    def train_batches(self, start_step: int):
-        """Returns this process's part of the batches from a step on."""
-        return train_batches(self.train_source, start_step=start_step, **self.train_options)
 
-    def evaluation_batches(self):
-        """Returns this process's part of the evaluation batches."""
-        return evaluation_batches(self.evaluation_source, **self.evaluation_options)
-
-
-def assemble(
-    config: ConfigDict, *, devices: Any = None, sources: Sequence[Source] | None = None
-) -> Experiment:
-    """Builds everything that a config describes, and refuses what cannot work.
+def assemble(config: ConfigDict, **options: Any) -> Experiment:
+    """Checks a config and builds everything that it describes.
 
     Args:
       config: Every setting.
-      devices: What the mesh is made of; the devices that are here when None.
-      sources: Training and evaluation images; None opens those that the config names. Only their
-        length, label names, name and split are read here, so a stand-in does where the images
-        themselves are not needed.
+      **options: See `build`.
 
     Raises:
       ConfigError: A setting that is unknown, out of range, or does not fit the network, the data or
@@ -145,31 +116,51 @@ def assemble(
       DataError: The data set cannot be read.
     """
     check_config(config)
+    return build(config, **options)
+
+
+def build(
+    config: ConfigDict, *, devices: Any = None, sources: Sequence[Source] | None = None
+) -> Experiment:
+    """Builds everything that a config describes, and refuses what cannot work.
+
+    Args:
+      config: Every setting, as `check_config` has let it pass.
+      devices: What the mesh is made of; the devices that are here when None.
+      sources: Training and evaluation examples; None opens those that the config names. Only their
+        length, label names, name and split are read here, so a stand-in does where the images
+        themselves are not needed.
+
+    Raises:
+      ConfigError: A setting does not fit the network, the data or the devices.
+      DataError: The data set cannot be read.
+    """
     mesh = make_mesh(**config.mesh, devices=devices)
     check_connected()
     _check_divisible(config, mesh)
     initial = read_initial_description(config)
     config = take_network(config, initial)
     model_entry(config.model.name)  # A wrong name is told before the data set is opened.
-    if sources is None:
-        sources = _open_sources(config)
-    description = _describe(config, sources, initial)
+    train_source, evaluation_source = _open_sources(config) if sources is None else sources
+    description = _describe(config, train_source, evaluation_source, initial)
     _check_sizes(config, description, mesh)
-    model = description.build()
-    run = _run_options(config, len(sources[0]))
-    schedule, notes = _schedule(config, len(sources[0]), run.total_steps)
-    train_options, evaluation_options = _loader_options(config, description)
-    images = description.preprocessing
+    durations = _durations(config, len(train_source))
+    schedule, notes = _schedule(config, len(train_source), durations.total)
     experiment = Experiment(
-        config=plain(config),
+        config=config,
         description=description,
-        model=model,
-        task=find_task(config.task.name).build(config.task, sources[0], images),
-        train_source=sources[0],
-        evaluation_source=sources[1],
-        train_options=train_options,
-        evaluation_options=evaluation_options,
-        steps_per_epoch=len(sources[0]) / config.training.batch_size,
+        model=description.build(),
+        task=find_task(config.task.name).build(
+            config.task, train_source, description.preprocessing
+        ),
+        train_source=train_source,
+        evaluation_source=evaluation_source,
+        train_batches=functools.partial(
+            train_batches, train_source, **_train_options(config, description)
+        ),
+        evaluation_batches=functools.partial(
+            evaluation_batches, evaluation_source, **_evaluation_options(config, description)
+        ),
         schedule=schedule,
         optimizer=make_optimizer(schedule=schedule, **config.optimizer),
         step_options=StepOptions(
@@ -178,9 +169,9 @@ def assemble(
             frozen=parse_patterns(config.optimizer.frozen),
         ),
         mesh=mesh,
-        run=run,
+        durations=durations,
         initial=initial,
-        notes=(*notes, *_batch_notes(config, len(sources[0]))),
+        notes=(*notes, *_batch_notes(config, len(train_source))),
     )
     check_shapes(experiment)
     return experiment
@@ -251,9 +242,8 @@ def _batch_notes(config: ConfigDict, examples: int) -> list[str]:
 
 
 def _describe(
-    config: ConfigDict, sources: Sequence[Source], initial: ModelDescription | None
+    config: ConfigDict, train: Source, evaluation: Source, initial: ModelDescription | None
 ) -> ModelDescription:
-    train, evaluation = sources
     if train.label_names != evaluation.label_names:
         raise ConfigError(
             f'config.data: the splits {train.split!r} and {evaluation.split!r} of {train.name} '
@@ -276,19 +266,22 @@ def _describe(
     )
 
 
-def _loader_options(config: ConfigDict, description: ModelDescription) -> tuple[dict, dict]:
-    data, preprocessing = config.data, description.preprocessing
-    common = {
+def _common_options(config: ConfigDict, description: ModelDescription) -> dict[str, Any]:
+    return {
         'global_batch_size': config.training.batch_size,
-        'interpolation': preprocessing.interpolation,
-        'num_threads': data.num_threads,
-        'num_workers': data.num_workers,
-        'skip_damaged': data.skip_damaged,
+        'interpolation': description.preprocessing.interpolation,
+        'num_threads': config.data.num_threads,
+        'num_workers': config.data.num_workers,
+        'skip_damaged': config.data.skip_damaged,
         'process_index': jax.process_index(),
         'process_count': jax.process_count(),
     }
-    train = {
-        'image_size': preprocessing.train_size,
+
+
+def _train_options(config: ConfigDict, description: ModelDescription) -> dict[str, Any]:
+    data = config.data
+    options = {
+        'image_size': description.preprocessing.train_size,
         'seed': config.training.seed,
         'augmentation': data.augmentation,
         'flip': data.flip,
@@ -302,15 +295,18 @@ def _loader_options(config: ConfigDict, description: ModelDescription) -> tuple[
         ),
     }
     if data.crop_scale is not None:
-        train['crop_scale'] = tuple(data.crop_scale)
-    evaluation = {
-        'image_size': preprocessing.test_size,
-        'crop_fraction': preprocessing.crop_fraction,
+        options['crop_scale'] = tuple(data.crop_scale)
+    return _common_options(config, description) | options
+
+
+def _evaluation_options(config: ConfigDict, description: ModelDescription) -> dict[str, Any]:
+    return _common_options(config, description) | {
+        'image_size': description.preprocessing.test_size,
+        'crop_fraction': description.preprocessing.crop_fraction,
     }
-    return common | train, common | evaluation
 
 
-def _run_options(config: ConfigDict, examples: int) -> RunOptions:
+def _durations(config: ConfigDict, examples: int) -> Durations:
     training = config.training
     per_epoch = examples / training.batch_size
     total = round(steps(training, 'total', per_epoch))
@@ -319,23 +315,11 @@ def _run_options(config: ConfigDict, examples: int) -> RunOptions:
             f'config.training.total_epochs is {training.total_epochs}: less than one step of '
             f'{training.batch_size} images, as there are {examples}; raise it, or lower batch_size'
         )
-    return RunOptions(
-        total_steps=total,
-        evaluation_steps=steps(training, 'evaluation', per_epoch),
-        checkpoint_steps=steps(training, 'checkpoint', per_epoch),
-        early_stopping_steps=_optional_steps(training, 'early_stopping', per_epoch),
-        log_steps=training.log_steps,
-        keep_checkpoints=training.keep_checkpoints,
-        max_bad_steps=training.max_bad_steps,
-        seed=training.seed,
-        init_from=training.init_from,
-        new_classifier=training.new_classifier,
-        extend=training.extend,
-        progress=config.runtime.progress,
-        tensorboard=config.runtime.tensorboard,
-        compilation_cache=config.runtime.compilation_cache,
-        prefetch_batches=config.runtime.prefetch_batches,
-        processes=process_options(config),
+    return Durations(
+        total=total,
+        evaluation=steps(training, 'evaluation', per_epoch),
+        checkpoint=steps(training, 'checkpoint', per_epoch),
+        early_stopping=_optional_steps(training, 'early_stopping', per_epoch),
     )
 
 

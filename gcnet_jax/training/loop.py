@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from gcnet_jax.errors import UserError, one_line
 from gcnet_jax.files import as_place
 from gcnet_jax.training.checkpoints import CheckpointStore
-from gcnet_jax.training.config import check_config, is_due
-from gcnet_jax.training.experiment import Experiment, assemble, state_bytes
+from gcnet_jax.training.config import check_config, is_due, plain
+from gcnet_jax.training.experiment import Experiment, build, state_bytes
 from gcnet_jax.training.lock import WorkdirLock, hold_workdir
 from gcnet_jax.training.mesh import batch_shardings, to_global
 from gcnet_jax.training.metrics import (
@@ -36,7 +36,6 @@ from gcnet_jax.training.processes import (
     Preemption,
     connect,
     explain_lost_process,
-    process_options,
     sum_over_processes,
 )
 from gcnet_jax.training.start import find_start, read_initial
@@ -54,8 +53,6 @@ from gcnet_jax.training.steps import (
     make_train_step,
 )
 from gcnet_jax.training.workdir import keep_compiled, prepare_workdir
-
-__all__ = ['TrainingError', 'assemble', 'train']
 
 
 class TrainingError(UserError):
@@ -82,22 +79,22 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     began = time.perf_counter()
     check_config(config)  # What is wrong with it should not wait for the other processes.
     workdir = as_place(workdir, '--workdir')
-    connect(process_options(config))
-    experiment = assemble(config)
+    connect(config)
+    experiment = build(config)
     initial = read_initial(experiment)
     with (
         explain_lost_process(),
         hold_workdir(workdir) as lock,
-        keep_compiled(workdir, experiment.run.compilation_cache),
+        keep_compiled(workdir, config.runtime.compilation_cache),
         Preemption() as preemption,
     ):
         prepare_workdir(
             workdir,
-            experiment.config,
+            plain(experiment.config),
             experiment.description,
             state_bytes(experiment),
-            extend=experiment.run.extend,
-            total_steps=experiment.run.total_steps,
+            extend=config.training.extend,
+            total_steps=experiment.durations.total,
         )
         run = _Run(experiment, workdir, initial, preemption, lock)
         with contextlib.closing(run):
@@ -130,16 +127,15 @@ class _Run:
         self.experiment = experiment
         self.lock = lock
         self.preemption = preemption
-        self.options = experiment.run
+        self.config, self.durations = experiment.config, experiment.durations
         self.task = experiment.task
         self.mesh = experiment.mesh
         self.progress = Progress('none', 0, 0, self.task)
         self.writer = self.batches = None
         first = jax.process_index() == 0
-        say = _print if first and self.options.progress != 'none' else _silent
-        self.store = CheckpointStore(
-            workdir, experiment.description, self.task.best, self.options.keep_checkpoints, say
-        )
+        say = _print if first and self.config.runtime.progress != 'none' else _silent
+        keep = self.config.training.keep_checkpoints
+        self.store = CheckpointStore(workdir, experiment.description, self.task.best, keep, say)
         # The processes agree on a later step than any was asked about: none before this one.
         preemption.stops_at(self.store.newest or 0)
         with contextlib.ExitStack() as stack:
@@ -149,9 +145,9 @@ class _Run:
             self.window, self.bad_in_a_row = start.window, start.bad_in_a_row
             self.best, self.pending = start.best, None
             if first:
-                self.writer = MetricsWriter(workdir, self.step, self.options.tensorboard)
+                self.writer = MetricsWriter(workdir, self.step, self.config.runtime.tensorboard)
                 self.progress = Progress(
-                    self.options.progress, self.step, self.options.total_steps, self.task
+                    self.config.runtime.progress, self.step, self.durations.total, self.task
                 )
             self._compile(start.shardings)
             stack.pop_all()
@@ -182,7 +178,7 @@ class _Run:
             return False
         with self.store.explain_errors():
             self._stop_if_preempted()
-            self.batches = self.experiment.train_batches(self.step)
+            self.batches = self.experiment.train_batches(start_step=self.step)
             for batch, skipped in self._prefetched(self.batches):
                 self.state, metrics = self.train_step(self.state, batch)
                 self.step += 1
@@ -198,16 +194,16 @@ class _Run:
 
     def _is_done(self) -> bool:
         """Whether the last step was taken, or evaluation has not improved for too long."""
-        if self.step >= self.options.total_steps:
+        if self.step >= self.durations.total:
             return True
-        patience = self.options.early_stopping_steps
+        patience = self.durations.early_stopping
         if patience is None or self.best is None:
             return False
-        evaluated = is_due(self.step, self.options.evaluation_steps)
+        evaluated = is_due(self.step, self.durations.evaluation)
         if not evaluated or self.step - self.best['step'] < patience:
             return False
         self.progress.say(
-            f'stopped early after step {self.step} of {self.options.total_steps}: '
+            f'stopped early after step {self.step} of {self.durations.total}: '
             f'eval/{self.task.best} has not exceeded {self.shown(self.best["value"])} since step '
             f'{self.best["step"]}'
         )
@@ -218,7 +214,7 @@ class _Run:
         shardings = batch_shardings(self.mesh, self.task.batch_spec())
         queue, counted, failure = collections.deque(), 0, None
         while True:
-            while len(queue) < self.options.prefetch_batches and failure is None:
+            while len(queue) < self.config.runtime.prefetch_batches and failure is None:
                 try:
                     with self.clock.waiting():
                         batch = next(batches)
@@ -241,22 +237,20 @@ class _Run:
         metrics = jax.device_get(metrics)
         self.window.add(metrics, skipped)
         self.bad_in_a_row = 0 if metrics['finite'] else self.bad_in_a_row + 1
-        if self.bad_in_a_row >= self.options.max_bad_steps:
+        if self.bad_in_a_row >= self.config.training.max_bad_steps:
             self._stop_at(
                 step, f'loss {metrics["loss"]:g}, gradient norm {metrics["gradient_norm"]:g}'
             )
         self.clock.step_done()
         self.clock.start()  # The first step was compiled until now.
         self.progress.advance()
-        if step % self.options.log_steps == 0 or step == self.options.total_steps:
+        if step % self.config.training.log_steps == 0 or step == self.durations.total:
             waited = self.clock.waited_fraction()
             rate = self.clock.rate()
             self._add_up_skipped()
             values = self.window.means(self.task)
             values['train/learning_rate'] = float(self.experiment.schedule(step - 1))
-            values['train/images_per_second'] = (
-                rate * self.experiment.train_options['global_batch_size']
-            )
+            values['train/images_per_second'] = rate * self.config.training.batch_size
             values['train/data_wait_fraction'] = waited
             self._write(step, values, rate)
             self.window = Window()
@@ -277,9 +271,9 @@ class _Run:
 
     def _evaluate_and_save(self) -> None:
         """Does what is due at this step, after its metrics were looked at."""
-        at_end = self.step == self.options.total_steps
-        evaluate = at_end or is_due(self.step, self.options.evaluation_steps)
-        if not evaluate and not is_due(self.step, self.options.checkpoint_steps):
+        at_end = self.step == self.durations.total
+        evaluate = at_end or is_due(self.step, self.durations.evaluation)
+        if not evaluate and not is_due(self.step, self.durations.checkpoint):
             return
         self._look_at_pending()
         self.clock.stop()
@@ -309,8 +303,8 @@ class _Run:
             self.writer.flush()  # What a checkpoint counts as logged must be on disk before it.
         position = {
             'step': self.step,
-            'seed': self.options.seed,
-            'global_batch_size': self.experiment.train_options['global_batch_size'],
+            'seed': self.config.training.seed,
+            'global_batch_size': self.config.training.batch_size,
             'examples': len(self.experiment.train_source),
             'window': dict(self.window.sums),
             'bad_in_a_row': self.bad_in_a_row,
@@ -329,12 +323,12 @@ class _Run:
         stop = self.preemption.stop
         raise stop(
             f'{"Ctrl-C" if stop is Interrupted else "SIGTERM"}: stopped after step {self.step} of '
-            f'{self.options.total_steps}, which is saved; the same command continues from there'
+            f'{self.durations.total}, which is saved; the same command continues from there'
         )
 
     def _add_up_skipped(self) -> None:
         """Makes the count of damaged images that of all processes, held by the first one."""
-        if self.experiment.train_options['skip_damaged']:
+        if self.config.data.skip_damaged:
             total = sum_over_processes(self.window.sums['skipped'])
             self.window.sums['skipped'] = total if jax.process_index() == 0 else 0.0
 

@@ -5,7 +5,6 @@ runtime connects them and notices when one is gone; nothing here talks to anothe
 """
 
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
@@ -36,48 +35,25 @@ class ProcessError(UserError):
     """A run that cannot go on because another of its processes is gone."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ProcessOptions:
-    """How the processes of a run find each other.
-
-    Attributes:
-      distributed: Whether there are several.
-      coordinator_address: HOST:PORT of the first process, where all meet; None: the cluster tells
-        (a TPU pod slice, SLURM, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS).
-      num_processes, process_id: How many there are and which of them this is; None: as above.
-      heartbeat_timeout_seconds: Silence after which a process counts as gone, and the others stop.
-    """
-
-    distributed: bool
-    coordinator_address: str | None
-    num_processes: int | None
-    process_id: int | None
-    heartbeat_timeout_seconds: int
-
-
-def process_options(config: ConfigDict) -> ProcessOptions:
-    """Reads from the config's group `runtime` how the processes find each other."""
-    names = [field.name for field in dataclasses.fields(ProcessOptions)]
-    return ProcessOptions(**{name: config.runtime[name] for name in names})
-
-
-def connect(options: ProcessOptions) -> None:
+def connect(config: ConfigDict) -> None:
     """Joins the other processes of the run, if there are any; waits until all are there.
 
     Must come before anything asks JAX for its devices. A program that called
-    `jax.distributed.initialize` itself is connected already.
+    `jax.distributed.initialize` itself is connected already. What the group `runtime` leaves unset,
+    the cluster tells: a TPU pod slice, SLURM, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS.
 
     Raises:
       ConfigError: The others cannot be found.
     """
-    if not options.distributed or jax.distributed.is_initialized():
+    runtime = config.runtime
+    if not runtime.distributed or jax.distributed.is_initialized():
         return
     try:
         jax.distributed.initialize(
-            coordinator_address=options.coordinator_address,
-            num_processes=options.num_processes,
-            process_id=options.process_id,
-            heartbeat_timeout_seconds=options.heartbeat_timeout_seconds,
+            coordinator_address=runtime.coordinator_address,
+            num_processes=runtime.num_processes,
+            process_id=runtime.process_id,
+            heartbeat_timeout_seconds=runtime.heartbeat_timeout_seconds,
         )
     except (ValueError, RuntimeError) as error:
         reason = ' '.join(str(error).split())

@@ -39,7 +39,7 @@ class Start:
 
 def read_initial(experiment: Experiment) -> dict | None:
     """Reads the checkpoint to start from, and refuses one that does not fit."""
-    place = experiment.run.init_from
+    place = experiment.config.training.init_from
     if place is None:
         return None
     there, variables = load_variables(place, choose='best')
@@ -49,7 +49,7 @@ def read_initial(experiment: Experiment) -> dict | None:
         merge_initial(fresh, variables, kept=(), place=place)
     except CheckpointError as error:
         raise explain_other_network(error, experiment.description, there, place) from error
-    plan_classifier(experiment.description, there, experiment.run.new_classifier, place)
+    plan_classifier(experiment.description, there, experiment.config.training.new_classifier, place)
     return variables
 
 
@@ -82,7 +82,7 @@ def find_start(
     restored = store.restore(target)
     if restored is not None:
         return _continue(experiment, *restored, shardings, say)
-    state, shardings = create_state(initialize, experiment.run.seed, mesh)
+    state, shardings = create_state(initialize, experiment.config.training.seed, mesh)
     if initial is not None:
         state = _fill(experiment, state, shardings, initial, say)
     return Start(state, shardings)
@@ -108,10 +108,10 @@ def _continue(
     if best is not None and 'value' not in best:  # Saved by an earlier version.
         best = {'step': best['step'], 'value': best['accuracy']}
     say(f'continuing from step {step}')
-    if experiment.run.extend and step < experiment.run.total_steps:
+    if experiment.config.training.extend and step < experiment.durations.total:
         rate = float(experiment.schedule(step))
         say(
-            f'extended to step {experiment.run.total_steps}: the learning rate goes on at '
+            f'extended to step {experiment.durations.total}: the learning rate goes on at '
             f'{rate:.3g}, as in the schedule of that many steps'
         )
     return Start(state, shardings, step, window, position['bad_in_a_row'], best)
@@ -125,9 +125,9 @@ def _fill(
     say: Callable[[str], None],
 ) -> TrainState:
     """Puts a checkpoint's variables in the place of the random ones."""
-    place = experiment.run.init_from
+    place = experiment.config.training.init_from
     plan = plan_classifier(
-        experiment.description, experiment.initial, experiment.run.new_classifier, place
+        experiment.description, experiment.initial, experiment.config.training.new_classifier, place
     )
     merged, context = merge_initial(
         {'params': state.params, 'batch_stats': state.batch_stats},
@@ -157,7 +157,7 @@ def _introduce(experiment: Experiment, shapes: TrainState, say: Callable[[str], 
     say(
         f'{experiment.description.name}: {parameters:,} parameters; {train.name}: '
         f'{len(train):,} training and {len(evaluation):,} evaluation images; '
-        f'{experiment.run.total_steps:,} steps; mesh {axes} of {device.platform} devices'
+        f'{experiment.durations.total:,} steps; mesh {axes} of {device.platform} devices'
     )
     patterns = experiment.step_options.frozen
     if patterns:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gcnet_jax.data.loader import train_batches
 from gcnet_jax.tasks import Task
 from gcnet_jax.training.experiment import Experiment
 from gcnet_jax.training.freezing import frozen_paths, frozen_statistics, merge, split
@@ -149,15 +148,15 @@ def refresh_statistics(
         a run that was interrupted has the same statistics.
       step: As returned by `jit_statistics_step`.
     """
-    batch_size = experiment.train_options['global_batch_size']
-    count = statistics_batches(steps_done, len(experiment.train_source), batch_size)
-    norm = experiment.config['model'].get('norm') or {}
+    config = experiment.config
+    count = statistics_batches(steps_done, len(experiment.train_source), config.training.batch_size)
+    norm = config.model.norm or {}
     if not count or norm.get('kind') == 'frozen':
         return state
     if not have_moving_statistics(state, experiment.step_options.frozen):
         return state
     shardings = batch_shardings(experiment.mesh, experiment.task.batch_spec())
-    with train_batches(experiment.train_source, **experiment.train_options) as batches:
+    with experiment.train_batches() as batches:
         placed = (to_global(batch, shardings) for batch in batches)
         statistics = fresh_statistics(step, state.evaluation_variables(), placed, count)
     return with_statistics(state, statistics)

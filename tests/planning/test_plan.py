@@ -92,7 +92,7 @@ def test_a_config_is_described_without_its_data(name, tmp_path, monkeypatch):
     built = planning.describe(tree, jax.devices(), 64)
     classes = {'imagenet': 1000, 'finetune': 5, 'folder': 5}
     assert built.task.num_classes == classes.get(name, 10)
-    assert built.train_options['global_batch_size'] == 64
+    assert built.config.training.batch_size == 64
     assert built.model.context
     assert not planning.describe(tree, jax.devices(), 64, with_context=False).model.context
     assert list(tmp_path.iterdir()) == []

@@ -546,7 +546,7 @@ def test_few_steps_are_evaluated_with_statistics_of_the_weights_as_they_are(tmp_
         )[1]['batch_stats']
 
     found = []
-    with built.train_batches(0) as batches:
+    with built.train_batches() as batches:
         for _ in range(3):  # 44 images in batches of 16.
             images = (next(batches)['image'] / 255 - built.task.mean) / (built.task.std)
             kept = follow(variables['params'], images.astype(np.float32))

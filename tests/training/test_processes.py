@@ -26,14 +26,13 @@ from gcnet_jax.training.processes import (
     Preemption,
     ProcessError,
     connect,
-    process_options,
 )
 from tests.training.real_runs import HERE, complete, running, without_timing
 
 
 def test_one_process_connects_to_nothing(monkeypatch):
     monkeypatch.setattr(jax.distributed, 'initialize', lambda **options: pytest.fail('connected'))
-    connect(process_options(default_config()))
+    connect(default_config())
     assert not processes.any_process(False)
     assert processes.any_process(True)
     assert processes.sum_over_processes(2.5) == 2.5
@@ -49,7 +48,7 @@ def test_the_config_says_how_to_connect(monkeypatch):
     config.runtime.num_processes = 4
     config.runtime.process_id = 2
     config.runtime.heartbeat_timeout_seconds = 7
-    connect(process_options(config))
+    connect(config)
     assert given == {
         'coordinator_address': 'first:1234',
         'num_processes': 4,
@@ -66,7 +65,7 @@ def test_a_cluster_that_is_not_there_is_one_line(monkeypatch):
     config = default_config()
     config.runtime.distributed = True
     with pytest.raises(ConfigError, match=r'should be defined. .*coordinator_address') as caught:
-        connect(process_options(config))
+        connect(config)
     assert '\n' not in str(caught.value)
 
 
