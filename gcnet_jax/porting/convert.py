@@ -291,7 +291,7 @@ class Difference:
 
 def is_classifier(name: str) -> bool:
     """Whether a PyTorch name is the classifier's."""
-    return re.fullmatch(r'(.*\.)?(fc|classifier)\.(weight|bias)', name) is not None
+    return re.fullmatch(r'((.*\.)?(fc|classifier)|linear)\.(weight|bias)', name) is not None
 
 
 def _is_context(name: str) -> bool:
