@@ -43,7 +43,10 @@ def add_port(commands: argparse._SubParsersAction) -> None:
         help='take the weights although the file names another network',
     )
     port.add_argument('--reverse', metavar='DIR', help='a checkpoint of ours to turn back')
-    port.add_argument('--family', help='whose names: timm, torchvision, mmdetection or gccnn')
+    port.add_argument(
+        '--family',
+        help='whose names: timm, torchvision, mmdetection, gccnn or pytorch_resnet_cifar10',
+    )
     port.add_argument('--overwrite', action='store_true', help='replace what --out names')
     port.set_defaults(run=_port)
 

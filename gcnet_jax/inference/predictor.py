@@ -27,6 +27,7 @@ from gcnet_jax.inference.images import (
 from gcnet_jax.inference.prediction import Prediction
 from gcnet_jax.inference.quantize import WEIGHTS, dequantize_kernels, quantize_kernels
 from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
+from gcnet_jax.stored.checks import check_dtype, check_weights
 
 CHOICES = ('best', 'newest')
 LOGITS, POOLED = 'logits', 'pooled'
@@ -52,7 +53,8 @@ class Classifier:
       devices: Devices of this process; None for all of them.
 
     Raises:
-      CheckpointError: The variables or the label names do not fit the network.
+      CheckpointError: The variables or the label names do not fit the network, or the weights are
+        not finite, in `dtype` too.
       ConfigError: An option that cannot be.
     """
 
@@ -78,11 +80,12 @@ class Classifier:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(variables)
         )
         self.num_classes = self._check()
-
+        check_weights(variables)
         size = description.preprocessing.test_size
         images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
         if fold:
             variables = fold_batch_norms(self._model, variables, images, train=False)
+        check_dtype(variables['params'], self._model.dtype)
         if weights == 'int8':
             variables = quantize_kernels(variables)
         devices = jax.local_devices() if devices is None else list(devices)
@@ -114,7 +117,7 @@ class Classifier:
         if choose not in CHOICES:
             raise ConfigError(unknown_name('choice of a checkpoint', choose, CHOICES))
         place = find_checkpoint(checkpoint, choose)
-        description, variables = load_variables(place)
+        description, variables = load_variables(place, check=False)  # The constructor does.
         try:
             return cls(description, variables, **options)
         except CheckpointError as error:

@@ -98,6 +98,8 @@ CIFAR = Preprocessing(
     train_size=32,
     test_size=32,
 )
+# What the published weights with parameter-free shortcuts were trained with.
+CIFAR_ZERO_PAD = dataclasses.replace(CIFAR, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 basic = partial(ResNet, block=BasicBlock)
 bottleneck = partial(ResNet, block=BottleneckBlock)
@@ -111,6 +113,12 @@ resnext101 = partial(resnet101, groups=32, base_width=4)
 cifar = partial(basic, widths=(16, 32, 64), stem='small', num_classes=10)
 resnet20 = partial(cifar, stage_sizes=(3, 3, 3))
 resnet56 = partial(cifar, stage_sizes=(9, 9, 9))
+zero_pad = partial(cifar, shortcut='zero_pad')
+resnet20_a = partial(zero_pad, stage_sizes=(3, 3, 3))
+resnet32_a = partial(zero_pad, stage_sizes=(5, 5, 5))
+resnet44_a = partial(zero_pad, stage_sizes=(7, 7, 7))
+resnet56_a = partial(zero_pad, stage_sizes=(9, 9, 9))
+resnet110_a = partial(zero_pad, stage_sizes=(18, 18, 18))
 gccnn = partial(basic, stage_sizes=(1, 1, 1), widths=(64, 128, 256), stem='none', num_classes=10)
 
 
@@ -176,6 +184,11 @@ _ENTRIES = (
     _entry('gc_resnext101_32x4d', resnext101, 'GC r16 in c3-c5', context=gc_bottleneck),
     _entry('resnet20', resnet20, 'CIFAR ResNet-20, projection shortcuts', CIFAR),
     _entry('resnet56', resnet56, 'CIFAR ResNet-56, projection shortcuts', CIFAR),
+    _entry('resnet20_a', resnet20_a, 'CIFAR ResNet-20, zero-padded shortcuts', CIFAR_ZERO_PAD),
+    _entry('resnet32_a', resnet32_a, 'CIFAR ResNet-32, zero-padded shortcuts', CIFAR_ZERO_PAD),
+    _entry('resnet44_a', resnet44_a, 'CIFAR ResNet-44, zero-padded shortcuts', CIFAR_ZERO_PAD),
+    _entry('resnet56_a', resnet56_a, 'CIFAR ResNet-56, zero-padded shortcuts', CIFAR_ZERO_PAD),
+    _entry('resnet110_a', resnet110_a, 'CIFAR ResNet-110, zero-padded shortcuts', CIFAR_ZERO_PAD),
     _entry('gc_resnet20', resnet20, 'GC r4 in every block', CIFAR, context=gc_cifar),
     _entry('gc_resnet56', resnet56, 'GC r4 in every block', CIFAR, context=gc_cifar),
     _entry('gccnn', gccnn, 'three blocks, each with GC, then SE (r16)', CIFAR, context=gc_then_se),

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
 from gcnet_jax.context.global_context import Expanded, GlobalContext
+from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.backbone import Backbone, Features, Map, stage_strides
 from gcnet_jax.models.convolution import wants_plain_operations
 from gcnet_jax.models.layers import (
@@ -32,6 +33,7 @@ from gcnet_jax.models.placement import (
 )
 
 STEMS = ('imagenet', 'deep', 'small', 'none')
+SHORTCUTS = ('projection', 'zero_pad')
 
 
 class BasicBlock(nn.Module):
@@ -48,6 +50,7 @@ class BasicBlock(nn.Module):
     context: tuple[Placement, ...] = ()
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
+    shortcut: str = 'projection'
     norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype | None = None
 
@@ -86,6 +89,7 @@ class BottleneckBlock(nn.Module):
     context: tuple[Placement, ...] = ()
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
+    shortcut: str = 'projection'
     norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype | None = None
 
@@ -175,11 +179,35 @@ def _add_pooled_first(
 
 
 def _shortcut(block: BasicBlock | BottleneckBlock, features, out_channels: int, train: bool):
-    """The input itself where the shapes agree, else a 1x1 convolution and its norm."""
+    """The input itself where the shapes agree, else what `block.shortcut` makes of it."""
     if block.stride == 1 and features.shape[-1] == out_channels:
         return features
+    if block.shortcut == 'zero_pad':
+        return zero_pad_shortcut(features, block.stride, out_channels)
     conv = Conv(out_channels, 1, block.stride, dtype=block.dtype, name='shortcut_conv')
     return block.norm(dtype=block.dtype, name='shortcut_norm')(conv(features), train=train)
+
+
+def zero_pad_shortcut(
+    features: Float[Array, 'batch height width channel'], stride: int, out_channels: int
+) -> Float[Array, 'batch out_height out_width out_channel']:
+    """The parameter-free shortcut: every `stride`-th position, between channels of zeros.
+
+    He et al., section 4.2, option A. The paper does not say where the zeros are: here half of the
+    new channels precede the input's and half follow them (an odd one follows), as in
+    akamaster/pytorch_resnet_cifar10, whose weights need it so.
+
+    Raises:
+      ConfigError: The output is narrower than the input.
+    """
+    new = out_channels - features.shape[-1]
+    if new < 0:
+        raise ConfigError(
+            f"shortcut 'zero_pad' cannot take {features.shape[-1]} channels to {out_channels}: "
+            "choose widths that do not shrink, or shortcut 'projection'"
+        )
+    features = features[:, ::stride, ::stride]
+    return jnp.pad(features, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
 
 def _last_norm(block: BasicBlock | BottleneckBlock, name: str) -> nn.Module:
@@ -207,6 +235,8 @@ class ResNet(Backbone):
       dropout_rate: Before the classifier.
       stochastic_depth_rate: Of the last block; it grows linearly from 0 at the first.
       zero_init_residual: Start the last norm of each block at zero scale (arXiv 1706.02677, 5.1).
+      shortcut: Where a block changes the shape: 'projection' (a 1x1 convolution and its norm; He et
+        al.'s option B) or 'zero_pad' (no parameters, option A; see `zero_pad_shortcut`).
       norm: Makes every norm, see `layers.parse_norm`.
       dtype: Type of the computation. Parameters, statistics, pooling and classifier are float32.
     """
@@ -223,11 +253,13 @@ class ResNet(Backbone):
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
+    shortcut: str = 'projection'
     norm: Callable[..., nn.Module] = BatchNorm
     dtype: Dtype = jnp.float32
 
     def __post_init__(self):
         check_choice('stem', self.stem, STEMS)
+        check_choice('shortcut', self.shortcut, SHORTCUTS)
         check_placements(self.context, self.stage_sizes, self.block.positions)
         super().__post_init__()
 
@@ -270,6 +302,7 @@ class ResNet(Backbone):
             context=tuple(place for place in self.context if place.holds(stage, index, size)),
             stochastic_depth_rate=rate,
             zero_init_residual=self.zero_init_residual,
+            shortcut=self.shortcut,
             norm=self.norm,
             dtype=self.dtype,
         )

@@ -104,15 +104,23 @@ def _known_name(told: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     name = re.sub('_v1b$', '', name)
+    # Others do not say in the name which shortcuts it has; some depths are here with one kind only.
+    if name not in list_models() and f'{name}_a' in list_models():
+        name = f'{name}_a'
     return name if name in list_models() or LOOKS_LIKE_A_NETWORK.fullmatch(name) else ''
 
 
 def _without_context(name: str) -> tuple | str:
-    """What a network computes beside its context blocks, which may be put into a plain one."""
+    """What a network computes beside its context blocks, which may be put into a plain one.
+
+    Shortcuts are left out too: the tensors of a file tell which they are, and 'resnet20' is what
+    other libraries call it with either.
+    """
     if name not in list_models():
         return name
     module = model_entry(name).module
-    options = {k: v for k, v in module.keywords.items() if k not in ('context', 'num_classes')}
+    left_out = ('context', 'num_classes', 'shortcut')
+    options = {k: v for k, v in module.keywords.items() if k not in left_out}
     # A network that has its context from its library is no plain one with context put in.
     own = module.keywords.get('context') if module.func.__name__ != 'ResNet' else None
     return module.func.__name__, repr(sorted(options.items(), key=str)), repr(own)

@@ -25,6 +25,7 @@ from gcnet_jax.porting.files import TorchFile, read_checkpoint
 from gcnet_jax.porting.hub import CONFIG_FILE, HubConfig, read_hub_config
 from gcnet_jax.porting.names import Family
 from gcnet_jax.porting.recognise import (
+    check_shortcuts,
     family_of,
     recognise_block,
     recognise_family,
@@ -54,8 +55,8 @@ def load_torch(
       model: The network, or its name; None recognises it. A file of mmsegmentation gives its
         context block alone.
       weights: 'ema', 'model', or 'auto' for the averaged ones where there are any.
-      family: Whose names the file has: 'timm', 'torchvision', 'mmdetection', 'mmsegmentation' or
-        'gccnn'; None recognises it.
+      family: Whose names the file has: 'timm', 'torchvision', 'mmdetection', 'mmsegmentation',
+        'gccnn' or 'pytorch_resnet_cifar10'; None recognises it.
       drop_classifier: Initialise a new classifier, of `num_classes`, and leave the file's.
       allow_nonfinite: Take weights that are NaN or infinite, and negative variances, with a warning
         in the report, instead of refusing them.
@@ -141,6 +142,7 @@ def load_named(
             f'{type(network).__name__}: leave the model out to have it recognised'
         )
     try:
+        check_shortcuts(file.tensors.shapes, names, network, name)
         variables, report = from_torch(
             file.tensors,
             names,
@@ -342,7 +344,8 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any], family: str) -> dic
     Args:
       model: The network.
       variables: Its `{'params', 'batch_stats'}`.
-      family: Whose names: 'timm', 'torchvision', 'mmdetection', 'mmsegmentation' or 'gccnn'.
+      family: Whose names: 'timm', 'torchvision', 'mmdetection', 'mmsegmentation', 'gccnn' or
+        'pytorch_resnet_cifar10'.
 
     Returns:
       Every tensor by its name; `load_state_dict(strict=True)` of the library's own network takes

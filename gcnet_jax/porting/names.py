@@ -211,21 +211,27 @@ _SEED_CONTEXT = (
     ('context_after_conv2_1/expand', 'se_fc2', 'pointwise'),
 )
 
-_RESNET = (
-    Rule('stem_conv', 'conv1', 'convolution'),
-    Rule('stem_norm', 'bn1', 'batch_norm'),
-    *_inside(
-        'stage{stage}_{block}',
-        'layer{stage}.{block}.',
-        (
-            ('conv{i}', 'conv{i}', 'convolution'),
-            ('norm{i}', 'bn{i}', 'batch_norm'),
-            ('shortcut_conv', 'downsample.0', 'convolution'),
-            ('shortcut_norm', 'downsample.1', 'batch_norm'),
+
+def _resnet(shortcut: str, classifier: str) -> tuple[Rule, ...]:
+    """Rules for a ResNet, by the two names in which its libraries differ."""
+    return (
+        Rule('stem_conv', 'conv1', 'convolution'),
+        Rule('stem_norm', 'bn1', 'batch_norm'),
+        *_inside(
+            'stage{stage}_{block}',
+            'layer{stage}.{block}.',
+            (
+                ('conv{i}', 'conv{i}', 'convolution'),
+                ('norm{i}', 'bn{i}', 'batch_norm'),
+                ('shortcut_conv', f'{shortcut}.0', 'convolution'),
+                ('shortcut_norm', f'{shortcut}.1', 'batch_norm'),
+            ),
         ),
-    ),
-    Rule('classifier', 'fc', 'linear'),
-)
+        Rule('classifier', classifier, 'linear'),
+    )
+
+
+_RESNET = _resnet('downsample', 'fc')
 _SEED = (
     *_inside(
         'stage{stage}_0',
@@ -364,6 +370,15 @@ FAMILIES = (
         _EFFICIENTNET,
         recognise=(r'conv_stem\.weight', r'blocks\.0\.0\.conv\.weight'),
         left=_EVERYWHERE_LEFT,
+    ),
+    # akamaster's, which has both kinds of shortcuts; only its projections have names.
+    Family(
+        'pytorch_resnet_cifar10',
+        ResNet,
+        _resnet('shortcut', 'linear'),
+        recognise=(r'conv1\.weight', r'layer1\.0\.conv1\.weight', r'linear\.weight'),
+        left=_EVERYWHERE_LEFT,
+        may_be_new=r'.*/context_.*',
     ),
     Family(
         'torchvision',

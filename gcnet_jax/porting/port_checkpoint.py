@@ -102,7 +102,8 @@ def port_reverse(
 
     Args:
       directory: A workdir, one of its checkpoints or a ported directory.
-      family: Whose names: 'timm', 'torchvision', 'mmdetection' or 'gccnn'.
+      family: Whose names: 'timm', 'torchvision', 'mmdetection', 'gccnn' or
+        'pytorch_resnet_cifar10'.
       out: A file that ends in `.safetensors`, or a directory, which gets the hub's form:
         `model.safetensors` and `config.json`; new, unless `overwrite`.
       choose: 'newest' or 'best', where there are several checkpoints.

@@ -16,6 +16,11 @@ from gcnet_jax.porting.convert import is_classifier
 from gcnet_jax.porting.names import FAMILIES, LIBRARIES, Family
 
 Shapes = Mapping[str, tuple[int, ...]]
+# What the two kinds of shortcuts are called in errors, by the network's option.
+SHORTCUTS = {
+    'projection': 'projection shortcuts (option B)',
+    'zero_pad': 'parameter-free shortcuts (option A)',
+}
 
 
 def recognise_family(names: Iterable[str], library: str | None = None) -> Family:
@@ -80,11 +85,47 @@ def recognise_model(shapes: Shapes, family: Family) -> tuple[str, dict[str, Any]
         name, options = 'gccnn', {}
     else:
         name = _same_structure(_resnet_structure(shapes), _resnet_of)
+        if family.library == 'torchvision' and _shortcuts(shapes) == 'zero_pad':
+            raise CheckpointError(
+                f'the file has {SHORTCUTS["zero_pad"]}, and its names do not tell where the zeros '
+                f'are: name {name} (--model) if half of them precede the channels of the input and '
+                'half follow'
+            )
         options = _context_options(shapes)
     if options:
         name, options = _row_with(name, options)
     classes = [shape for key, shape in shapes.items() if is_classifier(key)]
     return name, options | {'num_classes': classes[0][0] if classes else 0}
+
+
+def check_shortcuts(shapes: Shapes, family: Family, model: nn.Module, name: str | None) -> None:
+    """Refuses a file whose shortcuts are of the other kind than the network's.
+
+    Args:
+      shapes: The file's.
+      family: Whose names it has.
+      model: The network that is to take it.
+      name: Its name, if it has one.
+
+    Raises:
+      CheckpointError: Names both kinds, and the network to take instead.
+    """
+    # One stage alone may have no shortcut that changes the shape.
+    if not isinstance(model, ResNet) or len(model.stage_sizes) == 1:
+        return
+    shapes = {key.removeprefix(family.prefix): shape for key, shape in shapes.items()}
+    theirs = _shortcuts(shapes)
+    if theirs == model.shortcut:
+        return
+    try:
+        other = _same_structure(_resnet_structure(shapes), _resnet_of)
+    except CheckpointError:
+        other = ''
+    raise CheckpointError(
+        f'the file has {SHORTCUTS[theirs]}{f", as {other} has" if other else ""}, and '
+        f'{name or type(model).__name__} has {SHORTCUTS[model.shortcut]}: '
+        + (f'name {other} instead' if other else f"build the network with shortcut='{theirs}'")
+    )
 
 
 def recognise_block(shapes: Shapes, family: Family) -> tuple[GlobalContext, int]:
@@ -113,7 +154,11 @@ def _stage_sizes(shapes: Shapes, pattern: str) -> tuple[int, ...]:
 
 
 def _resnet_structure(shapes: Shapes) -> tuple:
-    """(blocks a stage, whether bottlenecks, inputs a group of the first 3x3, width of the stem)."""
+    """What tells the registered networks apart.
+
+    That is (blocks of each stage, whether bottlenecks, inputs per group of the first 3x3, width of
+    the stem, kind of the shortcuts).
+    """
     sizes = _stage_sizes(shapes, r'layer(\d+)\.(\d+)\.')
     has_conv3 = 'layer1.0.conv3.weight' in shapes
     return (
@@ -121,7 +166,13 @@ def _resnet_structure(shapes: Shapes) -> tuple:
         has_conv3,
         shapes.get('layer1.0.conv2.weight', (0, 0))[1],
         shapes['conv1.weight'][0] if 'conv1.weight' in shapes else 0,
+        _shortcuts(shapes),
     )
+
+
+def _shortcuts(shapes: Shapes) -> str:
+    pattern = r'layer\d+\.(\d+\.)?(downsample|shortcut)\.'
+    return 'projection' if any(re.match(pattern, name) for name in shapes) else 'zero_pad'
 
 
 def _resnet_of(model: nn.Module) -> tuple | None:
@@ -131,7 +182,7 @@ def _resnet_of(model: nn.Module) -> tuple | None:
     width = model.widths[0]
     inner = width * model.base_width // 64 if is_bottleneck else width
     stem = width if model.stem != 'none' else 0
-    return tuple(model.stage_sizes), is_bottleneck, inner, stem
+    return tuple(model.stage_sizes), is_bottleneck, inner, stem, model.shortcut
 
 
 def _byobnet_structure(shapes: Shapes) -> tuple:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gcnet_jax.errors import CheckpointError, one_line
@@ -76,18 +77,22 @@ def check_size(metadata: Any, file_bytes: int, checkpoint: Path) -> None:
         )
 
 
-def check_finite(variables: Mapping[str, Any], place: object) -> None:
+def check_weights(variables: Mapping[str, Any], place: object = None) -> None:
     """Refuses weights with which a network would answer nonsense without a sign of it.
 
     A NaN need not reach the logits: on a CPU, XLA's ReLU turns it into 0.
+
+    Args:
+      variables: {'params', 'batch_stats'}.
+      place: Where they were read, named in errors; None leaves that to the caller.
 
     Raises:
       CheckpointError: A value is NaN or infinite, or a variance is negative; names the first leaf.
     """
     wrong = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(variables)):
-        values = np.asarray(leaf).astype(np.float32, copy=False)
-        name = '/'.join(str(part.key) for part in path)
+    for name, leaf in _leaves(variables):
+        with np.errstate(over='ignore'):  # Of float64 values that are infinite in float32.
+            values = np.asarray(leaf).astype(np.float32, copy=False)
         bad = int(np.count_nonzero(~np.isfinite(values)))
         if bad:
             wrong.append(f'{one_line(name)} has {bad:,} values that are NaN or infinite')
@@ -95,6 +100,48 @@ def check_finite(variables: Mapping[str, Any], place: object) -> None:
             wrong.append(f'{one_line(name)} has negative variances')
     if wrong:
         raise CheckpointError(
-            f'{place}: {len(wrong)} of its arrays cannot be used, the first: {wrong[0]}; its '
-            'training went wrong or the file was changed: choose another checkpoint'
+            f'{"" if place is None else f"{place}: "}{len(wrong)} of its arrays cannot be used, '
+            f'the first: {wrong[0]}; its training went wrong or the file was changed: choose '
+            'another checkpoint'
         )
+
+
+def check_dtype(params: Mapping[str, Any], dtype: Any) -> None:
+    """Refuses weights that are infinite in the type in which a network computes.
+
+    That is kernels, and the biases beside them. Norms and the classifier compute in float32.
+
+    Args:
+      params: The network's, as they will be used: with its norms folded in, if they are.
+      dtype: The type of the computation.
+
+    Raises:
+      CheckpointError: Names the first such leaf and the type.
+    """
+    dtype = jnp.dtype(dtype)
+    largest = float(jnp.finfo(dtype).max)
+    if largest >= np.finfo(np.float32).max:
+        return
+    with_kernels = {name.rpartition('/')[0] for name, _ in _leaves(params) if _is_kernel(name)}
+    for name, leaf in _leaves(params):
+        if name.rpartition('/')[0] not in with_kernels - {'classifier'}:
+            continue
+        values = np.asarray(leaf)
+        with np.errstate(over='ignore'):
+            cast = values[np.abs(values) > largest].astype(dtype)
+        bad = int(np.count_nonzero(~np.isfinite(cast)))
+        if bad:
+            raise CheckpointError(
+                f'params/{one_line(name)} has {bad:,} values that are infinite in {dtype.name}, '
+                f'whose largest is {largest:.6g}: choose dtype float32'
+            )
+
+
+def _is_kernel(name: str) -> bool:
+    return name.rpartition('/')[2] == 'kernel'
+
+
+def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields every leaf with its path, such as 'params/stem_conv/kernel'."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(tree)):
+        yield jax.tree_util.keystr(path, simple=True, separator='/'), leaf

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from gcnet_jax.errors import CheckpointError, one_line
 from gcnet_jax.files import as_place
-from gcnet_jax.stored.checks import check_files, check_finite, check_size
+from gcnet_jax.stored.checks import check_files, check_size, check_weights
 from gcnet_jax.stored.checksums import check_checksums, check_json, checksums, json_checksum
 from gcnet_jax.stored.description import ModelDescription
 from gcnet_jax.stored.places import CHECKPOINTS, find_checkpoint, read_item
@@ -75,13 +75,14 @@ def first_error_only() -> Iterator[None]:
 
 
 def load_variables(
-    directory: str | os.PathLike, choose: str = 'newest'
+    directory: str | os.PathLike, choose: str = 'newest', *, check: bool = True
 ) -> tuple[ModelDescription, dict]:
     """Reads a network's description and its variables {'params', 'batch_stats'} as numpy arrays.
 
     Args:
       directory: A workdir, its `checkpoints`, a single checkpoint, or a ported directory.
       choose: 'newest' or 'best', see `find_checkpoint`.
+      check: Refuse weights that are not finite; False where the caller calls `check_weights`.
 
     Raises:
       CheckpointError: There is none, it is damaged, or of a newer format.
@@ -110,7 +111,8 @@ def load_variables(
     if 'params' not in variables:
         raise CheckpointError(f'{checkpoint}: damaged: it has no parameters')
     variables = {'params': variables['params'], 'batch_stats': variables.get('batch_stats', {})}
-    check_finite(variables, checkpoint)
+    if check:
+        check_weights(variables, checkpoint)
     return description, variables
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from gcnet_jax.context import GlobalContext, SqueezeExcite, insert
+from gcnet_jax.errors import ConfigError
 from gcnet_jax.models import create_model
 from gcnet_jax.models.backbone import stage_strides
 from gcnet_jax.models.convolution import plain_operations
 from gcnet_jax.models.layers import Conv
-from gcnet_jax.models.resnet import ResNet
+from gcnet_jax.models.resnet import BasicBlock, ResNet, zero_pad_shortcut
 
 GC = {'block': 'global_context', 'stages': (2, 3, 4), 'position': 'after_conv3', 'ratio': 1 / 16}
 SMALL = {'stage_sizes': (1, 1, 1, 1), 'widths': (4, 8, 12, 16), 'num_classes': 5}
@@ -59,6 +60,12 @@ def count(tree):
         ('snl_resnet50_c4', 26_607_657),
         ('resnet20', 272_474),
         ('resnet56', 855_770),
+        # Those of akamaster/pytorch_resnet_cifar10, which agree with the paper's table 6.
+        ('resnet20_a', 269_722),
+        ('resnet32_a', 464_154),
+        ('resnet44_a', 658_586),
+        ('resnet56_a', 853_018),
+        ('resnet110_a', 1_727_962),
         ('gccnn', 1_213_885),
     ],
 )
@@ -83,6 +90,66 @@ def test_which_blocks_project_their_shortcut():
     ]:
         params = shapes_of(create_model(name))['params']
         assert {key for key in params if 'shortcut_conv' in params[key]} == expected
+
+
+def reference_convolution(features, kernel, stride):
+    """A 3x3 convolution with one position of padding, in numpy."""
+    batch, height, width, _ = features.shape
+    padded = np.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    output = np.zeros((batch, -(-height // stride), -(-width // stride), kernel.shape[-1]))
+    for row in range(output.shape[1]):
+        for column in range(output.shape[2]):
+            top, left = row * stride, column * stride
+            window = padded[:, top : top + 3, left : left + 3]
+            output[:, row, column] = np.tensordot(window, kernel, axes=3)
+    return output
+
+
+@pytest.mark.parametrize('size', [8, 7])
+def test_a_zero_padded_shortcut_is_the_reference(size, random_variables):
+    """Every second position, and a quarter of the output's channels of zeros on each side."""
+    features = np.random.default_rng(1).normal(size=(2, size, size, 4)).astype(np.float32)
+    block = BasicBlock(width=8, stride=2, shortcut='zero_pad')
+    variables = random_variables(block, features, train=False)
+    params, statistics = variables['params'], variables['batch_stats']
+    assert set(params) == {'conv1', 'norm1', 'conv2', 'norm2'}
+
+    def norm(values, name):
+        mean, var = statistics[name]['mean'], statistics[name]['var']
+        scaled = (values - mean) / np.sqrt(var + 1e-5)
+        return scaled * params[name]['scale'] + params[name]['bias']
+
+    branch = reference_convolution(features, params['conv1']['kernel'], 2)
+    branch = reference_convolution(
+        np.maximum(norm(branch, 'norm1'), 0), params['conv2']['kernel'], 1
+    )
+    shortcut = np.zeros((2, -(-size // 2), -(-size // 2), 8))
+    shortcut[..., 2:6] = features[:, ::2, ::2]
+    expected = np.maximum(norm(branch, 'norm2') + shortcut, 0)
+    np.testing.assert_allclose(run(block, variables, features), expected, atol=1e-5)
+
+
+def test_an_odd_channel_of_zeros_follows_the_input():
+    features = np.ones((1, 2, 2, 3), np.float32)
+    padded = np.asarray(zero_pad_shortcut(features, 1, 8))
+    np.testing.assert_array_equal(padded[0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0])
+    with pytest.raises(ConfigError, match='cannot take 3 channels to 2'):
+        zero_pad_shortcut(features, 1, 2)
+
+
+def test_no_network_with_zero_padded_shortcuts_has_parameters_in_them():
+    context = GC | {'position': 'after_conv2', 'ratio': 1 / 4, 'stages': (2, 3)}
+    for name, options in [
+        ('resnet20_a', {'context': context}),
+        ('gc_resnet50', {'shortcut': 'zero_pad'}),
+        ('gccnn', {'shortcut': 'zero_pad'}),
+    ]:
+        params = shapes_of(create_model(name, **options))['params']
+        blocks = [block for key, block in params.items() if key.startswith('stage')]
+        assert not any(part.startswith('shortcut') for block in blocks for part in block)
+        assert any(part.startswith('context') for block in blocks for part in block)
+    with pytest.raises(ConfigError, match=r"unknown shortcut 'identity'; known: .*zero_pad"):
+        create_model('resnet20', shortcut='identity')
 
 
 @pytest.mark.parametrize('size', [224, 97])

@@ -1,7 +1,8 @@
 """The networks that checkpoints come from, built in PyTorch; needs requirements-torch.txt.
 
 timm's and torchvision's are their own. The paper's block is written after the official repository's
-and mmcv's `ContextBlock`, the seed's GC-CNN after its description, since neither can be installed.
+and mmcv's `ContextBlock`, the seed's GC-CNN after its description, and the CIFAR ResNet after
+akamaster/pytorch_resnet_cifar10, since none of them can be installed.
 """
 
 import timm
@@ -134,6 +135,33 @@ class SeedNetwork(nn.Module):
         return self.fc(self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3)))
 
 
+class ZeroPad(nn.Module):
+    """A shortcut without parameters: half of the new channels on each side."""
+
+    def forward(self, x):
+        side = x.shape[1] // 2
+        return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, side, side))
+
+
+class CifarNetwork(nn.Module):
+    """The paper's CIFAR ResNet with zero-padded shortcuts, of torchvision's blocks."""
+
+    def __init__(self, blocks=3, num_classes=10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        basic = torchvision.models.resnet.BasicBlock
+        for stage, width in enumerate((16, 32, 64), start=1):
+            first = basic(16, 16) if stage == 1 else basic(width // 2, width, 2, ZeroPad())
+            rest = (basic(width, width) for _ in range(blocks - 1))
+            setattr(self, f'layer{stage}', nn.Sequential(first, *rest))
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(x))).mean(dim=(2, 3)))
+
+
 TIMM = (
     'gcresnext26ts',
     'gcresnet33ts',
@@ -152,6 +180,8 @@ def build(name: str) -> nn.Module:
         network = getattr(torchvision.models, name)()
     elif name == 'gccnn':
         network = SeedNetwork()
+    elif name == 'resnet20_a':
+        network = CifarNetwork()
     elif name == 'gc_resnet50':
         network = paper_network()
     else:

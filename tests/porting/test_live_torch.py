@@ -28,6 +28,7 @@ SEED = int(os.environ.get('GCNET_SEED', secrets.randbelow(10**6)))
 SIZES = ((64, 64), (97, 75))
 LIBRARIES = {
     'gccnn': 'gccnn',
+    'resnet20_a': 'pytorch_resnet_cifar10',
     'gc_resnet50': 'mmdetection',
     'gcresnext26ts': 'timm',
     'gcresnet33ts': 'timm',
@@ -82,6 +83,9 @@ def peer(request, tmp_path_factory):
         save_model(network, str(path))
     elif LIBRARIES[name] == 'mmdetection':
         torch.save({'meta': {'epoch': 12}, 'state_dict': network.state_dict()}, path)
+    elif LIBRARIES[name] == 'pytorch_resnet_cifar10':
+        state = {f'module.{key}': value for key, value in network.state_dict().items()}
+        torch.save({'state_dict': state, 'best_prec1': 91.7}, path)
     else:
         torch.save(network.state_dict(), path)
     model, variables, report = load_torch(path)
@@ -111,6 +115,8 @@ def activations(network):
     else:
         if 'maxpool' in modules:
             modules['maxpool'].register_forward_pre_hook(keep_input('stem'))
+        elif 'conv1' in modules:
+            modules['layer1'].register_forward_pre_hook(keep_input('stem'))
         stages = [modules[key] for key in modules if key.startswith('layer') and '.' not in key]
     for number, stage in enumerate(stages, start=1):
         stage.register_forward_hook(keep(f'stage{number}'))
