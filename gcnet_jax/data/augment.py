@@ -123,9 +123,12 @@ def _beta_quantile(uniform: Float[Array, ''], alpha: float) -> Float[Array, '']:
 def _below(
     uniform: Float[Array, '*batch'], count: int | Int[Array, '*batch']
 ) -> Int[Array, '*batch']:
-    """Makes an integer from 0 to count - 1 of a number from 0 to 1."""
+    """Makes an integer from 0 to count - 1 of a number that is at least 0 and less than 1.
+
+    The largest of `jax.random.uniform` in float32 is 1 - 2**-23, whose product stays below `count`.
+    """
     count = jnp.asarray(count, jnp.int32)
-    return jnp.minimum((uniform * count.astype(uniform.dtype)).astype(jnp.int32), count - 1)
+    return (uniform * count.astype(uniform.dtype)).astype(jnp.int32)
 
 
 def _cutmix_rectangle(

@@ -177,6 +177,17 @@ def test_erased_rectangles_are_even_in_area_aspect_and_place():
     ]:
         quantiles = np.quantile((values - low) / (high - low), [0.01, 0.25, 0.5, 0.75, 0.99])
         np.testing.assert_allclose(quantiles, [0.01, 0.25, 0.5, 0.75, 0.99], atol=0.04)
+    # Every place that leaves the rectangle inside is equally likely, those at the edges too.
+    for inside, places in [(in_rows, height - rows + 1), (in_columns, width - columns + 1)]:
+        for edge in (0, -1):
+            np.testing.assert_allclose(inside[:, edge].mean(), (1 / places).mean(), rtol=0.3)
+
+
+def test_a_drawn_number_becomes_every_integer_below_the_count():
+    uniform = jnp.asarray([0, 0.2, 0.5, 1 - 2**-23], jnp.float32)
+    assert augment._below(uniform, 5).tolist() == [0, 1, 2, 4]
+    for count in (1, 3, 4096, 5000, 2**20 + 1):
+        assert augment._below(uniform, count)[-1] == count - 1
 
 
 def test_erasing_with_noise_changes_nothing_else():
