@@ -112,6 +112,15 @@ def test_padded_batch_gives_what_each_image_gives_alone(pooling, random_variable
         np.testing.assert_allclose(inside, alone[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('pooling', ['attention', 'average'])
+def test_a_batch_may_be_empty(pooling, random_variables):
+    block = GlobalContext(ratio=1 / 2, pooling=pooling)
+    variables = random_variables(block, random_features((1, 5, 4, 8)))
+    features, mask = np.zeros((0, 5, 4, 8), np.float32), np.zeros((0, 5, 4), bool)
+    assert block.apply(variables, features).shape == features.shape
+    assert block.apply(variables, features, mask).shape == features.shape
+
+
 def test_masked_positions_get_exactly_zero_attention(random_variables):
     features = random_features((1, 6, 4))
     mask = np.array([[True, False, True, True, False, True]])

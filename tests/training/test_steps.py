@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from gcnet_jax.data import augment
 from gcnet_jax.models.registry import create_model
 from gcnet_jax.training.mesh import batch_shardings
 from gcnet_jax.training.optimizers import make_optimizer
@@ -16,6 +17,7 @@ from gcnet_jax.training.steps import (
     make_evaluation_step,
     make_train_step,
     moving_average,
+    prepare,
 )
 
 EVERYTHING = {
@@ -170,15 +172,17 @@ def test_the_gradient_is_that_of_the_mean_loss(place, put, step_options, make_ba
         logits = model.apply({'params': params}, images, train=True)
         labels = jnp.eye(4)[batch['label']] * 0.8 + 0.2 / 4
         logs = logits - jnp.log(jnp.exp(logits).sum(axis=1, keepdims=True))
-        return -(labels * logs).sum() / 16
+        return -(labels * logs).sum() / 16, (logits.argmax(axis=1) == batch['label']).sum()
 
     params = jax.device_get(state.params)
-    loss, gradient = jax.value_and_grad(reference)(params)
+    (loss, correct), gradient = jax.value_and_grad(reference, has_aux=True)(params)
     step = jit_train_step(make_train_step(model, optax.sgd(0.5), options, mesh), mesh, shardings)
     state, metrics = step(state, put(batch, batch_shardings(mesh)))
     close(state.params, jax.tree.map(lambda leaf, g: leaf - 0.5 * g, params, gradient))
     np.testing.assert_allclose(metrics['loss'] / metrics['count'], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(gradient), rtol=1e-5)
+    assert 0 < correct < 16
+    assert metrics['correct'] == correct
     assert state.step == 1
 
 
@@ -280,6 +284,54 @@ def test_evaluation_counts_every_example_once(
             sums[name] += float(value)
     np.testing.assert_allclose(sums['loss'], expected['loss'], rtol=1e-5)
     assert {**sums, 'loss': 0} == {**expected, 'loss': 0}
+
+
+def test_evaluation_counts_a_label_among_the_first_five(place, step_options, make_batch):
+    class TenClasses(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            return nn.Dense(10)(images.mean(axis=(1, 2)))
+
+    _, _, state = place((1, 1, 1), TenClasses(), SGD)
+    options = dataclasses.replace(step_options, num_classes=10)
+    variables = jax.device_get(state.evaluation_variables())
+    batch = make_batch(40) | {
+        'mask': np.ones(40, bool),
+        'label': np.arange(40, dtype=np.int32) % 10,
+    }
+    sums = make_evaluation_step(TenClasses(), options)(variables, batch)
+    images = ((batch['image'] / 255 - options.mean) / options.std).astype(np.float32)
+    logits = np.asarray(TenClasses().apply(variables, images, train=False))
+    better = (logits > logits[np.arange(40), batch['label']][:, None]).sum(axis=1)
+    assert len(set(better)) == 10
+    assert (sums['top1'], sums['top5']) == ((better < 1).sum(), (better < 5).sum())
+
+
+@pytest.mark.parametrize(
+    ('settings', 'mixed', 'erased'),
+    [
+        ({}, False, False),
+        ({'mixup_alpha': 0.5}, True, False),
+        ({'cutmix_alpha': 0.5}, True, False),
+        ({'erasing_probability': 1.0}, False, True),
+        ({'mixup_alpha': 0.5, 'cutmix_alpha': 2.0, 'erasing_probability': 1.0}, True, True),
+    ],
+)
+def test_a_batch_is_normalised_then_erased_then_mixed(
+    settings, mixed, erased, step_options, make_batch
+):
+    options, batch = dataclasses.replace(step_options, **settings), make_batch()
+    key = jax.random.key(3)
+    erase_key, mix_key = jax.random.split(key)
+    expected = augment.normalize(batch['image'], options.mean, options.std)
+    labels = np.eye(4, dtype=np.float32)[batch['label']]
+    if erased:
+        expected = augment.random_erasing(erase_key, expected, 1.0)
+    if mixed:
+        alphas = settings.get('mixup_alpha', 0.0), settings.get('cutmix_alpha', 0.0)
+        expected, labels = augment.mix(mix_key, expected, labels, *alphas)
+    images, targets = prepare(batch['image'], batch['label'], key, options)
+    close((images, targets), (expected, labels))
 
 
 def test_padding_that_is_not_finite_does_not_count(place, put, step_options, make_batch):
