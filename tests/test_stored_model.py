@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gcnet_jax.checksums import checksums
-from gcnet_jax.errors import CheckpointError
+from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.models.registry import Preprocessing
 from gcnet_jax.stored_checks import check_files, check_size
 from gcnet_jax.stored_model import (
@@ -23,6 +23,7 @@ from gcnet_jax.stored_model import (
     first_error_only,
     load_variables,
     read_model_description,
+    step_directories,
     write_ported,
 )
 from gcnet_jax.training.mesh import make_mesh, state_shardings
@@ -76,6 +77,79 @@ def test_the_best_is_that_of_the_highest_accuracy(tmp_path):
         (place / 'metrics').write_text(json.dumps(metrics))
     assert find_checkpoint(tmp_path).name == '4'
     assert find_checkpoint(tmp_path, 'best').name == '2'
+
+
+def with_accuracies(root, accuracies):
+    """Directories of checkpoints, each with the text of its accuracy or without an evaluation."""
+    for step, text in accuracies.items():
+        place = root / 'checkpoints' / str(step) / 'metrics'
+        place.mkdir(parents=True)
+        if text is not None:
+            (place / 'metrics').write_text(f'{{"eval/accuracy": {text}}}')
+    return root
+
+
+@pytest.mark.parametrize(
+    ('accuracies', 'best'),
+    [
+        ({9: '0.5', 10: '0.5', 11: '0.4'}, 10),  # The newest of those alike.
+        ({9: None, 10: None}, 10),
+        ({9: '0', 10: None}, 9),  # Any evaluation comes before none.
+        ({9: '0', 10: 'NaN', 11: 'Infinity', 12: '"1"', 13: 'null', 14: '{'}, 9),
+        ({9: '-0.5', 10: None}, 9),
+    ],
+)
+def test_the_best_is_a_number_and_else_the_newest(tmp_path, accuracies, best):
+    assert find_checkpoint(with_accuracies(tmp_path, accuracies), 'best').name == str(best)
+
+
+def test_checkpoints_are_found_by_their_number(tmp_path):
+    names = ['9', '10', '2', '9' * 18, '1' * 19, '5.orbax-checkpoint-tmp', 'x1', '-3', 'variables_']
+    for name in names:
+        (tmp_path / 'checkpoints' / name).mkdir(parents=True)
+    for place in (tmp_path, str(tmp_path / 'checkpoints')):
+        found = step_directories(place)
+        assert list(found) == [2, 9, 10, 10**18 - 1]
+        assert found[9] == tmp_path / 'checkpoints' / '9'
+    assert step_directories(tmp_path / 'nowhere') == {}
+
+
+@pytest.mark.parametrize(
+    ('field', 'long'),
+    [('source', lambda length: 'x' * length), ('label_names', lambda length: ('a', 'x' * length))],
+)
+def test_texts_have_a_longest_length(field, long):
+    dataclasses.replace(DESCRIPTION, **{field: long(10_000)})
+    with pytest.raises(ConfigError, match=f'{field} of a model description cannot be') as caught:
+        dataclasses.replace(DESCRIPTION, **{field: long(10_001)})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'name': None},
+        {'options': [1]},
+        {'options': {1: 2}},
+        {'preprocessing': {}},
+        {'source': None},
+    ],
+)
+def test_a_description_has_fields_of_the_right_kinds(fields):
+    (field,) = fields
+    with pytest.raises(ConfigError, match=f'^{field} of a model description cannot be'):
+        dataclasses.replace(DESCRIPTION, **fields)
+
+
+def test_what_is_ported_goes_to_a_new_or_empty_directory(tmp_path):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'empty').mkdir()
+    variables = {'params': {'kernel': np.ones(2, np.float32)}}
+    with pytest.raises(CheckpointError, match='file exists and is not empty'):
+        write_ported(tmp_path / 'file', DESCRIPTION, variables)
+    place = write_ported(tmp_path / 'empty', DESCRIPTION, variables)
+    assert place == tmp_path / 'empty' / 'checkpoints' / '0'
+    assert load_variables(place)[1]['batch_stats'] == {}
 
 
 def test_a_newer_format_is_refused(ported):
