@@ -72,6 +72,7 @@ def test_settings_come_in_several_forms():
     entries = [placement, ConfigDict(ENTRY), {'stages': 3, 'position': 'after_add'}]
     kept, config, short = parse_context(entries)
     assert kept is placement
+    assert len({placement, kept}) == 1  # A network that holds it has a hash, as nn.jit needs.
     assert config.stages == (2, 4)
     assert parse_context(ConfigDict(ENTRY))[0].stages == (2, 4)
     assert short.build() == GlobalContext()
