@@ -24,10 +24,15 @@ def test_jpeg_and_webp_are_read_closely(make, scene):
         assert np.abs(decoded.astype(int) - scene).mean() < 2
 
 
-@pytest.mark.parametrize('rows_at_once', [0.5, 1, 7, 40])
-def test_a_large_image_is_copied_in_bands(make, noise, monkeypatch, rows_at_once):
-    monkeypatch.setattr(preprocess, 'BAND_PIXELS', int(rows_at_once * 60))
+@pytest.mark.parametrize(('rows', 'bands'), [(0.5, 40), (1, 40), (7, 6), (39, 2), (40, 0)])
+def test_a_large_image_is_copied_in_bands(make, noise, monkeypatch, rows, bands):
+    boxes, crop = [], Image.Image.crop
+    monkeypatch.setattr(
+        Image.Image, 'crop', lambda image, box: boxes.append(box) or crop(image, box)
+    )
+    monkeypatch.setattr(preprocess, 'BAND_PIXELS', int(rows * 60))
     np.testing.assert_array_equal(preprocess.decode(make.encode(noise)), noise)
+    assert len(boxes) == bands
 
 
 def test_greyscale_becomes_three_equal_channels(make, noise):
