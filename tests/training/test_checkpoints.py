@@ -40,10 +40,10 @@ def make_state(step, shape=(2, 2, 2), use_ema=True):
     return jax.device_put(state, state_shardings(state, mesh, smallest=2))
 
 
-def save(workdir, steps, keep=9, accuracies=None):
+def save(workdir, steps, keep=9, accuracies=()):
     store = CheckpointStore(workdir, DESCRIPTION, keep)
     for step in steps:
-        metrics = {'eval/accuracy': accuracies[step]} if accuracies else {}
+        metrics = {'eval/accuracy': accuracies[step]} if step in accuracies else {}
         store.save(make_state(step), {'step': step, 'window': {'loss': step / 3}}, metrics)
     store.close()
     return workdir / 'checkpoints'
@@ -104,6 +104,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert sorted(path.name for path in root.iterdir()) == ['2', '5', '6']
     assert find_checkpoint(tmp_path, 'best') == root / '2'
     assert find_checkpoint(tmp_path) == root / '6'
+
+
+def test_the_best_is_one_that_was_evaluated(tmp_path):
+    root = save(tmp_path, [1, 2, 3], 1, {1: 0.0})
+    assert sorted(path.name for path in root.iterdir()) == ['1', '3']
 
 
 def damage_truncated(checkpoint):
@@ -212,6 +217,17 @@ def test_a_step_can_be_damaged_more_than_once(tmp_path):
         'checkpoints',
         'damaged-checkpoint-5',
     ]
+
+
+def test_one_process_sets_aside_for_all(tmp_path, monkeypatch):
+    root = save(tmp_path, [3])
+    store = CheckpointStore(tmp_path, DESCRIPTION, 9)
+    for process, left in ((1, ['3']), (0, [])):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, 'process_index', lambda process=process: process)
+            store._set_aside([3])
+        assert [path.name for path in root.iterdir()] == left
+    store.close()
 
 
 def test_nothing_is_removed_when_every_checkpoint_is_damaged(tmp_path):
