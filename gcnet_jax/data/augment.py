@@ -196,13 +196,14 @@ def random_erasing(
     aspects = jnp.exp(low + (high - low) * drawn[:, ERASING_TRIES:-3])
     heights = jnp.round(jnp.sqrt(areas * aspects)).astype(jnp.int32)
     widths = jnp.round(jnp.sqrt(areas / aspects)).astype(jnp.int32)
-    # The first rectangle that fits; none fits hardly ever, and then nothing is erased.
+    # The first rectangle that fits; none fits hardly ever, and then nothing is erased wherever the
+    # first one would lie.
     fits = (heights < height) & (widths < width)
     first = jnp.argmax(fits, axis=1)[:, None]
     box_height = jnp.take_along_axis(heights, first, axis=1)[:, 0]
     box_width = jnp.take_along_axis(widths, first, axis=1)[:, 0]
-    top = _below(drawn[:, -3], jnp.maximum(height - box_height + 1, 1))
-    left = _below(drawn[:, -2], jnp.maximum(width - box_width + 1, 1))
+    top = _below(drawn[:, -3], height - box_height + 1)
+    left = _below(drawn[:, -2], width - box_width + 1)
     inside = _rectangle(height, width, top, top + box_height, left, left + box_width)
     chosen = (drawn[:, -1] < probability) & fits.any(axis=1)
     erased = (inside & chosen[:, None, None])[..., None]

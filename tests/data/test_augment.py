@@ -183,6 +183,12 @@ def test_erased_rectangles_are_even_in_area_aspect_and_place():
             np.testing.assert_allclose(inside[:, edge].mean(), (1 / places).mean(), rtol=0.3)
 
 
+def test_nothing_is_erased_where_no_rectangle_fits():
+    images = jnp.ones((50, 6, 9, 1))
+    same = augment.random_erasing(keys(1)[0], images, 1.0, area=(2.0, 3.0), noise=False)
+    np.testing.assert_array_equal(same, images)
+
+
 def test_a_drawn_number_becomes_every_integer_below_the_count():
     uniform = jnp.asarray([0, 0.2, 0.5, 1 - 2**-23], jnp.float32)
     assert augment._below(uniform, 5).tolist() == [0, 1, 2, 4]
