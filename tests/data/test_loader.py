@@ -306,6 +306,8 @@ def test_evaluation_masks_damaged_images_and_counts_them(make):
     batches, skipped = evaluate(source, global_batch_size=4, skip_damaged=True)
     masks = np.concatenate([batch['mask'] for batch in batches])
     assert masks.tolist() == [True, True, False, True, True, True, False, False]
+    for key in ('image', 'label'):  # Damaged images are like those that fill up the last batch.
+        assert not np.concatenate([batch[key] for batch in batches])[~masks].any()
     assert skipped == 2
     with pytest.raises(DataError, match=r'record 2 .*file-2.png'):
         evaluate(source, global_batch_size=4)
