@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from gcnet_jax import stored_model
 from gcnet_jax.checksums import checksums
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.models.registry import Preprocessing
@@ -114,6 +116,14 @@ def test_checkpoints_are_found_by_their_number(tmp_path):
     assert step_directories(tmp_path / 'nowhere') == {}
 
 
+def test_in_a_bucket_only_what_is_written_completely_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_model, 'is_bucket', lambda place: True)
+    for step in (3, 5):
+        (tmp_path / 'checkpoints' / str(step)).mkdir(parents=True)
+    (tmp_path / 'checkpoints' / '3' / 'commit_success.txt').touch()
+    assert list(step_directories(tmp_path)) == [3]
+
+
 @pytest.mark.parametrize(
     ('field', 'long'),
     [('source', lambda length: 'x' * length), ('label_names', lambda length: ('a', 'x' * length))],
@@ -136,9 +146,11 @@ def test_texts_have_a_longest_length(field, long):
     ],
 )
 def test_a_description_has_fields_of_the_right_kinds(fields):
-    (field,) = fields
-    with pytest.raises(ConfigError, match=f'^{field} of a model description cannot be'):
-        dataclasses.replace(DESCRIPTION, **fields)
+    ((field, value),) = fields.items()
+    expected = re.escape(f'{field} of a model description cannot be {value!r}')
+    for also_wrong in ({}, {'source': 3} if field != 'source' else {}):
+        with pytest.raises(ConfigError, match=f'^{expected}$'):
+            dataclasses.replace(DESCRIPTION, **fields | also_wrong)
 
 
 def test_what_is_ported_goes_to_a_new_or_empty_directory(tmp_path):
@@ -379,6 +391,17 @@ def test_reads_that_were_left_behind_end_in_silence(monkeypatch):
         loop.close()
     gc.collect()
     assert told == []
+
+
+def test_a_read_that_ends_after_the_loop_is_dropped():
+    with first_error_only():
+        loop = asyncio.new_event_loop()
+    called = []
+    loop.call_soon_threadsafe(called.append, 1)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    loop.call_soon_threadsafe(called.append, 2)
+    assert called == [1]
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 4, 1)])
