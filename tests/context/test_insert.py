@@ -185,6 +185,24 @@ def test_methods_by_name_and_function(method, random_variables):
         inserted.apply(variables, IMAGES, method=lambda model, x: model.layers[0](x))
 
 
+def test_a_method_of_any_name_is_forwarded():
+    class Named(nn.Module):
+        def setup(self):
+            self.conv = nn.Conv(3, (1, 1))
+
+        def __call__(self, x):
+            return self.conv(x)
+
+        add = predict = zoom = __call__
+
+    inserted = insert(Named(), 'conv', Double())
+    variables = inserted.init(KEY, IMAGES)
+    expected = 2 * Named().apply(variables, IMAGES)
+    for name in ('add', 'predict', 'zoom'):
+        np.testing.assert_array_equal(getattr(inserted.bind(variables), name)(IMAGES), expected)
+        np.testing.assert_array_equal(inserted.apply(variables, IMAGES, method=name), expected)
+
+
 def test_gradients_reach_model_and_block(random_variables):
     inserted = insert(ResNet(depth=1), 'block0/bn2', CONTEXT)
     variables = random_variables(inserted, IMAGES, train=False)
