@@ -333,6 +333,31 @@ def test_a_model_within_a_model():
     assert places(variables, 'outer') == ['backbone/Conv_0']
 
 
+def test_modules_that_a_model_only_borrows_have_no_block():
+    class Side(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(3, (1, 1), name='conv')(x)
+
+    class Borrower(nn.Module):
+        before: nn.Module
+        after: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            return self.after(nn.Conv(3, (1, 1), name='conv')(self.before(x)))
+
+    class Parent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            model = Borrower(Side(name='a_side'), Side(name='z_side'), name='model')
+            return insert(model, 'conv', Shift())(x)
+
+    variables = shapes(Parent(), IMAGES)
+    assert variables['params'].keys() == {'a_side', 'model', 'z_side'}
+    assert places(variables) == ['model/conv']
+
+
 def test_remat_gives_the_same_variables_and_outputs(random_variables):
     plain = insert(ResNet(depth=1), 'block*', CONTEXT)
     lifted = insert(ResNet(nn.remat(Bottleneck), depth=1), 'block*', CONTEXT)
