@@ -444,7 +444,9 @@ def test_traces_kept_by_flax_jit_are_not_confused():
         np.testing.assert_array_equal(inserted.apply(variables, IMAGES), 2 * plain)
     np.testing.assert_array_equal(Compiled().apply(variables, IMAGES), plain)
     for _ in range(2):
-        assert places(insert(Compiled(), '*/conv', Shift()).init(KEY, IMAGES)) == ['inner/conv']
+        name = ''.join(['con', 'text'])  # Equal to the one before, but not the same object.
+        inserted = insert(Compiled(), '*/conv', Shift(), name=name)
+        assert places(inserted.init(KEY, IMAGES)) == ['inner/conv']
 
 
 def test_super_call_has_one_block():
@@ -532,6 +534,13 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_names(name):
     with pytest.raises(ConfigError, match='name must be a word'):
         insert(CNN(), '*', CONTEXT, name=name)
+
+
+def test_a_name_is_given_by_keyword():
+    with pytest.raises(TypeError, match='positional'):
+        insert(CNN(), '*', CONTEXT, 'context')
+    inserted = insert(model=CNN(), pattern='*', block=CONTEXT)
+    assert inserted == insert(CNN(), '*', CONTEXT)
 
 
 def test_an_unbound_call_is_an_error():
