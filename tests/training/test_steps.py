@@ -364,6 +364,7 @@ def test_frozen_modules_stay_bit_for_bit_and_the_rest_is_trained(
         state, metrics = step(state, put(make_batch(seed=seed), batch_shardings(mesh)))
     after = jax.device_get(state)
     assert metrics['finite']
+    assert after.step == 2
     for name in ('params', 'batch_stats'):
         for old, new in (
             (getattr(before, name), getattr(after, name)),
