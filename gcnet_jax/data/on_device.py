@@ -123,9 +123,12 @@ def _beta_quantile(uniform: Float[Array, ''], alpha: float) -> Float[Array, '']:
 def _below(
     uniform: Float[Array, '*batch'], count: int | Int[Array, '*batch']
 ) -> Int[Array, '*batch']:
-    """Makes an integer from 0 to count - 1 of a number from 0 to 1."""
+    """Makes an integer from 0 to count - 1 of a number that is at least 0 and less than 1.
+
+    The largest of `jax.random.uniform` in float32 is 1 - 2**-23, whose product stays below `count`.
+    """
     count = jnp.asarray(count, jnp.int32)
-    return jnp.minimum((uniform * count.astype(uniform.dtype)).astype(jnp.int32), count - 1)
+    return (uniform * count.astype(uniform.dtype)).astype(jnp.int32)
 
 
 def _cutmix_rectangle(
@@ -193,13 +196,14 @@ def random_erasing(
     aspects = jnp.exp(low + (high - low) * drawn[:, ERASING_TRIES:-3])
     heights = jnp.round(jnp.sqrt(areas * aspects)).astype(jnp.int32)
     widths = jnp.round(jnp.sqrt(areas / aspects)).astype(jnp.int32)
-    # The first rectangle that fits; none fits hardly ever, and then nothing is erased.
+    # The first rectangle that fits; none fits hardly ever, and then nothing is erased wherever the
+    # first one would lie.
     fits = (heights < height) & (widths < width)
     first = jnp.argmax(fits, axis=1)[:, None]
     box_height = jnp.take_along_axis(heights, first, axis=1)[:, 0]
     box_width = jnp.take_along_axis(widths, first, axis=1)[:, 0]
-    top = _below(drawn[:, -3], jnp.maximum(height - box_height + 1, 1))
-    left = _below(drawn[:, -2], jnp.maximum(width - box_width + 1, 1))
+    top = _below(drawn[:, -3], height - box_height + 1)
+    left = _below(drawn[:, -2], width - box_width + 1)
     inside = _rectangle(height, width, top, top + box_height, left, left + box_width)
     chosen = (drawn[:, -1] < probability) & fits.any(axis=1)
     erased = (inside & chosen[:, None, None])[..., None]

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gcnet_jax.errors import CheckpointError, UserError
+from gcnet_jax.errors import CheckpointError
 from gcnet_jax.files import as_place, explain_bucket, is_bucket, read_json
-from gcnet_jax.tasks import find_task
+from gcnet_jax.tasks import TASKS
 
 CHECKPOINTS = 'checkpoints'
 METRICS = 'metrics'
@@ -60,12 +60,12 @@ def _score(checkpoint: Path) -> float:
     """Returns the value of the metric that is best where it is highest; -1 where there is none."""
     try:
         metrics = read_item(checkpoint, METRICS)
-        task = find_task(read_item(checkpoint, 'description').get('task', 'classification'))
-    except UserError:
+    except CheckpointError:
         return -1.0
-    score = metrics.get(f'eval/{task.best}')
-    is_number = isinstance(score, (int, float)) and math.isfinite(score)
-    return float(score) if is_number else -1.0
+    # Only one task's metrics are there.
+    scores = [metrics.get(f'eval/{task.best}') for task in TASKS.values()]
+    numbers = [s for s in scores if isinstance(s, (int, float)) and math.isfinite(s)]
+    return float(numbers[0]) if numbers else -1.0
 
 
 def read_item(checkpoint: Path, name: str) -> dict[str, Any]:

@@ -296,8 +296,11 @@ def steps(group: Mapping[str, Any], name: str, steps_per_epoch: float) -> float:
 
 
 def is_due(step: int, interval: float) -> bool:
-    """Whether `step` is the one nearest to a multiple of `interval`, which is in steps, above 0."""
-    return round(max(1, round(step / interval)) * interval) == step or interval <= 1
+    """Whether `step` is the one nearest to a multiple of `interval`, which is in steps, above 0.
+
+    Where the interval is a step or less, every step is.
+    """
+    return round(max(1, round(step / interval)) * interval) == step
 
 
 def changed_keys(config: Mapping, other: Mapping) -> list[str]:

@@ -71,6 +71,28 @@ def test_norm_epsilon_reaches_the_norm(random_variables):
     )
 
 
+def test_defaults_are_the_papers(random_variables):
+    """A sixteenth of the channels, an epsilon of 1e-5, and an update of zero at the start."""
+    features = jax.ShapeDtypeStruct((1, 2, 2, 272), jnp.float32)  # 272 / 16 is 17 without rounding.
+    shapes = jax.eval_shape(GlobalContext().init, jax.random.key(0), features)
+    assert shapes['params']['add']['reduce']['kernel'].shape == (272, 17)
+
+    transform, context = ContextTransform(8, 4), random_features((2, 8))
+    update, _ = transform.init_with_output(jax.random.key(0), context)
+    np.testing.assert_array_equal(update, 0)
+    params = random_variables(transform, context)['params']
+    params['reduce'] = jax.tree.map(lambda leaf: leaf * 1e-3, params['reduce'])
+    update = transform.apply({'params': params}, context)
+    np.testing.assert_allclose(update, numpy_transform(params, context, 1e-5), rtol=1e-4, atol=1e-6)
+
+
+def test_an_update_is_fused_by_its_name_only():
+    """Scale and add have the same shape: by place, one could be taken for the other."""
+    features, update = random_features((1, 3, 8)), random_features((1, 8))
+    with pytest.raises(TypeError, match='positional'):
+        ContextFusion().apply({}, features, update)
+
+
 @pytest.mark.parametrize('pooling', ['attention', 'average'])
 def test_padded_batch_gives_what_each_image_gives_alone(pooling, random_variables):
     block = GlobalContext(ratio=1 / 2, pooling=pooling, fusion='scale_add')
@@ -88,6 +110,15 @@ def test_padded_batch_gives_what_each_image_gives_alone(pooling, random_variable
         alone = block.apply(variables, image)
         inside = together[index, : image.shape[1], : image.shape[2]]
         np.testing.assert_allclose(inside, alone[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('pooling', ['attention', 'average'])
+def test_a_batch_may_be_empty(pooling, random_variables):
+    block = GlobalContext(ratio=1 / 2, pooling=pooling)
+    variables = random_variables(block, random_features((1, 5, 4, 8)))
+    features, mask = np.zeros((0, 5, 4, 8), np.float32), np.zeros((0, 5, 4), bool)
+    assert block.apply(variables, features).shape == features.shape
+    assert block.apply(variables, features, mask).shape == features.shape
 
 
 def test_masked_positions_get_exactly_zero_attention(random_variables):

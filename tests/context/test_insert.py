@@ -185,6 +185,24 @@ def test_methods_by_name_and_function(method, random_variables):
         inserted.apply(variables, IMAGES, method=lambda model, x: model.layers[0](x))
 
 
+def test_a_method_of_any_name_is_forwarded():
+    class Named(nn.Module):
+        def setup(self):
+            self.conv = nn.Conv(3, (1, 1))
+
+        def __call__(self, x):
+            return self.conv(x)
+
+        add = predict = zoom = __call__
+
+    inserted = insert(Named(), 'conv', Double())
+    variables = inserted.init(KEY, IMAGES)
+    expected = 2 * Named().apply(variables, IMAGES)
+    for name in ('add', 'predict', 'zoom'):
+        np.testing.assert_array_equal(getattr(inserted.bind(variables), name)(IMAGES), expected)
+        np.testing.assert_array_equal(inserted.apply(variables, IMAGES, method=name), expected)
+
+
 def test_gradients_reach_model_and_block(random_variables):
     inserted = insert(ResNet(depth=1), 'block0/bn2', CONTEXT)
     variables = random_variables(inserted, IMAGES, train=False)
@@ -315,6 +333,31 @@ def test_a_model_within_a_model():
     assert places(variables, 'outer') == ['backbone/Conv_0']
 
 
+def test_modules_that_a_model_only_borrows_have_no_block():
+    class Side(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(3, (1, 1), name='conv')(x)
+
+    class Borrower(nn.Module):
+        before: nn.Module
+        after: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            return self.after(nn.Conv(3, (1, 1), name='conv')(self.before(x)))
+
+    class Parent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            model = Borrower(Side(name='a_side'), Side(name='z_side'), name='model')
+            return insert(model, 'conv', Shift())(x)
+
+    variables = shapes(Parent(), IMAGES)
+    assert variables['params'].keys() == {'a_side', 'model', 'z_side'}
+    assert places(variables) == ['model/conv']
+
+
 def test_remat_gives_the_same_variables_and_outputs(random_variables):
     plain = insert(ResNet(depth=1), 'block*', CONTEXT)
     lifted = insert(ResNet(nn.remat(Bottleneck), depth=1), 'block*', CONTEXT)
@@ -401,7 +444,9 @@ def test_traces_kept_by_flax_jit_are_not_confused():
         np.testing.assert_array_equal(inserted.apply(variables, IMAGES), 2 * plain)
     np.testing.assert_array_equal(Compiled().apply(variables, IMAGES), plain)
     for _ in range(2):
-        assert places(insert(Compiled(), '*/conv', Shift()).init(KEY, IMAGES)) == ['inner/conv']
+        name = ''.join(['con', 'text'])  # Equal to the one before, but not the same object.
+        inserted = insert(Compiled(), '*/conv', Shift(), name=name)
+        assert places(inserted.init(KEY, IMAGES)) == ['inner/conv']
 
 
 def test_super_call_has_one_block():
@@ -489,6 +534,13 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_names(name):
     with pytest.raises(ConfigError, match='name must be a word'):
         insert(CNN(), '*', CONTEXT, name=name)
+
+
+def test_a_name_is_given_by_keyword():
+    with pytest.raises(TypeError, match='positional'):
+        insert(CNN(), '*', CONTEXT, 'context')
+    inserted = insert(model=CNN(), pattern='*', block=CONTEXT)
+    assert inserted == insert(CNN(), '*', CONTEXT)
 
 
 def test_an_unbound_call_is_an_error():

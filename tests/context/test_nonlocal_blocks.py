@@ -119,6 +119,16 @@ def test_without_zero_init_it_is_not_the_identity(block):
     assert np.abs(output - features).max() > 1e-3
 
 
+def test_projections_start_as_mmcvs():
+    """Normal with a deviation of 0.01, so that the attention starts nearly even."""
+    block = NonLocal(mode='concatenation')
+    features = jnp.ones((1, 2, 64))
+    params = jax.jit(block.init)(jax.random.key(0, impl='rbg'), features)['params']
+    for name in ('query', 'key', 'value'):
+        np.testing.assert_allclose(np.std(params[name]['kernel']), 0.01, rtol=0.1)
+        np.testing.assert_allclose(np.mean(params[name]['kernel']), 0, atol=1e-3)
+
+
 @each_block
 def test_padded_images_give_what_each_gives_alone(block, random_variables):
     features, _ = make_input((4, 5))

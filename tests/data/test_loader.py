@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcnet_jax.data import preprocess
+from gcnet_jax.data import loader, preprocess
 from gcnet_jax.data.color import ColorOptions
 from gcnet_jax.data.loader import evaluation_batches, train_batches
 from gcnet_jax.errors import ConfigError, DataError
@@ -153,6 +153,44 @@ def test_images_are_what_preprocess_makes(make, noise):
     assert batch['label'].tolist() == [2]
 
 
+def test_defaults_are_imagenets(pictures, noise):
+    options = {'global_batch_size': 7, 'image_size': 12, 'seed': 0}
+    spelled_out = {
+        'augmentation': 'resized_crop',
+        'flip': True,
+        'interpolation': 'bilinear',
+        'crop_scale': (0.08, 1.0),
+        'start_step': 0,
+    }
+    expected = take(train_batches(pictures, **options, **spelled_out), 2)
+    assert_equal(take(train_batches(pictures, **options), 2), expected)
+    for other in ({'flip': False}, {'interpolation': 'nearest'}, {'crop_scale': (0.5, 1.0)}):
+        (batch,) = take(train_batches(pictures, **options, **other), 1)
+        assert (batch['image'] != expected[0]['image']).any()
+    (batch,), _ = evaluate(pictures, global_batch_size=7, image_size=12)
+    middle = preprocess.resize_and_crop(noise, 12, 0.875, 'bicubic')
+    np.testing.assert_array_equal(batch['image'][0], middle)
+
+
+@pytest.mark.parametrize(
+    ('processors', 'workers', 'threads'), [(3, 0, 3), (64, 0, 16), (None, 0, 1), (64, 2, 1)]
+)
+def test_as_many_threads_as_processors_but_one_in_a_worker(
+    make, monkeypatch, processors, workers, threads
+):
+    class Started(Exception):
+        pass
+
+    def options(**given):
+        assert given == {'num_threads': threads, 'prefetch_buffer_size': threads}
+        raise Started
+
+    monkeypatch.setattr(loader.os, 'cpu_count', lambda: processors)
+    monkeypatch.setattr(loader.grain, 'ReadOptions', options)
+    with pytest.raises(Started):
+        evaluate(make.numbered_source(4), global_batch_size=4, num_workers=workers)
+
+
 def test_flip_can_be_switched_off(make):
     source = make.numbered_source(1)
     half = np.zeros((8, 8, 3), np.uint8)
@@ -268,6 +306,8 @@ def test_evaluation_masks_damaged_images_and_counts_them(make):
     batches, skipped = evaluate(source, global_batch_size=4, skip_damaged=True)
     masks = np.concatenate([batch['mask'] for batch in batches])
     assert masks.tolist() == [True, True, False, True, True, True, False, False]
+    for key in ('image', 'label'):  # Damaged images are like those that fill up the last batch.
+        assert not np.concatenate([batch[key] for batch in batches])[~masks].any()
     assert skipped == 2
     with pytest.raises(DataError, match=r'record 2 .*file-2.png'):
         evaluate(source, global_batch_size=4)
@@ -303,10 +343,12 @@ def test_an_absent_label_is_never_skipped(make):
         ({'global_batch_size': 0}, 'global_batch_size is 0'),
         ({'image_size': 0}, 'image_size 0'),
         ({'process_index': 2, 'process_count': 2}, 'process_index is 2'),
+        ({'process_index': -1, 'process_count': 2}, 'process_index is -1; it is 0 to .* = 1'),
         ({'augmentation': 'resized-crop'}, "'resized-crop'.*'resized_crop'"),
         ({'interpolation': 'cubic'}, "'cubic'.*'bicubic'"),
         ({'crop_scale': (0.5, 0.1)}, 'crop_scale'),
         ({'crop_scale': (0.0, 1.0)}, 'crop_scale'),
+        ({'crop_scale': (0.5, 1.1)}, 'crop_scale'),
         ({'seed': -1}, 'seed is -1'),
         ({'seed': 2**32}, 'seed is 4294967296'),
         ({'start_step': -1}, 'start_step is -1'),

@@ -84,8 +84,8 @@ def test_cutmix_replaces_one_rectangle_and_labels_follow_its_pixels(batch):
 
 def test_cutmix_rectangles_follow_the_distribution():
     """Beta(1, 1) is even, so before clipping the replaced share is too."""
-    size = 64
-    images = jnp.stack([jnp.zeros((size, size, 1)), jnp.ones((size, size, 1))])
+    height, width = 48, 80
+    images = jnp.stack([jnp.zeros((height, width, 1)), jnp.ones((height, width, 1))])
 
     @jax.jit
     @jax.vmap
@@ -94,20 +94,15 @@ def test_cutmix_rectangles_follow_the_distribution():
 
     replaced = np.asarray(draw(keys(3000)))
     rng = np.random.default_rng(0)
-    expected = []
-    for _ in range(3000):  # timm's rand_bbox
-        side = int(size * np.sqrt(1 - rng.beta(1, 1)))
-        y, x = rng.integers(0, size, 2)
-        y1, y2 = np.clip([y - side // 2, y + side // 2], 0, size)
-        x1, x2 = np.clip([x - side // 2, x + side // 2], 0, size)
-        expected.append((y2 - y1) * (x2 - x1) / size**2)
-    shares = replaced.mean(axis=(1, 2))
-    assert abs(shares.mean() - np.mean(expected)) < 0.02
-    np.testing.assert_allclose(
-        np.quantile(shares, [0.25, 0.5, 0.75]), np.quantile(expected, [0.25, 0.5, 0.75]), atol=0.03
-    )
-    where = replaced.mean(axis=0)
-    np.testing.assert_allclose(where, where[::-1, ::-1], atol=0.06)
+    expected = np.zeros((3000, height, width))
+    for box in expected:  # timm's rand_bbox
+        side = np.sqrt(1 - rng.beta(1, 1))
+        rows, columns = int(height * side) // 2, int(width * side) // 2
+        y, x = rng.integers(0, height), rng.integers(0, width)
+        box[max(y - rows, 0) : y + rows, max(x - columns, 0) : x + columns] = 1
+    quartiles = (np.quantile(x.mean(axis=(1, 2)), [0.25, 0.5, 0.75]) for x in (replaced, expected))
+    np.testing.assert_allclose(*quartiles, atol=0.03)
+    np.testing.assert_allclose(replaced.mean(axis=0), expected.mean(axis=0), atol=0.06)
 
 
 def test_nothing_happens_at_zero(batch):
@@ -161,6 +156,44 @@ def test_erasing_clears_one_rectangle_of_some_images():
     assert edges[-1].sum() > 0
     assert edges[:, 0].sum() > 0
     assert edges[:, -1].sum() > 0
+
+
+def test_erased_rectangles_are_even_in_area_aspect_and_place():
+    height, width = 60, 90
+    images = jnp.ones((4000, height, width, 1))
+    erase = jax.jit(
+        lambda key: on_device.random_erasing(
+            key, images, 1.0, area=(0.05, 0.15), aspect=(0.5, 2.0), noise=False
+        )
+    )
+    erased = np.asarray(erase(keys(1)[0]))[..., 0] == 0
+    in_rows, in_columns = erased.any(axis=2), erased.any(axis=1)
+    rows, columns = in_rows.sum(axis=1), in_columns.sum(axis=1)
+    for values, low, high in [
+        (rows * columns / (height * width), 0.05, 0.15),
+        (np.log(rows / columns), np.log(0.5), np.log(2.0)),
+        (in_rows.argmax(axis=1) / (height - rows), 0, 1),
+        (in_columns.argmax(axis=1) / (width - columns), 0, 1),
+    ]:
+        quantiles = np.quantile((values - low) / (high - low), [0.01, 0.25, 0.5, 0.75, 0.99])
+        np.testing.assert_allclose(quantiles, [0.01, 0.25, 0.5, 0.75, 0.99], atol=0.04)
+    # Every place that leaves the rectangle inside is equally likely, those at the edges too.
+    for inside, places in [(in_rows, height - rows + 1), (in_columns, width - columns + 1)]:
+        for edge in (0, -1):
+            np.testing.assert_allclose(inside[:, edge].mean(), (1 / places).mean(), rtol=0.3)
+
+
+def test_nothing_is_erased_where_no_rectangle_fits():
+    images = jnp.ones((50, 6, 9, 1))
+    same = on_device.random_erasing(keys(1)[0], images, 1.0, area=(2.0, 3.0), noise=False)
+    np.testing.assert_array_equal(same, images)
+
+
+def test_a_drawn_number_becomes_every_integer_below_the_count():
+    uniform = jnp.asarray([0, 0.2, 0.5, 1 - 2**-23], jnp.float32)
+    assert on_device._below(uniform, 5).tolist() == [0, 1, 2, 4]
+    for count in (1, 3, 4096, 5000, 2**20 + 1):
+        assert on_device._below(uniform, count)[-1] == count - 1
 
 
 def test_erasing_with_noise_changes_nothing_else():

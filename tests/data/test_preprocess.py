@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcnet_jax.data import preprocess
+from gcnet_jax.data import image_limits, preprocess
 from gcnet_jax.errors import ConfigError, DataError
 
 
@@ -22,6 +22,17 @@ def test_jpeg_and_webp_are_read_closely(make, scene):
     for image_format in ('JPEG', 'WEBP'):
         decoded = preprocess.decode(make.encode(scene, image_format, quality=95))
         assert np.abs(decoded.astype(int) - scene).mean() < 2
+
+
+@pytest.mark.parametrize(('rows', 'bands'), [(0.5, 40), (1, 40), (7, 6), (39, 2), (40, 0)])
+def test_a_large_image_is_copied_in_bands(make, noise, monkeypatch, rows, bands):
+    boxes, crop = [], Image.Image.crop
+    monkeypatch.setattr(
+        Image.Image, 'crop', lambda image, box: boxes.append(box) or crop(image, box)
+    )
+    monkeypatch.setattr(preprocess, 'BAND_PIXELS', int(rows * 60))
+    np.testing.assert_array_equal(preprocess.decode(make.encode(noise)), noise)
+    assert len(boxes) == bands
 
 
 def test_greyscale_becomes_three_equal_channels(make, noise):
@@ -103,6 +114,23 @@ def test_damaged_data_is_one_clear_error(make, noise):
             preprocess.verify(data)
 
 
+@pytest.mark.parametrize(
+    ('error', 'message'),
+    [
+        (OSError('broken data stream\nat byte 7'), 'damaged PNG image: broken data stream'),
+        (IndexError(), 'damaged PNG image: IndexError'),
+    ],
+)
+def test_damage_is_described_in_pillows_words(make, noise, monkeypatch, error, message):
+    def load(image):
+        raise error
+
+    monkeypatch.setattr(Image.OPEN['PNG'][0], 'load', load)
+    with pytest.raises(DataError) as caught:
+        preprocess.decode(make.encode(noise))
+    assert str(caught.value) == message
+
+
 def test_formats_that_start_programs_are_not_opened():
     with pytest.raises(DataError, match='known format'):
         preprocess.decode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n')
@@ -152,15 +180,26 @@ def reference_crop(height, width, rng, scale, ratio):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@pytest.mark.parametrize(('height', 'width'), [(375, 500), (500, 333), (32, 32), (1, 1), (7, 900)])
-def test_crops_are_torchvisions(height, width):
+@pytest.mark.parametrize(
+    ('height', 'width', 'scale'),
+    [
+        (375, 500, (0.08, 1)),
+        (500, 333, (0.08, 1)),
+        (32, 32, (0.08, 1)),
+        (1, 1, (0.08, 1)),
+        (9, 9, (0.01, 0.04)),  # Crops of one pixel's width or height.
+        (7, 900, (0.08, 1)),  # No room for any crop; likewise in the next three.
+        (900, 7, (0.08, 1)),
+        (40, 50, (2, 2)),
+        (50, 41, (2, 2)),
+    ],
+)
+def test_crops_are_torchvisions(height, width, scale):
     for seed in range(40):
         left, top, right, bottom = preprocess.sample_crop(
-            height, width, np.random.default_rng(seed)
+            height, width, np.random.default_rng(seed), scale
         )
-        expected = reference_crop(
-            height, width, np.random.default_rng(seed), (0.08, 1), (3 / 4, 4 / 3)
-        )
+        expected = reference_crop(height, width, np.random.default_rng(seed), scale, (3 / 4, 4 / 3))
         assert (top, left, bottom - top, right - left) == expected
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
@@ -227,6 +266,20 @@ def test_draft_shows_the_same_part_and_decodes_less(make, scene, monkeypatch):
     assert max(sizes) == (400, 300)
 
 
+def test_another_filter_than_bilinear_is_pillows_on_a_full_image(make, scene):
+    """OpenCV's fast way resizes by bilinear interpolation only."""
+    data = make.encode(scene, 'JPEG', quality=95)
+    for seed in range(5):
+        options = {'scale': (0.1, 0.2), 'interpolation': 'bicubic'}
+        fast, exact = (
+            preprocess.decode_resized_crop(
+                data, 192, np.random.default_rng(seed), **options, fast=is_fast
+            )
+            for is_fast in (True, False)
+        )
+        np.testing.assert_array_equal(fast, exact)
+
+
 def test_draft_never_decodes_below_the_size_wanted(make, scene, monkeypatch):
     sizes = []
     to_rgb = preprocess.to_rgb
@@ -283,9 +336,37 @@ def test_resizing_is_antialiased():
     assert np.abs(result[2:-2, 2:-2].astype(int) - 127).max() <= 1
 
 
+def test_memory_for_both_passes_of_resizing_is_held(make, noise, monkeypatch):
+    held = []
+    hold = preprocess.DECODING_MEMORY.hold
+    monkeypatch.setattr(
+        preprocess.DECODING_MEMORY, 'hold', lambda size: held.append(size) or hold(size)
+    )
+    preprocess.decode(make.encode(noise))
+    preprocess.decode_and_crop(make.encode(noise), 20, 1.0)
+    # 40 x 60 becomes 40 x 30, then 20 x 30, at 4 bytes a pixel.
+    assert held[1] - held[0] == 4 * 30 * (40 + 20)
+    monkeypatch.setattr(image_limits, 'MAX_DECODING_BYTES', held[1])
+    preprocess.decode_and_crop(make.encode(noise), 20, 1.0)
+    monkeypatch.setattr(image_limits, 'MAX_DECODING_BYTES', held[1] - 1)
+    with pytest.raises(DataError, match='60x40 pixels is too elongated'):
+        preprocess.decode_and_crop(make.encode(noise), 20, 1.0)
+
+
 def test_an_image_of_the_right_size_is_not_touched(noise):
     square = noise[:40, :40]
     np.testing.assert_array_equal(preprocess.resize_and_crop(square, 40, 1.0), square)
+
+
+@pytest.mark.parametrize(('height', 'width'), [(1, 6), (6, 1), (4, 9)])
+def test_pad_crop_keeps_any_shape(height, width):
+    image = np.full((height, width, 3), 255, np.uint8)
+    rng = np.random.default_rng(0)
+    results = [preprocess.random_pad_crop(image, 1, rng) for _ in range(60)]
+    assert {result.shape for result in results} == {image.shape}
+    assert {int((result[..., 0] != 0).sum()) for result in results} == {
+        rows * columns for rows in (height - 1, height) for columns in (width - 1, width)
+    }
 
 
 def test_pad_crop_shifts_evenly_and_fills_with_black():

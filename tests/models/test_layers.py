@@ -305,6 +305,15 @@ def test_features_of_little_variance_are_normalized_by_their_own(group_size):
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize('groups', [1, 2])
+def test_kernels_start_as_torchvisions(groups):
+    """Kaiming's normal distribution by fan-out: a variance of 2 / (height * width * features)."""
+    conv = Conv(64, 3, groups=groups)
+    kernel = conv.init(jax.random.key(0), jnp.zeros((1, 4, 4, 32)))['params']['kernel']
+    np.testing.assert_allclose(np.std(kernel), np.sqrt(2 / (9 * 64)), rtol=0.03)
+    np.testing.assert_allclose(np.mean(kernel), 0, atol=3e-3)
+
+
 def test_a_scale_of_a_convolution_multiplies_its_output_bias_included():
     features, scale = values(2, 5, 5, 3), values(4, seed=1)
     conv = Conv(4, 3, use_bias=True)

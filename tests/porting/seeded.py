@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from gcnet_jax.porting.tensors import LazyTensor, LazyTensors
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -39,6 +41,13 @@ def seeded_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         gain = 0.2 if shape[0] == 1 else 2.0
         values = draw.standard_normal(shape) * np.sqrt(gain / fan_in)
     return values.astype(np.float32)
+
+
+def in_memory(tensors: Mapping[str, np.ndarray]) -> LazyTensors:
+    """Tensors as a file that was opened gives them."""
+    return LazyTensors(
+        {k: LazyTensor(v.shape, str(v.dtype), lambda v=v: v) for k, v in tensors.items()}
+    )
 
 
 def seeded_images(height: int, width: int, *, batch: int = 1, channels: int = 3) -> np.ndarray:

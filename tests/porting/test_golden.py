@@ -15,9 +15,8 @@ from jax import numpy as jnp
 from gcnet_jax.models import create_model
 from gcnet_jax.porting import to_torch
 from gcnet_jax.porting.convert import from_torch
-from gcnet_jax.porting.files import LazyTensor, LazyTensors
 from gcnet_jax.porting.recognise import recognise_block, recognise_family, recognise_model
-from tests.porting.seeded import seeded_images, seeded_tensors
+from tests.porting.seeded import in_memory, seeded_images, seeded_tensors
 
 GOLDEN = Path(__file__).parent / 'golden'
 LIBRARIES = {
@@ -45,12 +44,6 @@ PARAMETERS = {
     'resnet50': 25_557_032,
     'resnext50_32x4d': 25_028_904,
 }
-
-
-def in_memory(tensors):
-    return LazyTensors(
-        {k: LazyTensor(v.shape, str(v.dtype), lambda v=v: v) for k, v in tensors.items()}
-    )
 
 
 def read_golden(name):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 
@@ -13,13 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-from gcnet_jax.errors import CheckpointError
+from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.models.registry import Preprocessing
 from gcnet_jax.stored import (
     ModelDescription,
     find_checkpoint,
     load_variables,
+    places,
     read_model_description,
+    step_directories,
     write_ported,
 )
 from gcnet_jax.stored.checks import check_files, check_size
@@ -76,6 +79,89 @@ def test_the_best_is_that_of_the_highest_accuracy(tmp_path):
         (place / 'metrics').write_text(json.dumps(metrics))
     assert find_checkpoint(tmp_path).name == '4'
     assert find_checkpoint(tmp_path, 'best').name == '2'
+
+
+def with_accuracies(root, accuracies):
+    """Directories of checkpoints, each with the text of its accuracy or without an evaluation."""
+    for step, text in accuracies.items():
+        place = root / 'checkpoints' / str(step) / 'metrics'
+        place.mkdir(parents=True)
+        if text is not None:
+            (place / 'metrics').write_text(f'{{"eval/accuracy": {text}}}')
+    return root
+
+
+@pytest.mark.parametrize(
+    ('accuracies', 'best'),
+    [
+        ({9: '0.5', 10: '0.5', 11: '0.4'}, 10),  # The newest of those alike.
+        ({9: None, 10: None}, 10),
+        ({9: '0', 10: None}, 9),  # Any evaluation comes before none.
+        ({9: '0', 10: 'NaN', 11: 'Infinity', 12: '"1"', 13: 'null', 14: '{'}, 9),
+        ({9: '-0.5', 10: None}, 9),
+    ],
+)
+def test_the_best_is_a_number_and_else_the_newest(tmp_path, accuracies, best):
+    assert find_checkpoint(with_accuracies(tmp_path, accuracies), 'best').name == str(best)
+
+
+def test_checkpoints_are_found_by_their_number(tmp_path):
+    names = ['9', '10', '2', '9' * 18, '1' * 19, '5.orbax-checkpoint-tmp', 'x1', '-3', 'variables_']
+    for name in names:
+        (tmp_path / 'checkpoints' / name).mkdir(parents=True)
+    for place in (tmp_path, str(tmp_path / 'checkpoints')):
+        found = step_directories(place)
+        assert list(found) == [2, 9, 10, 10**18 - 1]
+        assert found[9] == tmp_path / 'checkpoints' / '9'
+    assert step_directories(tmp_path / 'nowhere') == {}
+
+
+def test_in_a_bucket_only_what_is_written_completely_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, 'is_bucket', lambda place: True)
+    for step in (3, 5):
+        (tmp_path / 'checkpoints' / str(step)).mkdir(parents=True)
+    (tmp_path / 'checkpoints' / '3' / 'commit_success.txt').touch()
+    assert list(step_directories(tmp_path)) == [3]
+
+
+@pytest.mark.parametrize(
+    ('field', 'long'),
+    [('source', lambda length: 'x' * length), ('label_names', lambda length: ('a', 'x' * length))],
+)
+def test_texts_have_a_longest_length(field, long):
+    dataclasses.replace(DESCRIPTION, **{field: long(10_000)})
+    with pytest.raises(ConfigError, match=f'{field} of a model description cannot be') as caught:
+        dataclasses.replace(DESCRIPTION, **{field: long(10_001)})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'name': None},
+        {'options': [1]},
+        {'options': {1: 2}},
+        {'preprocessing': {}},
+        {'source': None},
+    ],
+)
+def test_a_description_has_fields_of_the_right_kinds(fields):
+    ((field, value),) = fields.items()
+    expected = re.escape(f'{field} of a model description cannot be {value!r}')
+    for also_wrong in ({}, {'source': 3} if field != 'source' else {}):
+        with pytest.raises(ConfigError, match=f'^{expected}$'):
+            dataclasses.replace(DESCRIPTION, **fields | also_wrong)
+
+
+def test_what_is_ported_goes_to_a_new_or_empty_directory(tmp_path):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'empty').mkdir()
+    variables = {'params': {'kernel': np.ones(2, np.float32)}}
+    with pytest.raises(CheckpointError, match='file exists and is not empty'):
+        write_ported(tmp_path / 'file', DESCRIPTION, variables)
+    place = write_ported(tmp_path / 'empty', DESCRIPTION, variables)
+    assert place == tmp_path / 'empty' / 'checkpoints' / '0'
+    assert load_variables(place)[1]['batch_stats'] == {}
 
 
 def test_a_newer_format_is_refused(ported):
@@ -305,6 +391,17 @@ def test_reads_that_were_left_behind_end_in_silence(monkeypatch):
         loop.close()
     gc.collect()
     assert told == []
+
+
+def test_a_read_that_ends_after_the_loop_is_dropped():
+    with first_error_only():
+        loop = asyncio.new_event_loop()
+    called = []
+    loop.call_soon_threadsafe(called.append, 1)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    loop.call_soon_threadsafe(called.append, 2)
+    assert called == [1]
 
 
 @pytest.mark.parametrize('shape', [(8, 1, 1), (1, 8, 1), (2, 4, 1)])

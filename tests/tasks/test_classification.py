@@ -1,8 +1,12 @@
 """Classification's evaluation and class weights against their definitions."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
+from gcnet_jax.data import on_device
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.tasks import Classification, find_task
 
@@ -58,3 +62,35 @@ def test_an_unknown_task_names_the_nearest():
         find_task('clasification')
     with pytest.raises(ConfigError, match='unknown task'):
         find_task(['classification'])
+
+
+@pytest.mark.parametrize(
+    ('settings', 'mixed', 'erased'),
+    [
+        ({}, False, False),
+        ({'mixup_alpha': 0.5}, True, False),
+        ({'cutmix_alpha': 0.5}, True, False),
+        ({'erasing_probability': 1.0}, False, True),
+        ({'mixup_alpha': 0.5, 'cutmix_alpha': 2.0, 'erasing_probability': 1.0}, True, True),
+    ],
+)
+def test_a_batch_is_normalised_then_erased_then_mixed(settings, mixed, erased):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (8, 6, 6, 3), dtype=np.uint8)
+    labels = rng.integers(0, 6, 8).astype(np.int32)
+    task, key = dataclasses.replace(TASK, **settings), jax.random.key(3)
+    erase_key, mix_key = jax.random.split(key)
+    expected = plain = on_device.normalize(images, task.mean, task.std)
+    targets = np.eye(6, dtype=np.float32)[labels]
+    if erased:
+        expected = on_device.random_erasing(erase_key, expected, 1.0)
+    if mixed:
+        alphas = settings.get('mixup_alpha', 0.0), settings.get('cutmix_alpha', 0.0)
+        expected, targets = on_device.mix(mix_key, expected, targets, *alphas)
+    batch = task.prepare({'image': images, 'label': labels}, key)
+    np.testing.assert_allclose(batch['image'], expected, atol=1e-6)
+    np.testing.assert_allclose(batch['label'], targets, atol=1e-6)
+    # Evaluation has no key, and nothing random.
+    np.testing.assert_array_equal(
+        task.prepare({'image': images, 'label': labels}, None)['image'], plain
+    )

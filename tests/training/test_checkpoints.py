@@ -12,7 +12,7 @@ import pytest
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.stored import ModelDescription, find_checkpoint
 from gcnet_jax.stored.checksums import json_checksum
-from gcnet_jax.training.checkpoints import CheckpointStore
+from gcnet_jax.training.checkpoints import CheckpointStore, no_space_left
 from gcnet_jax.training.mesh import make_mesh, state_shardings
 from gcnet_jax.training.state import TrainState
 
@@ -40,10 +40,10 @@ def make_state(step, shape=(2, 2, 2), use_ema=True):
     return jax.device_put(state, state_shardings(state, mesh, smallest=2))
 
 
-def save(workdir, steps, keep=9, accuracies=None):
+def save(workdir, steps, keep=9, accuracies=()):
     store = CheckpointStore(workdir, DESCRIPTION, 'accuracy', keep)
     for step in steps:
-        metrics = {'eval/accuracy': accuracies[step]} if accuracies else {}
+        metrics = {'eval/accuracy': accuracies[step]} if step in accuracies else {}
         store.save(make_state(step), {'step': step, 'window': {'loss': step / 3}}, metrics)
     store.close()
     return workdir / 'checkpoints'
@@ -79,6 +79,22 @@ def test_state_and_position_come_back_on_any_mesh(tmp_path, shape):
     assert not lines
 
 
+def test_a_state_without_a_moving_average_comes_back(tmp_path):
+    store = CheckpointStore(tmp_path, DESCRIPTION, 'accuracy', 9)
+    assert store.last_good() == 'there is no checkpoint yet'
+    assert store.newest is None
+    position = {'step': 3, 'examples': 0, 'window': {}, 'best': {'step': 0, 'accuracy': 0.5}}
+    store.save(make_state(3, use_ema=False), position, {})
+    store.wait()
+    assert store.newest == 3
+    assert store.last_good() == f'the last good checkpoint is {tmp_path / "checkpoints" / "3"}'
+    state, stored = store.restore(target(use_ema=False))
+    store.close()
+    same(state, make_state(3, use_ema=False))
+    assert state.ema is None
+    assert stored == position
+
+
 def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path):
     assert restore(tmp_path) == (None, [])
 
@@ -88,6 +104,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert sorted(path.name for path in root.iterdir()) == ['2', '5', '6']
     assert find_checkpoint(tmp_path, 'best') == root / '2'
     assert find_checkpoint(tmp_path) == root / '6'
+
+
+def test_the_best_is_one_that_was_evaluated(tmp_path):
+    root = save(tmp_path, [1, 2, 3], 1, {1: 0.0})
+    assert sorted(path.name for path in root.iterdir()) == ['1', '3']
 
 
 def damage_truncated(checkpoint):
@@ -178,8 +199,35 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tmp_path, damag
     assert position['step'] == 3
     assert len(lines) == 1
     assert str(root / '5') in lines[0]
+    assert [path.name for path in root.iterdir()] == ['3']
+    assert (tmp_path / 'damaged-checkpoint-5').is_dir()
     save(tmp_path, [5])  # The step is free again.
     same(restore(tmp_path)[0][0], make_state(5))
+
+
+def test_a_step_can_be_damaged_more_than_once(tmp_path):
+    root = save(tmp_path, [3])
+    for _ in range(2):
+        save(tmp_path, [5])
+        damage_position(root / '5')
+        (state, _), (line,) = restore(tmp_path)
+        assert state.step == 3
+        assert len(line) < 400
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        'checkpoints',
+        'damaged-checkpoint-5',
+    ]
+
+
+def test_one_process_sets_aside_for_all(tmp_path, monkeypatch):
+    root = save(tmp_path, [3])
+    store = CheckpointStore(tmp_path, DESCRIPTION, 'accuracy', 9)
+    for process, left in ((1, ['3']), (0, [])):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, 'process_index', lambda process=process: process)
+            store._set_aside([3])
+        assert [path.name for path in root.iterdir()] == left
+    store.close()
 
 
 def test_nothing_is_removed_when_every_checkpoint_is_damaged(tmp_path):
@@ -222,6 +270,29 @@ def test_a_full_disk_while_saving_is_one_line_and_loses_nothing(tmp_path, monkey
         store.save(make_state(5), {'step': 5}, {})
     store.close()
     same(restore(tmp_path)[0][0], make_state(3))
+
+
+def caused_by(error, cause=None, context=None):
+    error.__cause__, error.__context__ = cause, context
+    return error
+
+
+@pytest.mark.parametrize(
+    ('error', 'expected'),
+    [
+        (OSError(errno.ENOSPC, 'full'), True),
+        (OSError(errno.EDQUOT, 'full'), True),
+        (OSError(errno.EACCES, 'denied'), False),
+        (RuntimeError('write: No space left on device (os error 28)'), True),
+        (RuntimeError('write: Disk quota exceeded'), True),
+        (caused_by(ValueError('x'), cause=OSError(errno.ENOSPC, 'full')), True),
+        (caused_by(ValueError('x'), context=OSError(errno.ENOSPC, 'full')), True),
+        (caused_by(ValueError('x'), cause=KeyError('y')), False),
+        (None, False),
+    ],
+)
+def test_a_full_disk_is_known_by_number_text_and_cause(error, expected):
+    assert no_space_left(error) is expected
 
 
 def test_orbax_does_not_log_what_is_explained(tmp_path, caplog):

@@ -17,6 +17,54 @@ def test_the_defaults_are_allowed():
     check_config(default_config())
 
 
+def test_the_defaults_are_those_that_stored_runs_were_started_with():
+    """A stored run that lacks a setting is continued with its default: no default may change."""
+    defaults = plain(default_config())
+    assert {key: value for key, value in leaves(defaults) if value is not None} == {
+        'model.name': 'gccnn',
+        'model.dtype': 'float32',
+        'model.norm.kind': 'batch',
+        'data.name': 'digits',
+        'data.train_split': 'train',
+        'data.augmentation': 'resized_crop',
+        'data.flip': True,
+        'task.mixup_alpha': 0.0,
+        'task.cutmix_alpha': 0.0,
+        'task.erasing_probability': 0.0,
+        'task.name': 'classification',
+        'data.randaugment_ops': 0,
+        'data.color_jitter': 0.0,
+        'data.hue_jitter': 0.0,
+        'data.skip_damaged': False,
+        'data.num_workers': 0,
+        'optimizer.name': 'sgd',
+        'optimizer.weight_decay': 1e-4,
+        'schedule.peak_learning_rate': 0.1,
+        'schedule.warmup_epochs': 0.0,
+        'schedule.end_factor': 0.0,
+        'training.total_epochs': 10.0,
+        'training.batch_size': 128,
+        'training.accumulation_steps': 1,
+        'task.label_smoothing': 0.0,
+        'training.ema_decay': 0.0,
+        'training.seed': 0,
+        'training.evaluation_epochs': 1.0,
+        'training.checkpoint_epochs': 1.0,
+        'training.keep_checkpoints': 2,
+        'training.log_steps': 50,
+        'training.max_bad_steps': 1,
+        'training.extend': False,
+        'mesh.data': -1,
+        'mesh.fsdp': 1,
+        'mesh.spatial': 1,
+        'runtime.progress': 'auto',
+        'runtime.tensorboard': True,
+        'runtime.prefetch_batches': 2,
+        'runtime.distributed': False,
+        'runtime.heartbeat_timeout_seconds': 100,
+    }
+
+
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
@@ -80,10 +128,12 @@ def test_a_value_out_of_range_is_refused(key, value, message):
 
 
 def test_unknown_settings_are_refused_with_the_nearest_name():
-    config = default_config().unlock()
-    config.training.total_epoch = 3
-    with pytest.raises(ConfigError, match=r"did you mean 'config.training.total_epochs'"):
-        check_config(config)
+    for group in sorted(set(default_config()) - {'model'}):
+        config = default_config().unlock()
+        known = sorted(config[group])[0]
+        config[group][known + 'x'] = 3
+        with pytest.raises(ConfigError, match=rf"did you mean 'config.{group}.{known}'"):
+            check_config(config)
     config = default_config().unlock()
     config.optimiser = {'name': 'sgd'}
     with pytest.raises(ConfigError, match=r"unknown setting 'config.optimiser'; did you mean"):
@@ -116,9 +166,12 @@ def test_a_process_is_one_of_those_there_are():
     config.runtime.num_processes = 4
     config.runtime.process_id = 3
     check_config(config)
-    config.runtime.process_id = 4
-    with pytest.raises(ConfigError, match=r'process_id is 4; .*num_processes=4 it is 0 to 3'):
-        check_config(config)
+    for index in (4, 5):
+        config.runtime.process_id = index
+        with pytest.raises(
+            ConfigError, match=rf'process_id is {index}; .*num_processes=4 it is 0 to 3'
+        ):
+            check_config(config)
 
 
 def test_durations_are_converted_in_one_place():
@@ -127,7 +180,7 @@ def test_durations_are_converted_in_one_place():
     assert steps(group | {'total_steps': 7}, 'total', 10.0) == 7
 
 
-@pytest.mark.parametrize('interval', [1, 0.4, 3, 22.46875, 7.5])
+@pytest.mark.parametrize('interval', [1, 0.4, 0.99, 1.5, 3, 22.46875, 7.5])
 def test_an_interval_that_is_no_whole_number_is_met_on_average(interval):
     due = [step for step in range(1, 1000) if is_due(step, interval)]
     if interval <= 1:
@@ -179,3 +232,11 @@ def test_a_task_has_its_own_settings():
     config.task.name = 'detection'
     with pytest.raises(ConfigError, match="unknown task 'detection'"):
         check_config(config)
+
+
+def test_a_setting_that_a_stored_run_lacks_had_its_default():
+    stored, now = plain(default_config()), plain(default_config())
+    del stored['task']['label_smoothing']
+    assert changed_keys(stored, now) == []
+    now['task']['label_smoothing'] = 0.1
+    assert changed_keys(stored, now) == ['task.label_smoothing']

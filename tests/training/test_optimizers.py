@@ -82,6 +82,23 @@ def test_adamw_is_the_textbook():
         np.testing.assert_allclose(actual, value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ('name', 'reference'),
+    [
+        ('sgd', optax.sgd(0.1, momentum=0.9, nesterov=True)),
+        ('adamw', optax.adamw(0.1, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)),
+        ('lamb', optax.lamb(0.1, b1=0.9, b2=0.999, eps=1e-6)),
+        (
+            'lars',
+            optax.lars(0.1, momentum=0.9, trust_coefficient=1e-3, trust_ratio_mask=decay_mask),
+        ),
+    ],
+)
+def test_defaults_are_those_of_the_papers_and_optax(name, reference):
+    results = run(make_optimizer(name, 0.1)), run(reference)
+    jax.tree.map(lambda *leaves: np.testing.assert_allclose(*leaves, rtol=1e-6), *results)
+
+
 def test_lars_scales_by_the_ratio_of_norms_for_kernels_only():
     options = {'weight_decay': 0.01, 'momentum': 0.0, 'trust_coefficient': 0.02}
     result = run(make_optimizer('lars', 0.1, **options), GRADIENTS[:1])

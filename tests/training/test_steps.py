@@ -175,15 +175,17 @@ def test_the_gradient_is_that_of_the_mean_loss(place, put, job, make_batch):
         logits = model.apply({'params': params}, images, train=True)
         labels = jnp.eye(4)[batch['label']] * 0.8 + 0.2 / 4
         logs = logits - jnp.log(jnp.exp(logits).sum(axis=1, keepdims=True))
-        return -(labels * logs).sum() / 16
+        return -(labels * logs).sum() / 16, (logits.argmax(axis=1) == batch['label']).sum()
 
     params = jax.device_get(state.params)
-    loss, gradient = jax.value_and_grad(reference)(params)
+    (loss, correct), gradient = jax.value_and_grad(reference, has_aux=True)(params)
     step = compiled(model, job, mesh, shardings, optax.sgd(0.5))
     state, metrics = step(state, put(batch, job.places(mesh)))
     close(state.params, jax.tree.map(lambda leaf, g: leaf - 0.5 * g, params, gradient))
     np.testing.assert_allclose(metrics['loss'] / metrics['count'], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(gradient), rtol=1e-5)
+    assert 0 < correct < 16
+    assert metrics['correct'] == correct
     assert state.step == 1
 
 
@@ -319,6 +321,7 @@ def test_frozen_modules_stay_bit_for_bit_and_the_rest_is_trained(
         state, metrics = step(state, put(make_batch(seed=seed), job.places(mesh)))
     after = jax.device_get(state)
     assert metrics['finite']
+    assert after.step == 2
     for name in ('params', 'batch_stats'):
         for old, new in (
             (getattr(before, name), getattr(after, name)),
