@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from gcnet_jax.data import on_device
+from gcnet_jax.models.reorder import reorder
 from gcnet_jax.training.freezing import (
     evaluate_frozen,
     frozen_paths,
@@ -119,6 +120,7 @@ def make_apply(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
 
     Modules whose parameters are all frozen run as in evaluation.
     """
+    model = reorder(model)
 
     def apply(params, batch_stats, images, key):
         with contextlib.ExitStack() as stack:

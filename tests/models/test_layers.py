@@ -12,7 +12,6 @@ from gcnet_jax.models import create_model
 from gcnet_jax.models.efficientnet import EfficientStage
 from gcnet_jax.models.layers import (
     BatchNorm,
-    Conv,
     GroupNorm,
     StochasticDepth,
     check_images,
@@ -303,16 +302,6 @@ def test_features_of_little_variance_are_normalized_by_their_own(group_size):
     actual, _ = model.apply(held, features, train=True, mutable=['batch_stats'])
     expected = normalized(features, (0, 1, 2), held)
     np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_a_scale_of_a_convolution_multiplies_its_output_bias_included():
-    features, scale = values(2, 5, 5, 3), values(4, seed=1)
-    conv = Conv(4, 3, use_bias=True)
-    held = {'params': {'kernel': values(3, 3, 3, 4, seed=2), 'bias': values(4, seed=3)}}
-    plain = np.asarray(conv.apply(held, features))
-    np.testing.assert_allclose(
-        conv.apply(held, features, scale=jnp.asarray(scale)), plain * scale, rtol=1e-4, atol=1e-4
-    )
 
 
 def test_the_mean_over_all_positions_keeps_batch_and_channel():
