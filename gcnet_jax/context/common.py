@@ -1,4 +1,4 @@
-"""What every context block checks and computes alike: its input, its mask and its hidden width."""
+"""What every context block checks and computes alike: inputs, masks, widths and sums."""
 
 import math
 from typing import Any
@@ -106,3 +106,33 @@ def masked_softmax(
     unnormalised = jnp.where(mask, jnp.exp(logits - highest), 0.0)
     total = unnormalised.sum(axis=-1, keepdims=True)
     return unnormalised / jnp.where(total == 0, 1.0, total)
+
+
+def weighted_sum(
+    positions: Float[Array, 'batch position channel'], weights: Float[Array, 'batch position']
+) -> Float[Array, 'batch channel']:
+    """Sums the positions by weight, accumulating in float32; the result has the positions' type."""
+    total = jnp.einsum(
+        'bp,bpc->bc', weights.astype(positions.dtype), positions, preferred_element_type=jnp.float32
+    )
+    return total.astype(positions.dtype)
+
+
+def average_pool(
+    features: Float[Array, 'batch *spatial channel'],
+    mask: Bool[Array, 'batch *spatial'] | None = None,
+) -> Float[Array, 'batch channel']:
+    """The mean over all valid positions, in float32; the result has the features' type."""
+    positions, valid = flatten_positions(features, mask)
+    if valid is None:
+        return positions.mean(axis=1, dtype=jnp.float32).astype(features.dtype)
+    count = jnp.maximum(valid.sum(axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+    return weighted_sum(positions, valid.astype(jnp.float32) / count)
+
+
+def over_positions(
+    values: Float[Array, 'batch channel'], rank: int
+) -> Float[Array, 'batch *spatial channel']:
+    """Adds one dimension of size 1 for each spatial dimension, to broadcast over the positions."""
+    batch, channels = values.shape
+    return values.reshape(batch, *(1,) * (rank - 2), channels)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
-from gcnet_jax.context.common import check_features, hidden_size
-from gcnet_jax.context.global_context import ContextFusion, average_pool
+from gcnet_jax.context.common import average_pool, check_features, hidden_size
+from gcnet_jax.context.global_context import ContextFusion
 
 
 class SqueezeExcite(nn.Module):

@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +25,7 @@ from gcnet_jax.data.on_device import normalize
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError
 from gcnet_jax.files import as_path, write_whole
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
-from gcnet_jax.models.convolution import plain_operations
+from gcnet_jax.ops.primitives import standard_primitives
 from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -174,15 +172,10 @@ def _any_batch(description: ModelDescription) -> jax.ShapeDtypeStruct:
 
 def _to_onnx(classify: Callable[[Images], Probabilities], description: ModelDescription) -> bytes:
     jax2onnx = _import('jax2onnx')
-
-    def convertible(images: Images) -> Probabilities:
-        with _explicit_padding(), plain_operations():
-            return classify(images)
-
     with _quiet('jax2onnx', 'onnx_ir'):
         try:
             model = jax2onnx.to_onnx(
-                convertible,
+                standard_primitives(classify),
                 inputs=[_any_batch(description)],
                 model_name=description.name,
                 opset=OPSET,
@@ -199,26 +192,6 @@ def _to_onnx(classify: Callable[[Images], Probabilities], description: ModelDesc
     # The shapes it notes of intermediate values are partly wrong; onnxruntime warns of each.
     del model.graph.value_info[:]
     return model.SerializeToString()
-
-
-@contextmanager
-def _explicit_padding() -> Iterator[None]:
-    """Pads before max pooling: jax2onnx's own max pooling takes 'SAME' or 'VALID' and no numbers.
-
-    (It would take numbers for 'VALID', without a word.)
-    """
-    pool = nn.max_pool
-
-    def max_pool(
-        inputs: Array, window_shape: Any, strides: Any = None, padding: Any = 'VALID'
-    ) -> Array:
-        if not isinstance(padding, str):
-            widths = ((0, 0), *padding, (0, 0))
-            inputs, padding = jnp.pad(inputs, widths, constant_values=-jnp.inf), 'VALID'
-        return pool(inputs, window_shape=window_shape, strides=strides, padding=padding)
-
-    with mock.patch.object(nn, 'max_pool', max_pool):
-        yield
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice, float32_or_wider
 from gcnet_jax.errors import ConfigError, unknown_name
-from gcnet_jax.models.convolution import convolve
-from gcnet_jax.models.convolution import max_pool as max_pool
+from gcnet_jax.ops.convolution import convolve
+from gcnet_jax.ops.pooling import max_pool as max_pool
 
 # The initialisation of torchvision's and the official GCNet's networks.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -46,12 +46,8 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        features: Float[Array, 'batch height width channel'],
-        *,
-        scale: Float[Array, ' features'] | None = None,
+        self, features: Float[Array, 'batch height width channel']
     ) -> Float[Array, 'batch out_height out_width features']:
-        """Returns the convolution, times `scale` where that is given: it goes into the kernel."""
         size = self.kernel_size
         kernel = self.param(
             'kernel',
@@ -62,10 +58,6 @@ class Conv(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros, (self.features,), self.param_dtype)
-        if scale is not None:
-            scale = scale.astype(kernel.dtype)
-            kernel = kernel * scale[None, None, None, :]
-            bias = None if bias is None else bias * scale
         features, kernel, bias = nn.dtypes.promote_dtype(features, kernel, bias, dtype=self.dtype)
         output = convolve(features, kernel, self.stride, self.groups, self.dilation)
         return output if bias is None else output + bias
@@ -118,11 +110,6 @@ class BatchNorm(nn.BatchNorm):
         shift = shift - mean * scale
         scale, shift = (x.reshape((1,) * (features.ndim - 1) + (-1,)) for x in (scale, shift))
         return (features.astype(scale.dtype) * scale + shift).astype(dtype)
-
-    @property
-    def is_affine(self) -> bool:
-        """Whether one mean, scale and shift serve the whole batch."""
-        return self.group_size is None
 
     @nn.nowrap
     def _affine(

@@ -8,16 +8,13 @@ the residual sum, in every block of stages 2 to 4 (c3 to c5).
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from gcnet_jax.context.common import check_choice
-from gcnet_jax.context.global_context import Expanded, GlobalContext
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.backbone import Backbone, Features, Map, stage_strides
-from gcnet_jax.models.convolution import wants_plain_operations
 from gcnet_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -115,67 +112,25 @@ class BottleneckBlock(nn.Module):
         conv3 = Conv(out_channels, 1, dtype=self.dtype, name='conv3')
         norm3 = _last_norm(self, 'norm3')
         context = placed_modules(self.context, 'after_conv3', self.dtype)
-        if train and self._can_pool_first(norm3, context):
-            branch = _add_pooled_first(branch, shortcut, conv3, norm3, context[0])
-        else:
-            branch = norm3(conv3(branch), train=train)
-            for module in context:
-                branch = module(branch)
-            branch = StochasticDepth(self.stochastic_depth_rate)(branch, train=train) + shortcut
+        branch = self._expand_and_add(branch, shortcut, conv3, norm3, context, train=train)
         return place(nn.relu(branch), 'after_add')
 
-    def _can_pool_first(self, norm3: nn.Module, context: list[nn.Module]) -> bool:
-        """Whether the context may be computed before conv3, and nobody looks at what is between."""
-        return (
-            len(context) == 1
-            and isinstance(context[0], GlobalContext)
-            and context[0].can_pool_first
-            and self.stochastic_depth_rate == 0
-            and _may_reorder(self, norm3)
-        )
-
-
-def _may_reorder(module: nn.Module, norm: nn.Module) -> bool:
-    """Whether `norm` is one affine map a channel, and nobody looks at what is beside it.
-
-    `nn.intercept_methods` cannot be seen from here: see `plain_operations`.
-    """
-    return (
-        isinstance(norm, BatchNorm)
-        and norm.is_affine
-        and not module.is_initializing()
-        # Not folded into the convolution.
-        and norm.has_variable('params', 'scale')
-        and norm.has_variable('batch_stats', 'mean')
-        and not module.is_mutable_collection('intermediates')
-        and 'inserted' not in module.scope.flags
-        and not wants_plain_operations()
-    )
-
-
-def _add_pooled_first(
-    inner: Float[Array, 'batch height width inner_channel'],
-    shortcut: Float[Array, 'batch height width channel'],
-    conv3: Conv,
-    norm3: BatchNorm,
-    context: GlobalContext,
-) -> Float[Array, 'batch height width channel']:
-    """Returns `z + update(z) + shortcut` with `z = norm3(conv3(inner))`, in less memory traffic.
-
-    The context comes from `inner`, a quarter as wide as `z`, and `z` itself is never stored: what
-    norm, context and sum do to an element is one affine map for each image and channel. On a TPU,
-    whose memory bounds the step, this takes nearly all of the block's cost away.
-    """
-    branch = conv3(inner)
-    mean, scale, shift = norm3(branch, train=True, normalize=False)
-    kernel = nn.meta.unbox(conv3.get_variable('params', 'kernel'))[0, 0]
-    update = context(Expanded(inner, kernel, branch, mean, scale, shift)).astype(shift.dtype)
-    # For each image and channel both, for the gradients' sake: the sums behind those of scale and
-    # shift then have one shape, and one pass makes them both. The barrier keeps it so.
-    scale, shift, mean = (jnp.broadcast_to(x[None], update.shape) for x in (scale, shift, mean))
-    scale, shift = jax.lax.optimization_barrier((scale, shift + update - mean * scale))
-    branch = branch.astype(scale.dtype) * scale[:, None, None] + shift[:, None, None]
-    return (branch + shortcut.astype(branch.dtype)).astype(shortcut.dtype)
+    @nn.nowrap
+    def _expand_and_add(
+        self,
+        branch: Float[Array, 'batch height width inner_channel'],
+        shortcut: Float[Array, 'batch height width channel'],
+        conv3: nn.Module,
+        norm3: nn.Module,
+        context: Sequence[nn.Module],
+        *,
+        train: bool,
+    ) -> Float[Array, 'batch height width channel']:
+        """The last convolution, its norm and its context blocks, and the residual sum."""
+        branch = norm3(conv3(branch), train=train)
+        for module in context:
+            branch = module(branch)
+        return StochasticDepth(self.stochastic_depth_rate)(branch, train=train) + shortcut
 
 
 def _shortcut(block: BasicBlock | BottleneckBlock, features, out_channels: int, train: bool):
@@ -310,8 +265,6 @@ class ResNet(Backbone):
     def _stem(self, images: Features, *, train: bool) -> tuple[Map | None, Map]:
         if self.stem == 'none':
             return None, images
-        if self.stem == 'imagenet' and train and _may_reorder(self, self.stem_norm):
-            return self._stem_pooled_first(images)
         values = images
         layers = (
             zip(self.stem_conv, self.stem_norm, strict=True)
@@ -321,30 +274,3 @@ class ResNet(Backbone):
         for conv, norm in layers:
             values = nn.relu(norm(conv(values), train=train))
         return values, values if self.stem == 'small' else max_pool(values)
-
-    def _stem_pooled_first(
-        self, images: Float[Array, 'batch height width channel']
-    ) -> tuple[Float[Array, 'batch _ _ stem_width'], Float[Array, 'batch _ _ stem_width']]:
-        """Returns the stem's map in training, and its maximum pooled before norm and ReLU.
-
-        Neither of them changes the order of values where the norm's scale is positive, so the
-        largest one of a window is the same before and behind them. They are left with a quarter of
-        the positions, and the gradients need one map of this size, the network's largest, and not
-        two. A channel whose scale is negative is turned round, by way of its kernel.
-        """
-        gamma = nn.meta.unbox(self.stem_norm.get_variable('params', 'scale'))
-        sign = jnp.where(gamma < 0, -1, 1).astype(gamma.dtype)
-        turned = self.stem_conv(images, scale=sign)
-        mean, scale, shift = self.stem_norm(
-            turned * sign.astype(turned.dtype)[None, None, None], train=True, normalize=False
-        )
-        shift = (shift - mean * scale)[None, None, None]
-        scale = (scale * sign)[None, None, None]
-
-        dtype = self.stem_norm.dtype or scale.dtype
-
-        def finish(values):
-            return nn.relu((values.astype(scale.dtype) * scale + shift).astype(dtype))
-
-        # What is not used, most often the map, is not computed under jit.
-        return finish(turned), finish(max_pool(turned))

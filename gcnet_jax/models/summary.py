@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 
-from gcnet_jax.models.convolution import plain_operations
 from gcnet_jax.models.placement import BLOCKS
+from gcnet_jax.ops.convolution import convolution
+from gcnet_jax.ops.primitives import inner_jaxprs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +87,7 @@ def _cost(model: nn.Module, variables: Any, *inputs: Any, **options: Any) -> Cos
     def apply(variables, *values):
         return model.apply(variables, *values, **options)
 
-    with plain_operations():  # Else every platform's form of a convolution would count.
-        closed = jax.make_jaxpr(apply)(variables, *inputs)
+    closed = jax.make_jaxpr(apply)(variables, *inputs)
     return Cost(count_parameters(variables['params']), _multiply_adds(closed.jaxpr))
 
 
@@ -104,18 +104,13 @@ def _multiply_adds(jaxpr: Any) -> int:
             out_axis = equation.params['dimension_numbers'].rhs_spec[0]
             output = equation.outvars[0].aval.shape
             total += math.prod(output) * math.prod(kernel) // kernel[out_axis]
+        elif equation.primitive is convolution:
+            kernel, output = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            total += math.prod(output) * math.prod(kernel[:3])
         else:
             repeats = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
-            total += repeats * sum(map(_multiply_adds, _inner_jaxprs(equation.params)))
+            total += repeats * sum(map(_multiply_adds, inner_jaxprs(equation.params)))
     return total
-
-
-def _inner_jaxprs(parameters: dict[str, Any]) -> Iterator[Any]:
-    """The bodies of a call, a scan or a branch."""
-    for value in parameters.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(item, 'eqns'):
-                yield getattr(item, 'jaxpr', item)
 
 
 def format_summary(name: str, input_shape: tuple[int, ...], summary: Summary) -> str:

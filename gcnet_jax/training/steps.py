@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from gcnet_jax.models.reorder import reorder
 from gcnet_jax.tasks import Task
 from gcnet_jax.training.freezing import (
     evaluate_frozen,
@@ -79,6 +80,7 @@ def make_apply(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
 
     Modules whose parameters are all frozen run as in evaluation.
     """
+    model = reorder(model)
 
     def apply(params, batch_stats, images, key):
         with contextlib.ExitStack() as stack:

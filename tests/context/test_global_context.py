@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from gcnet_jax.context import AttentionPool, ContextFusion, ContextTransform, GlobalContext
-from gcnet_jax.context.global_context import Expanded
-from gcnet_jax.errors import ConfigError
 
 SHAPES = {'sequence': (2, 11, 8), 'image': (2, 5, 4, 8), 'video': (2, 3, 4, 2, 8)}
 
@@ -282,90 +280,3 @@ def test_wrong_masks_are_refused(mask, error, message):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GlobalContext(**options).init(jax.random.key(0), np.zeros(SHAPES['image'], np.float32))
-
-
-def expansion(shape=(2, 5, 4, 3), channels=8, dtype=np.float32):
-    """What Expanded stands for, as a dictionary of arrays."""
-    generator = np.random.default_rng(5)
-    return {
-        'inner': np.maximum(generator.normal(size=shape), 0).astype(dtype),
-        'kernel': generator.normal(size=(shape[-1], channels)).astype(np.float32),
-        'mean': generator.normal(size=channels).astype(np.float32),
-        'scale': generator.normal(size=channels).astype(np.float32),
-        'shift': generator.normal(size=channels).astype(np.float32),
-    }
-
-
-def expanded(parts):
-    return Expanded(product=parts['inner'] @ parts['kernel'].astype(parts['inner'].dtype), **parts)
-
-
-def expand(parts):
-    features = parts['inner'] @ parts['kernel'].astype(parts['inner'].dtype)
-    return ((features - parts['mean']) * parts['scale'] + parts['shift']).astype(features.dtype)
-
-
-@pytest.mark.parametrize('masked', [False, True])
-def test_pooling_before_an_expansion_is_pooling_after_it(masked, random_variables):
-    block = GlobalContext(ratio=1 / 2)
-    parts = expansion()
-    features = expand(parts)
-    variables = random_variables(block, features)
-    mask = None
-    if masked:
-        mask = np.arange(20).reshape(1, 5, 4) < np.array([13, 20]).reshape(2, 1, 1)
-    cotangent = random_features((2, 8), seed=6)
-
-    def plain(variables, parts):
-        features = expand(parts)
-        update = block.apply(variables, features, mask) - features
-        return jnp.sum(update[:, 0, 0] * cotangent), update[:, 0, 0]
-
-    def pooled_first(variables, parts):
-        update = block.apply(variables, expanded(parts), mask)
-        return jnp.sum(update * cotangent), update
-
-    gradient = [
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True)) for f in (plain, pooled_first)
-    ]
-    ((_, expected), expected_grads), ((_, update), grads) = (f(variables, parts) for f in gradient)
-    np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-5)
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_grads))
-    for leaf, other in zip(*map(jax.tree.leaves, (grads, expected_grads)), strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5 * largest)
-    # The paper's own formula too, in float64.
-    whole = numpy_block(variables['params'], features, pooling='attention', fusion='add', mask=mask)
-    np.testing.assert_allclose(update, (whole - features)[:, 0, 0], rtol=1e-4, atol=1e-5)
-
-
-def test_pooling_before_an_expansion_in_bfloat16(random_variables):
-    parts = expansion(dtype=jnp.bfloat16)
-    block = GlobalContext(ratio=1 / 2)
-    variables = random_variables(block, random_features((2, 5, 4, 8)))
-    update = block.apply(variables, expanded(parts))
-    assert update.dtype == jnp.bfloat16
-    exact = expand(parts | {'inner': parts['inner'].astype(np.float64)})
-    whole = numpy_block(variables['params'], exact, pooling='attention', fusion='add')
-    expected = (whole - exact)[:, 0, 0]
-    np.testing.assert_allclose(
-        update.astype(np.float32), expected, atol=2e-2 * np.abs(expected).max()
-    )
-
-
-def test_the_attention_before_an_expansion_is_told_too(random_variables):
-    pool = AttentionPool()
-    parts = expansion()
-    variables = random_variables(pool, expand(parts))
-    told = [
-        pool.apply(variables, features, mutable=['intermediates'])[1]['intermediates']
-        for features in (expand(parts), expanded(parts))
-    ]
-    np.testing.assert_allclose(told[0]['attention'][0], told[1]['attention'][0], rtol=1e-4)
-
-
-@pytest.mark.parametrize('options', [{'pooling': 'average'}, {'fusion': 'scale'}])
-def test_other_blocks_take_no_features_that_are_not_computed(options, random_variables):
-    block = GlobalContext(ratio=1 / 2, **options)
-    variables = random_variables(block, random_features((2, 5, 4, 8)))
-    with pytest.raises(ConfigError, match='not computed yet'):
-        block.apply(variables, expanded(expansion()))

@@ -314,16 +314,6 @@ def test_kernels_start_as_torchvisions(groups):
     np.testing.assert_allclose(np.mean(kernel), 0, atol=3e-3)
 
 
-def test_a_scale_of_a_convolution_multiplies_its_output_bias_included():
-    features, scale = values(2, 5, 5, 3), values(4, seed=1)
-    conv = Conv(4, 3, use_bias=True)
-    held = {'params': {'kernel': values(3, 3, 3, 4, seed=2), 'bias': values(4, seed=3)}}
-    plain = np.asarray(conv.apply(held, features))
-    np.testing.assert_allclose(
-        conv.apply(held, features, scale=jnp.asarray(scale)), plain * scale, rtol=1e-4, atol=1e-4
-    )
-
-
 def test_the_mean_over_all_positions_keeps_batch_and_channel():
     features = values(2, 3, 4, 5)
     np.testing.assert_allclose(

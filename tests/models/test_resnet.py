@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gcnet_jax.context import GlobalContext, SqueezeExcite, insert
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models import create_model
 from gcnet_jax.models.backbone import stage_strides
-from gcnet_jax.models.convolution import plain_operations
 from gcnet_jax.models.layers import Conv
-from gcnet_jax.models.resnet import BasicBlock, ResNet, zero_pad_shortcut
+from gcnet_jax.models.resnet import BasicBlock, zero_pad_shortcut
 
 GC = {'block': 'global_context', 'stages': (2, 3, 4), 'position': 'after_conv3', 'ratio': 1 / 16}
 SMALL = {'stage_sizes': (1, 1, 1, 1), 'widths': (4, 8, 12, 16), 'num_classes': 5}
@@ -302,140 +300,6 @@ def test_training_updates_the_statistics_and_drops_by_the_key(random_variables):
 def test_wrong_images_are_refused(images, error, message):
     with pytest.raises(error, match=message):
         create_model('resnet18', **SMALL).init(jax.random.key(0), images, train=False)
-
-
-def training_loss(model, variables, images, **options):
-    """A loss over every output, and the new statistics; train mode."""
-    output, updated = model.apply(
-        variables, images, train=True, mutable=['batch_stats', *options.get('more', ())]
-    )
-    weights = np.linspace(-1, 1, output.size, dtype=np.float32).reshape(output.shape)
-    return jnp.sum(output * weights), updated['batch_stats']
-
-
-def turn_every_other_channel(variables):
-    """Makes every other scale of the stem's norm negative."""
-    variables['params']['stem_norm']['scale'][::2] *= -1
-
-
-@pytest.mark.parametrize('norm', [None, {'kind': 'frozen'}])
-@pytest.mark.parametrize('context', [None, GC | {'ratio': 1 / 2}])
-def test_pooling_first_trains_as_the_plain_order_does(context, norm, random_variables):
-    model = create_model('resnet50', context=context, norm=norm, **SMALL)
-    images = random_images(64, batch=4)
-    variables = random_variables(model, images, train=False)
-    turn_every_other_channel(variables)
-
-    def gradient(more):
-        def loss(params):
-            return training_loss(model, variables | {'params': params}, images, more=more)
-
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
-
-    # Whoever asks for what is computed in between gets the plain order.
-    (expected, expected_statistics), expected_grads = gradient(('intermediates',))
-    (value, statistics), grads = gradient(())
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for leaf, other in zip(*map(jax.tree.leaves, (statistics, expected_statistics)), strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6)
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_grads))
-    for leaf, other in zip(*map(jax.tree.leaves, (grads, expected_grads)), strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-4 * largest)
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_stem_pooled_first_gives_the_same_maps(dtype, random_variables):
-    model = create_model('resnet18', **SMALL | {'stage_sizes': (1,), 'widths': (8,)}, dtype=dtype)
-    images = random_images(37, batch=4)
-    variables = random_variables(model, images, train=False)
-    turn_every_other_channel(variables)
-    (maps, statistics), (plain, plain_statistics) = (
-        run(model, variables, images, train=True, method='outputs', mutable=['batch_stats', *more])
-        for more in ((), ('intermediates',))
-    )
-    tolerance = 1e-5 if dtype == 'float32' else 2e-2
-    for name in ('stem', 'stage1'):
-        one, other = (np.asarray(held[name], np.float32) for held in (maps, plain))
-        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance * np.abs(other).max())
-    statistics, plain_statistics = (
-        held['batch_stats']['stem_norm'] for held in (statistics, plain_statistics)
-    )
-    for name in ('mean', 'var'):
-        one, other = statistics[name], plain_statistics[name]
-        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance / 10)
-
-
-def test_pooling_comes_first_where_nobody_could_see_a_difference(monkeypatch):
-    stem_pooled_first = ResNet._stem_pooled_first
-    stems = []
-    monkeypatch.setattr(
-        ResNet,
-        '_stem_pooled_first',
-        lambda model, images: stems.append(images) or stem_pooled_first(model, images),
-    )
-
-    def pools_stem_first(**options):
-        stems.clear()
-        pools_first(**options)
-        return bool(stems)
-
-    def pools_first(network=None, more=(), train=True, **options):
-        model = create_model('resnet50', context=GC | options.pop('gc', {}), **SMALL | options)
-        images = jnp.zeros((4, 64, 64, 3))
-        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-        if network is not None:
-            model = network(model)
-            shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-
-        def call(held):
-            return model.apply(
-                held,
-                images,
-                train=train,
-                mutable=['batch_stats', *more],
-                rngs={'dropout': jax.random.key(0)},
-            )
-
-        return 'optimization_barrier' in str(jax.make_jaxpr(call)(shapes))
-
-    assert pools_first()
-    assert pools_first(norm={'kind': 'frozen'})
-    with plain_operations():
-        assert not pools_first()
-    assert not pools_first(train=False)
-    assert not pools_first(gc={'fusion': 'scale_add'})
-    assert not pools_first(gc={'pooling': 'average'})
-    assert not pools_first(norm={'kind': 'group', 'channel_groups': 4})
-    assert not pools_first(norm={'kind': 'batch', 'group_size': 2})
-    assert not pools_first(stochastic_depth_rate=0.1)
-    assert not pools_first(more=['intermediates'])
-    assert not pools_first(lambda model: insert(model, '*/norm3', GlobalContext(ratio=1 / 4)))
-
-    assert pools_stem_first()
-    assert pools_stem_first(norm={'kind': 'frozen'}, stochastic_depth_rate=0.1)
-    with plain_operations():
-        assert not pools_stem_first()
-    assert not pools_stem_first(stem='small')
-    assert not pools_stem_first(train=False)
-    assert not pools_stem_first(norm={'kind': 'group', 'channel_groups': 4})
-    assert not pools_stem_first(norm={'kind': 'batch', 'group_size': 2})
-    assert not pools_stem_first(more=['intermediates'])
-    assert not pools_stem_first(
-        network=lambda model: insert(model, 'stem_norm', GlobalContext(ratio=1 / 4))
-    )
-
-
-def test_a_block_inserted_behind_the_last_norm_is_trained(random_variables):
-    plain = create_model('resnet50', context=GC | {'ratio': 1 / 2}, **SMALL)
-    model = insert(plain, 'stage4_0/norm3', SqueezeExcite(ratio=1 / 2), name='extra')
-    images = random_images(64, batch=4)
-    variables = random_variables(model, images, train=False)
-
-    def loss(params):
-        return training_loss(model, variables | {'params': params}, images)[0]
-
-    grads = jax.jit(jax.grad(loss))(variables['params'])
-    assert np.abs(grads['stage4_0']['norm3']['extra']['expand']['kernel']).max() > 0
 
 
 def dilated_reference(features, kernel, stride, dilation):

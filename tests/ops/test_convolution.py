@@ -8,8 +8,9 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gcnet_jax.models import convolution, create_model
-from gcnet_jax.models.convolution import convolve, max_pool, plain_operations
+from gcnet_jax.ops import convolution
+from gcnet_jax.ops.convolution import convolve
+from gcnet_jax.ops.pooling import max_pool
 
 # Image size, input channels, output channels, kernel size, stride, groups.
 CONVOLUTIONS = [
@@ -244,38 +245,3 @@ def test_one_export_serves_all_platforms_and_any_batch():
         features = values(size, 8, 10, 3)
         expected = jax.jit(network)(features, first, second)
         assert_close(exported.call(features), expected, 1e-6)
-
-
-def test_plain_operations_are_plain_on_a_cpu_too():
-    features, first = case(8, 3, 8, 3, 1, 1)
-    second = values(1, 1, 8, 6)
-    with plain_operations():
-        text = str(jax.make_jaxpr(lambda *three: network(*three))(features, first, second))
-        assert 'custom_vjp' not in text
-        assert 'platform_index' not in text
-        plain = network(features, first, second)
-    text = str(jax.make_jaxpr(network)(features, first, second))
-    assert 'platform_index' in text
-    assert_close(network(features, first, second), plain, 1e-5)
-
-
-@pytest.mark.parametrize('train', [False, True])
-def test_plain_operations_have_forward_mode(train, random_variables):
-    model = create_model(
-        'gc_resnet50', stage_sizes=(1, 1, 1, 1), widths=(4, 8, 8, 8), num_classes=3
-    )
-    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    variables = random_variables(model, images, train=False)
-    direction = np.ones_like(images)
-
-    def logits(images):
-        return model.apply(variables, images, train=train, mutable=['batch_stats'])[0]
-
-    with plain_operations():
-        _, tangent = jax.jvp(logits, (images,), (direction,))
-    # The same number from both ends: w . (J d) and (w J) . d.
-    weights = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
-    (backward,) = jax.vjp(logits, images)[1](weights)
-    np.testing.assert_allclose(np.sum(weights * tangent), np.sum(backward * direction), rtol=1e-3)
-    with pytest.raises(TypeError, match='forward-mode'):
-        jax.jvp(logits, (images,), (direction,))

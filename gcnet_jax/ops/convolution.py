@@ -1,0 +1,304 @@
+"""Convolution in the form that the device it is compiled for does best.
+
+XLA's own convolutions are as good as anything on a TPU or GPU. On a CPU some of them, the grouped
+ones and gradients most of all, take several times what the same sums take written another way. The
+results agree to rounding.
+
+A convolution is bilinear, and so are its two gradients. Each is a primitive, whose transposes are
+the other two:
+
+    output            = convolution(features, kernel)
+    features_gradient = convolution transposed by features (gradient, kernel)
+    kernel_gradient   = convolution transposed by kernel (features, gradient)
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad
+from jaxtyping import Array, Float
+
+from gcnet_jax.context.common import float32_or_wider
+from gcnet_jax.ops.primitives import make_primitive
+
+Features = Float[Array, 'batch height width channel']
+Kernel = Float[Array, 'size size in_channel out_channel']
+Output = Float[Array, 'batch out_height out_width out_channel']
+
+# Found by measuring ResNet-20, ResNet-50, ResNeXt-50 and the digits' network: the height or width
+# below which XLA's 3x3 convolution is slow, the input channels up to which its kernel's gradient
+# is, the positions that the latter's replacement takes at once, and the input channels that narrow
+# groups are put together to reach.
+TINY = 5
+NARROW = 64
+POSITIONS_AT_ONCE = 6_400
+NARROW_GROUP = 16
+
+
+def convolve(
+    features: Features, kernel: Kernel, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> Output:
+    """Convolves with PyTorch's padding, `dilation * (size - 1) // 2` on both sides.
+
+    Args:
+      features: The input.
+      kernel: With `in_channel = channel / groups`, in the features' type.
+      stride: Step in both directions; the output is `ceil(size / stride)` high and wide.
+      groups: Number of groups that input and output channels are split into.
+      dilation: Distance of neighbouring elements of the kernel in the features.
+    """
+    return convolution.bind(features, kernel, stride=stride, groups=groups, dilation=dilation)
+
+
+def plain_convolution(
+    features: Features, kernel: Kernel, *, stride: int, groups: int, dilation: int
+) -> Output:
+    """The convolution as XLA has it."""
+    padding = dilation * (kernel.shape[0] - 1) // 2
+    return jax.lax.conv_general_dilated(
+        features,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=groups,
+    )
+
+
+def _plain_form(features: Any, kernel: Any, **geometry: int) -> Callable:
+    return partial(plain_convolution, **geometry)
+
+
+def _cpu_form(features: Any, kernel: Any, *, stride: int, groups: int, dilation: int) -> Callable:
+    """Returns the form that a CPU does best for arrays of these shapes."""
+    if dilation == 1:
+        if groups > 1:
+            return partial(_split_by_group, stride=stride, groups=groups)
+        if kernel.shape[0] == 1:
+            return partial(_product, stride=stride)
+        if kernel.shape[0] == 3 and min(features.shape[1:3]) < TINY:
+            return partial(_window_product, stride=stride)
+    return partial(plain_convolution, stride=stride, groups=groups, dilation=dilation)
+
+
+def _convolution(form: Callable, features: Features, kernel: Kernel, **geometry: int) -> Output:
+    return form(features, kernel, **geometry)(features, kernel)
+
+
+def _features_gradient(
+    form: Callable, gradient: Output, kernel: Kernel, *, size: tuple[int, int], **geometry: int
+) -> Features:
+    """Transposes the convolution of maps of this height and width."""
+    shape = (gradient.shape[0], *size, kernel.shape[2] * geometry['groups'])
+    features = jax.ShapeDtypeStruct(shape, kernel.dtype)
+    compute = form(features, kernel, **geometry)
+    return jax.linear_transpose(lambda values: compute(values, kernel), features)(gradient)[0]
+
+
+def _kernel_gradient(
+    form: Callable, features: Features, gradient: Output, *, size: int, **geometry: int
+) -> Kernel:
+    """Transposes the convolution with kernels of this height and width."""
+    shape = (size, size, features.shape[3] // geometry['groups'], gradient.shape[3])
+    kernel = jax.ShapeDtypeStruct(shape, features.dtype)
+    compute = form(features, kernel, **geometry)
+    return jax.linear_transpose(lambda values: compute(features, values), kernel)(gradient)[0]
+
+
+def _cpu_kernel_gradient(
+    features: Features, gradient: Output, *, size: int, stride: int, groups: int, dilation: int
+) -> Kernel:
+    if groups == dilation == size == 1:
+        return _product_kernel_gradient(features, gradient, stride)
+    tiny = min(features.shape[1:3]) < TINY
+    if groups == dilation == 1 and size == 3 and features.shape[3] <= NARROW and not tiny:
+        return _narrow_kernel_gradient(features, gradient, stride)
+    geometry = {'stride': stride, 'groups': groups, 'dilation': dilation}
+    return _kernel_gradient(_cpu_form, features, gradient, size=size, **geometry)
+
+
+convolution = make_primitive(
+    'convolution',
+    partial(_convolution, _plain_form),
+    partial(_convolution, _cpu_form),
+    batched=(0,),
+)
+features_gradient = make_primitive(
+    'convolution_features_gradient',
+    partial(_features_gradient, _plain_form),
+    partial(_features_gradient, _cpu_form),
+    batched=(0,),
+)
+kernel_gradient = make_primitive(
+    'convolution_kernel_gradient', partial(_kernel_gradient, _plain_form), _cpu_kernel_gradient
+)
+
+
+def _gradient_by_features(gradient, features, kernel, **geometry):
+    size = features.aval.shape[1:3]
+    return features_gradient.bind(gradient, kernel, size=size, **geometry)
+
+
+def _gradient_by_kernel(gradient, features, kernel, **geometry):
+    size = kernel.aval.shape[0]
+    return kernel_gradient.bind(features, gradient, size=size, **geometry)
+
+
+# Each rule gets the cotangent of the output, then both inputs, of which the one that it is for is
+# known by its shape alone.
+ad.defbilinear(convolution, _gradient_by_features, _gradient_by_kernel)
+ad.defbilinear(
+    features_gradient,
+    lambda features, gradient, kernel, *, size, **geometry: convolution.bind(
+        features, kernel, **geometry
+    ),
+    lambda features, gradient, kernel, *, size, **geometry: _gradient_by_kernel(
+        gradient, features, kernel, **geometry
+    ),
+)
+ad.defbilinear(
+    kernel_gradient,
+    lambda kernel, features, gradient, *, size, **geometry: _gradient_by_features(
+        gradient, features, kernel, **geometry
+    ),
+    lambda kernel, features, gradient, *, size, **geometry: convolution.bind(
+        features, kernel, **geometry
+    ),
+)
+
+
+def _product(features: Features, kernel: Kernel, stride: int) -> Output:
+    """A 1x1 convolution: the product of every position's channels with one matrix."""
+    return jax.lax.dot_general(
+        features[:, ::stride, ::stride], kernel[0, 0], (((3,), (0,)), ((), ()))
+    )
+
+
+def _window_product(features: Features, kernel: Kernel, stride: int) -> Output:
+    """A 3x3 convolution: the product of all that a window sees with one matrix.
+
+    Of a map that is hardly larger than the kernel, XLA exchanges the two, which is very slow.
+    """
+    padded = jnp.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    height, width = (-(-size // stride) for size in features.shape[1:3])
+    seen = [_row_windows(padded, row, stride, height, width) for row in range(3)]
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    return jax.lax.dot_general(jnp.concatenate(seen, -1), matrix, (((3,), (0,)), ((), ())))
+
+
+def _split_by_group(features: Features, kernel: Kernel, stride: int, groups: int) -> Output:
+    """A grouped convolution: one for each group, or a few narrow groups together.
+
+    For XLA's own the groups are one more dimension, which makes it several times slower, and its
+    gradients up to a hundred times.
+    """
+    channels, outputs = kernel.shape[2], kernel.shape[3] // groups
+    if channels == outputs == 1:
+        return _depthwise(features, kernel, stride)
+    sizes = (size for size in range(1, groups + 1) if groups % size == 0)
+    together = next((size for size in sizes if size * channels >= NARROW_GROUP), groups)
+    parts = []
+    for first in range(0, groups, together):
+        inputs, weights = (
+            jax.lax.slice_in_dim(array, first * width, (first + together) * width, axis=3)
+            for array, width in ((features, channels), (kernel, outputs))
+        )
+        joined = _block_diagonal(weights, together)
+        parts.append(plain_convolution(inputs, joined, stride=stride, groups=1, dilation=1))
+    return jnp.concatenate(parts, axis=3)
+
+
+def _block_diagonal(
+    kernel: Float[Array, 'size size group_channel out_channel'], groups: int
+) -> Float[Array, 'size size in_channel out_channel']:
+    """The kernel of an ordinary convolution that does what this one does to groups.
+
+    Its zeros make NaN of an infinite value in another group.
+    """
+    size, _, channels, outputs = kernel.shape
+    apart = kernel.reshape(size, size, 1, channels, groups, outputs // groups)
+    same_group = jnp.eye(groups, dtype=kernel.dtype)[:, None, :, None]
+    return (apart * same_group).reshape(size, size, groups * channels, outputs)
+
+
+def _depthwise(features: Features, kernel: Kernel, stride: int) -> Output:
+    """A convolution of every channel by itself: a sum over the kernel's places, in one pass."""
+    size = kernel.shape[0]
+    padding = (size - 1) // 2
+    # In float32 from here on, so that the sums of the gradient are too.
+    dtype = float32_or_wider(features.dtype)
+    around = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(features.astype(dtype), around)
+    height, width = (stride * (-(-edge // stride) - 1) + 1 for edge in features.shape[1:3])
+    total = jnp.zeros((), dtype)
+    for row in range(size):
+        for column in range(size):
+            seen = padded[:, row : row + height : stride, column : column + width : stride]
+            total += seen * kernel[None, None, row, column].astype(dtype)
+    return total.astype(features.dtype)
+
+
+def _row_windows(
+    padded: Features, row: int, stride: int, height: int, width: int
+) -> Float[Array, 'batch out_height out_width seen']:
+    """Puts side by side the channels of three neighbours in a row, for every output position."""
+    rows = padded[:, row : row + stride * (height - 1) + 1 : stride]
+    columns = stride * (width - 1) + 1
+    return jnp.concatenate(
+        [rows[:, :, column : column + columns : stride] for column in range(3)], axis=-1
+    )
+
+
+def _narrow_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:
+    """A 3x3 kernel's gradient: the product of what each window saw with the output's gradient.
+
+    XLA makes a convolution of it whose channels are the images, for which both sides are transposed
+    and what they were made from is computed anew. The windows take three times the memory, so some
+    images are done at a time.
+    """
+    images, height, width, outputs = gradient.shape
+    together = max(1, POSITIONS_AT_ONCE // (height * width))
+    while images % together:
+        together -= 1
+    padded = jnp.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    parts = [array.reshape(-1, together, *array.shape[1:]) for array in (padded, gradient)]
+    channels = features.shape[3]
+    dtype = float32_or_wider(features.dtype)
+
+    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        over = (((0, 1, 2), (0, 1, 2)), ((), ()))
+        sums = [
+            jax.lax.dot_general(
+                part[1],
+                _row_windows(part[0], row, stride, height, width),
+                over,
+                preferred_element_type=dtype,
+            )
+            for row in range(3)
+        ]
+        return total + jnp.stack(sums), None
+
+    start = jnp.zeros((3, outputs, 3 * channels), dtype)
+    total, _ = jax.lax.scan(add, start, tuple(parts))
+    return total.transpose(0, 2, 1).reshape(3, 3, channels, outputs).astype(features.dtype)
+
+
+def _product_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:
+    """A 1x1 kernel's gradient: a sum of products over images and positions.
+
+    Positions are flattened first: XLA then reads both as they are. Of maps it writes a transposed
+    copy, and computes what they were made from anew for it.
+    """
+    sides = (features[:, ::stride, ::stride], gradient)
+    left, right = (side.reshape(-1, side.shape[-1]) for side in sides)
+    total = jax.lax.dot_general(
+        left,
+        right,
+        (((0,), (0,)), ((), ())),
+        preferred_element_type=float32_or_wider(left.dtype),
+    )
+    return total[None, None].astype(features.dtype)
