@@ -65,7 +65,7 @@ def variable_shapes(model: nn.Module, channels: int = 3) -> dict[str, jax.ShapeD
 
 
 def _initialiser(model: nn.Module, channels: int) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    options = {'train': False} if hasattr(model, 'features') else {}
+    options = {'train': False} if hasattr(model, 'outputs') else {}
 
     def initialise(key):
         variables = model.init(key, jnp.zeros((1, 64, 64, channels)), **options)
