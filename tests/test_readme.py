@@ -37,7 +37,7 @@ def blocks(page, language):
 def commands(page):
     """The command lines of a page, continued ones joined, without comments."""
     lines = ''.join(blocks(page, 'bash')).replace('\\\n', ' ').splitlines()
-    parts = (part for line in lines for part in line.partition('  #')[0].split('&&'))
+    parts = (part for line in lines for part in line.partition(' #')[0].split('&&'))
     return [' '.join(part.split()) for part in parts]
 
 
