@@ -6,17 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gcnet_jax.data import augment
 from gcnet_jax.models.registry import create_model
-from gcnet_jax.training.mesh import batch_shardings
+from gcnet_jax.training.mesh import batch_shardings, feature_sharding, make_mesh
 from gcnet_jax.training.optimizers import make_optimizer
 from gcnet_jax.training.steps import (
     jit_evaluation_step,
     jit_train_step,
     make_evaluation_step,
+    make_split,
     make_train_step,
     moving_average,
+    place_features,
     prepare,
 )
 
@@ -158,6 +161,39 @@ def test_accumulation_gives_the_big_batchs_gradient(shape, place, put, step_opti
         results.append(jax.device_get((state.params, metrics)))
     assert results[0][1]['count'] == 16
     close(results[1], results[0])
+
+
+def test_micro_batches_are_every_nth_example_on_the_device_where_it_lies(put, make_batch):
+    mesh = make_mesh(2, 2, 2)
+    batch = make_batch()
+    placed = put(batch, batch_shardings(mesh))
+    split = jax.jit(make_split(4, mesh))
+    for name, spec in (
+        ('image', PartitionSpec(None, ('data', 'fsdp'), 'spatial')),
+        ('label', PartitionSpec(None, ('data', 'fsdp'))),
+    ):
+        parts = split(placed[name])
+        assert parts.sharding.is_equivalent_to(NamedSharding(mesh, spec), parts.ndim)
+        for index in range(4):
+            np.testing.assert_array_equal(parts[index], batch[name][index::4])
+
+
+def test_feature_maps_are_placed_where_a_module_returns_them():
+    class Network(nn.Module):
+        def double(self, x):
+            return 2 * x
+
+        @nn.compact
+        def __call__(self, x):
+            x = self.double(self.double(nn.Conv(4, (3, 3), strides=2)(x)))
+            return nn.Dense(3)(x.mean(axis=(1, 2)))
+
+    mesh, images = make_mesh(2, 1, 4), jnp.ones((4, 16, 8, 3))
+    variables = jax.eval_shape(Network().init, jax.random.key(0), images)
+    with nn.intercept_methods(place_features(mesh)):
+        traced = jax.make_jaxpr(Network().apply)(variables, images)
+    placed = [e for e in traced.eqns if e.primitive.name == 'sharding_constraint']
+    assert [e.params['sharding'] for e in placed] == [feature_sharding(mesh, 8)]
 
 
 def test_the_gradient_is_that_of_the_mean_loss(place, put, step_options, make_batch):
