@@ -274,6 +274,23 @@ def test_a_step_that_is_not_finite_changes_no_weight(
     jax.tree.map(np.testing.assert_array_equal, after.replace(step=before.step), before)
 
 
+def test_a_gradient_that_is_not_finite_changes_no_weight_even_where_the_loss_is(
+    place, put, step_options, make_batch
+):
+    class Steep(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            return jnp.sqrt(self.param('root', nn.initializers.zeros, (4,))) + jnp.zeros((16, 4))
+
+    mesh, _, state = place((1, 1, 1), Steep(), SGD)
+    step = jax.jit(make_train_step(Steep(), SGD, step_options, mesh))
+    after, metrics = step(state, put(make_batch(), batch_shardings(mesh)))
+    assert np.isfinite(metrics['loss'])
+    assert not np.isfinite(metrics['gradient_norm'])
+    assert not metrics['finite']
+    np.testing.assert_array_equal(after.params['root'], np.zeros(4))
+
+
 def test_randomness_follows_from_key_and_step(place, put, small_model, step_options, make_batch):
     options = dataclasses.replace(step_options, erasing_probability=0.9)
     mesh, _, state = place((1, 1, 1), small_model, SGD)
