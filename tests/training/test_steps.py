@@ -15,6 +15,7 @@ from gcnet_jax.training.optimizers import make_optimizer
 from gcnet_jax.training.steps import (
     jit_evaluation_step,
     jit_train_step,
+    make_apply,
     make_evaluation_step,
     make_split,
     make_train_step,
@@ -178,22 +179,31 @@ def test_micro_batches_are_every_nth_example_on_the_device_where_it_lies(put, ma
             np.testing.assert_array_equal(parts[index], batch[name][index::4])
 
 
-def test_feature_maps_are_placed_where_a_module_returns_them():
+def test_feature_maps_are_placed_where_a_module_returns_them(step_options):
     class Network(nn.Module):
         def double(self, x):
             return 2 * x
 
         @nn.compact
-        def __call__(self, x):
+        def __call__(self, x, *, train=False):
             x = self.double(self.double(nn.Conv(4, (3, 3), strides=2)(x)))
             return nn.Dense(3)(x.mean(axis=(1, 2)))
 
     mesh, images = make_mesh(2, 1, 4), jnp.ones((4, 16, 8, 3))
     variables = jax.eval_shape(Network().init, jax.random.key(0), images)
+
+    def placed(function, *arguments):
+        equations = jax.make_jaxpr(function)(*arguments).eqns
+        return [
+            e.params['sharding'] for e in equations if e.primitive.name == 'sharding_constraint'
+        ]
+
     with nn.intercept_methods(place_features(mesh)):
-        traced = jax.make_jaxpr(Network().apply)(variables, images)
-    placed = [e for e in traced.eqns if e.primitive.name == 'sharding_constraint']
-    assert [e.params['sharding'] for e in placed] == [feature_sharding(mesh, 8)]
+        assert placed(Network().apply, variables, images) == [feature_sharding(mesh, 8)]
+    # In training, where the height is split.
+    for split_mesh, expected in ((mesh, [feature_sharding(mesh, 8)]), (make_mesh(8, 1, 1), [])):
+        apply = make_apply(Network(), step_options, split_mesh)
+        assert placed(apply, variables['params'], {}, images, jax.random.key(0)) == expected
 
 
 def test_the_gradient_is_that_of_the_mean_loss(place, put, step_options, make_batch):
