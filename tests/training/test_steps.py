@@ -4,17 +4,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gcnet_jax.models.registry import create_model
-from gcnet_jax.training.mesh import batch_shardings
+from gcnet_jax.training.mesh import batch_shardings, feature_sharding, make_mesh
 from gcnet_jax.training.optimizers import make_optimizer
 from gcnet_jax.training.steps import (
     evaluation_spec,
     jit_evaluation_step,
     jit_train_step,
+    make_apply,
     make_evaluation_step,
+    make_split,
     make_train_step,
     moving_average,
+    place_features,
 )
 
 EVERYTHING = {
@@ -163,6 +167,51 @@ def test_accumulation_gives_the_big_batchs_gradient(shape, place, put, job, make
     close(results[1], results[0])
 
 
+def test_micro_batches_are_every_nth_example_on_the_device_where_it_lies(put, job, make_batch):
+    mesh = make_mesh(2, 2, 2)
+    batch = make_batch()
+    placed = put(batch, job.places(mesh))
+    split = jax.jit(make_split(job.task, 4, mesh))(placed)
+    for name, spec in (
+        ('image', PartitionSpec(None, ('data', 'fsdp'), 'spatial')),
+        ('label', PartitionSpec(None, ('data', 'fsdp'))),
+    ):
+        parts = split[name]
+        assert parts.sharding.is_equivalent_to(NamedSharding(mesh, spec), parts.ndim)
+        for index in range(4):
+            np.testing.assert_array_equal(parts[index], batch[name][index::4])
+
+
+def test_feature_maps_are_placed_where_a_module_returns_them(job):
+    class Network(nn.Module):
+        def double(self, x):
+            return 2 * x
+
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            x = self.double(self.double(nn.Conv(4, (3, 3), strides=2)(x)))
+            return nn.Dense(3)(x.mean(axis=(1, 2)))
+
+        def outputs(self, images, *, train):
+            return {'logits': self(images, train=train)}
+
+    mesh, images = make_mesh(2, 1, 4), jnp.ones((4, 16, 8, 3))
+    variables = jax.eval_shape(Network().init, jax.random.key(0), images)
+
+    def placed(function, *arguments):
+        equations = jax.make_jaxpr(function)(*arguments).eqns
+        return [
+            e.params['sharding'] for e in equations if e.primitive.name == 'sharding_constraint'
+        ]
+
+    with nn.intercept_methods(place_features(mesh)):
+        assert placed(Network().apply, variables, images) == [feature_sharding(mesh, 8)]
+    # In training, where the height is split.
+    for split_mesh, expected in ((mesh, [feature_sharding(mesh, 8)]), (make_mesh(8, 1, 1), [])):
+        apply = make_apply(Network(), job.options, split_mesh)
+        assert placed(apply, variables['params'], {}, images, jax.random.key(0)) == expected
+
+
 def test_the_gradient_is_that_of_the_mean_loss(place, put, job, make_batch):
     model, job = PlainNet(), job.changed(label_smoothing=0.2)
     mesh, shardings, state = place((1, 1, 1), model, optax.sgd(0.5))
@@ -237,6 +286,27 @@ def test_a_step_that_is_not_finite_changes_no_weight(place, put, small_model, jo
     after = jax.device_get(state)
     assert after.step == 1
     jax.tree.map(np.testing.assert_array_equal, after.replace(step=before.step), before)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight_even_where_the_loss_is(
+    place, put, job, make_batch
+):
+    class Steep(nn.Module):
+        @nn.compact
+        def __call__(self, images, *, train):
+            root = self.param('root', nn.initializers.ones, (4,))
+            return jnp.sqrt(0 * root) + jnp.zeros((16, 4))
+
+        def outputs(self, images, *, train):
+            return {'logits': self(images, train=train)}
+
+    mesh, _, state = place((1, 1, 1), Steep(), SGD)
+    step = jax.jit(make_train_step(Steep(), SGD, job.task, job.options, mesh))
+    after, metrics = step(state, put(make_batch(), job.places(mesh)))
+    assert np.isfinite(metrics['loss'])
+    assert not np.isfinite(metrics['gradient_norm'])
+    assert not metrics['finite']
+    np.testing.assert_array_equal(after.params['root'], state.params['root'])
 
 
 def test_randomness_follows_from_key_and_step(place, put, small_model, job, make_batch):
