@@ -42,8 +42,6 @@ class BasicBlock(nn.Module):
     width: int
     stride: int = 1
     dilation: int = 1
-    groups: int = 1
-    base_width: int = 64
     context: tuple[Placement, ...] = ()
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
@@ -247,13 +245,14 @@ class ResNet(Backbone):
     def _residual_block(
         self, stage: int, index: int, stride: int, dilation_before: int, dilation: int, rate: float
     ) -> nn.Module:
-        size = self.stage_sizes[stage - 1]
+        size, grouped = self.stage_sizes[stage - 1], {}
+        if issubclass(self.block, BottleneckBlock):
+            grouped = {'groups': self.groups, 'base_width': self.base_width}
         return self.block(
             width=self.widths[stage - 1],
             stride=stride if index == 0 else 1,
             dilation=dilation_before if index == 0 else dilation,
-            groups=self.groups,
-            base_width=self.base_width,
+            **grouped,
             context=tuple(place for place in self.context if place.holds(stage, index, size)),
             stochastic_depth_rate=rate,
             zero_init_residual=self.zero_init_residual,

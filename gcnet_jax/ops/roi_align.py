@@ -7,6 +7,7 @@ come in a few static shapes; boxes are sorted by the shape that they need and co
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -69,32 +70,44 @@ def roi_align(
     fits = jnp.stack([(high - low < jnp.asarray(w)).all(axis=1) for w in windows], axis=1)
     kind = jnp.argmax(fits, axis=1).astype(jnp.int32)
 
-    def by_window(window: tuple[int, int]):
-        def compute(part: tuple[Array, ...]) -> Array:
-            low, start, size, lengths, origin = part
-            corner = jnp.clip(low, 0, jnp.maximum(lengths - jnp.asarray(window), 0))
-            rows, columns = (
-                _axis_weights(start[:, a], size[:, a], lengths[:, a], corner[:, a], window[a], out)
-                for a in (0, 1)
-            )
-            y = corner[:, :1] + jnp.arange(window[0])
-            # Beyond the right edge the next row begins, beyond the map the next level: weight 0.
-            index = origin[:, None] + y * lengths[:, 1:] + corner[:, 1:]
-            index = index[..., None] + jnp.arange(window[1])
-            features = flat.at[index].get(mode='clip')
-            features = jnp.einsum('nyh,nhwc->nywc', rows.astype(flat.dtype), features)
-            return jnp.einsum('nxw,nywc->nyxc', columns.astype(flat.dtype), features)
-
-        return compute
-
     slots, place, chunk_kinds = _by_kind(kind, len(windows))
     parts = jax.tree.map(
         lambda values: values[slots].reshape(-1, CHUNK, *values.shape[1:]),
         (low, start, size, lengths, origin),
     )
-    branches = [by_window(window) for window in windows]
+    branches = [partial(_sample_window, flat, window, out) for window in windows]
     result = lax.map(lambda part: lax.switch(part[0], branches, part[1]), (chunk_kinds, parts))
     return result.reshape(-1, out, out, channels)[place]
+
+
+def _sample_window(
+    flat: Float[Array, 'position channel'],
+    window: tuple[int, int],
+    out: int,
+    boxes: tuple[Array, ...],
+) -> Float[Array, 'chunk {out} {out} channel']:
+    """Samples boxes that fit into a window of fixed height and width.
+
+    Args:
+      flat: All positions of all maps of all images.
+      window: Height and width.
+      out: Height and width of the result.
+      boxes: For each box: its first row and column, and in pixels of its map its start, its size,
+        the map's height and width, and where the map begins in `flat`.
+    """
+    low, start, size, lengths, origin = boxes
+    corner = jnp.clip(low, 0, jnp.maximum(lengths - jnp.asarray(window), 0))
+    rows, columns = (
+        _axis_weights(start[:, a], size[:, a], lengths[:, a], corner[:, a], window[a], out)
+        for a in (0, 1)
+    )
+    y = corner[:, :1] + jnp.arange(window[0])
+    # Beyond the right edge the next row begins, beyond the map the next level: weight 0.
+    index = origin[:, None] + y * lengths[:, 1:] + corner[:, 1:]
+    index = index[..., None] + jnp.arange(window[1])
+    features = flat.at[index].get(mode='clip')
+    features = jnp.einsum('nyh,nhwc->nywc', rows.astype(flat.dtype), features)
+    return jnp.einsum('nxw,nywc->nyxc', columns.astype(flat.dtype), features)
 
 
 def _window_shapes(shapes: np.ndarray) -> list[tuple[int, int]]:

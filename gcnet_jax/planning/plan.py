@@ -20,7 +20,7 @@ from gcnet_jax.errors import ConfigError, DataError, UserError
 from gcnet_jax.planning.chips import Chip, PlanError, parse_topology, topology_devices
 from gcnet_jax.planning.hlo import Traffic, read_traffic
 from gcnet_jax.planning.stand_in import StandInSource
-from gcnet_jax.training.config import check_config
+from gcnet_jax.training.checks import check_config
 from gcnet_jax.training.experiment import Experiment, build
 from gcnet_jax.training.mesh import batch_shardings, state_shardings
 from gcnet_jax.training.steps import jit_train_step, make_train_step

@@ -20,7 +20,8 @@ from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.stored import ModelDescription
 from gcnet_jax.tasks import Task, find_task
-from gcnet_jax.training.config import check_config, plain, steps
+from gcnet_jax.training.checks import check_config
+from gcnet_jax.training.config import plain, steps
 from gcnet_jax.training.freezing import parse_patterns
 from gcnet_jax.training.initial import preprocessing, read_initial_description, take_network
 from gcnet_jax.training.mesh import batch_parts, make_mesh

@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 from gcnet_jax.errors import UserError, one_line
 from gcnet_jax.files import as_place
 from gcnet_jax.training.checkpoints import CheckpointStore
-from gcnet_jax.training.config import check_config, is_due, plain
+from gcnet_jax.training.checks import check_config
+from gcnet_jax.training.config import is_due, plain
 from gcnet_jax.training.experiment import Experiment, build, state_bytes
 from gcnet_jax.training.lock import WorkdirLock, hold_workdir
 from gcnet_jax.training.mesh import batch_shardings, to_global

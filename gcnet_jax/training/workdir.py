@@ -59,25 +59,30 @@ def check_workdir(
     changed = changed_keys(before, config)
     longer = [key for key in changed if key in EXTENDABLE]
     if longer and (extend or changed == longer):
-        if not extend:
-            raise CheckpointError(
-                f'--workdir {workdir} holds a run with another config.{longer[0]}; give '
-                '--config.training.extend too, to continue it by the schedule of the new total, or '
-                'choose another --workdir'
-            )
-        reached = max(step_directories(workdir), default=0)
-        if total_steps is not None and total_steps < reached:
-            raise CheckpointError(
-                f'--workdir {workdir} holds a run that is already at step {reached}, and with '
-                f'config.{longer[0]} it would end at step {total_steps}; raise it, or choose '
-                'another --workdir'
-            )
+        _check_extension(workdir, longer[0], extend, total_steps)
         changed = [key for key in changed if key not in EXTENDABLE]
     if changed:
         keys = ', '.join(f'config.{key}' for key in changed[:5]) + (', ...' if changed[5:] else '')
         raise CheckpointError(
             f'--workdir {workdir} holds a run with another config ({keys}); choose another '
             '--workdir, or give the same settings to continue that run'
+        )
+
+
+def _check_extension(workdir: Path, key: str, extend: bool, total_steps: int | None) -> None:
+    """Refuses another length of a run unless it is asked for and not shorter than what is done."""
+    if not extend:
+        raise CheckpointError(
+            f'--workdir {workdir} holds a run with another config.{key}; give '
+            '--config.training.extend too, to continue it by the schedule of the new total, or '
+            'choose another --workdir'
+        )
+    reached = max(step_directories(workdir), default=0)
+    if total_steps is not None and total_steps < reached:
+        raise CheckpointError(
+            f'--workdir {workdir} holds a run that is already at step {reached}, and with '
+            f'config.{key} it would end at step {total_steps}; raise it, or choose another '
+            '--workdir'
         )
 
 

@@ -17,7 +17,7 @@ from gcnet_jax.commands.config_files import load_config
 from gcnet_jax.data.sources import load_source
 from gcnet_jax.errors import CheckpointError, UserError
 from gcnet_jax.porting import load_pretrained
-from gcnet_jax.training.config import check_config
+from gcnet_jax.training.checks import check_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,9 +1,9 @@
 import pytest
 
 from gcnet_jax.errors import ConfigError
+from gcnet_jax.training.checks import check_config
 from gcnet_jax.training.config import (
     changed_keys,
-    check_config,
     default_config,
     is_due,
     leaves,
