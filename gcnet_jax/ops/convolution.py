@@ -220,7 +220,9 @@ def _block_diagonal(
     Its zeros make NaN of an infinite value in another group.
     """
     size, _, channels, outputs = kernel.shape
-    apart = kernel.reshape(size, size, 1, channels, groups, outputs // groups)
+    # Five dimensions, six under `vmap`: of seven, XLA's CPU compiler of jaxlib 0.10.2 makes code
+    # that crashes.
+    apart = kernel.reshape(size * size, 1, channels, groups, outputs // groups)
     same_group = jnp.eye(groups, dtype=kernel.dtype)[:, None, :, None]
     return (apart * same_group).reshape(size, size, groups * channels, outputs)
 

@@ -12,15 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
 # What `standard_primitives` puts in the place of each primitive.
 _STANDARD: dict[Primitive, Callable] = {}
-
-# Calls of a function for the sake of its derivative, its memory or its cache only.
-_CALLS = {'custom_jvp_call', 'custom_vjp_call', 'jit', 'pjit', 'checkpoint', 'remat', 'remat2'}
 
 
 def make_primitive(
@@ -94,54 +91,28 @@ def standard_primitives(function: Callable) -> Callable:
 
     def converted(*arguments: Any) -> Any:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        outputs = _evaluate(closed, *jax.tree.leaves(arguments))
+        outputs = jaxpr_as_fun(_convert(closed))(*jax.tree.leaves(arguments))
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return converted
 
 
-def _evaluate(closed: ClosedJaxpr, *arguments: Any) -> list[Any]:
-    """Evaluates a jaxpr, with the standard form of each primitive that is ours."""
-    jaxpr = closed.jaxpr
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *arguments), strict=True))
-
-    def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, Literal) else values[variable]
-
-    for equation in jaxpr.eqns:
-        inputs = map(read, equation.invars)
-        values.update(zip(equation.outvars, _apply(equation, *inputs), strict=True))
-    return [read(variable) for variable in jaxpr.outvars]
-
-
-def _apply(equation: Any, *inputs: Any) -> list[Any]:
-    primitive, options = equation.primitive, equation.params
-    if primitive in _STANDARD:
-        return [_STANDARD[primitive](*inputs, **options)]
-    if primitive.name in _CALLS and _holds_ours(options):
-        (body,) = (value for value in options.values() if hasattr(value, 'eqns'))
-        return _evaluate(body if hasattr(body, 'consts') else ClosedJaxpr(body, ()), *inputs)
-    if _holds_ours(options):
-        options = jax.tree.map(_convert, options, is_leaf=lambda value: hasattr(value, 'eqns'))
-    functions, options = primitive.get_bind_params(options)
-    outputs = primitive.bind(*functions, *inputs, **options)
-    return outputs if primitive.multiple_results else [outputs]
-
-
-def _holds_ours(options: dict[str, Any]) -> bool:
-    """Whether one of our primitives is in a body of a call, a loop or a branch."""
-    return any(
-        equation.primitive in _STANDARD or _holds_ours(equation.params)
-        for body in inner_jaxprs(options)
-        for equation in body.eqns
-    )
-
-
 def _convert(value: Any) -> Any:
-    """Converts a body of a loop or a branch; returns anything else as it is."""
-    if not isinstance(value, ClosedJaxpr):
-        return value
-    return jax.make_jaxpr(standard_primitives(jaxpr_as_fun(value)))(*value.in_avals)
+    """Converts jaxprs, alone or in a tuple; returns anything else as it is."""
+    if isinstance(value, ClosedJaxpr):
+        return value.replace(jaxpr=_convert(value.jaxpr))
+    if isinstance(value, Jaxpr):
+        return value.replace(eqns=[_convert_equation(equation) for equation in value.eqns])
+    return tuple(map(_convert, value)) if type(value) is tuple else value
+
+
+def _convert_equation(equation: JaxprEqn) -> JaxprEqn:
+    form = _STANDARD.get(equation.primitive)
+    if form is None:
+        return equation.replace(params={n: _convert(v) for n, v in equation.params.items()})
+    call = jax.jit(partial(form, **equation.params))
+    (new,) = jax.make_jaxpr(call)(*(variable.aval for variable in equation.invars)).eqns
+    return new.replace(invars=equation.invars, outvars=equation.outvars)
 
 
 def inner_jaxprs(options: dict[str, Any]) -> list[Any]:

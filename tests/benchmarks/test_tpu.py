@@ -29,7 +29,9 @@ def test_a_row_for_each_network():
     )
     assert done.returncode == 0, done.stderr
     rows = {row['network']: row for row in json.loads(done.stdout)['rows']}
-    assert list(rows) == ['flax example resnet50', 'resnet50', 'gc_resnet50']
+    written = 'gc_resnet50 as written'
+    assert list(rows) == ['flax example resnet50', 'resnet50', 'gc_resnet50', written]
     assert rows['flax example resnet50']['FLOPs ratio'] == 1
     assert rows['resnet50']['FLOPs ratio'] == pytest.approx(1, abs=0.1)
     assert float(rows['gc_resnet50']['HBM bytes']) > 0
+    assert rows[written]['accessed ratio'] > rows['gc_resnet50']['accessed ratio']
