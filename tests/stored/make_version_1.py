@@ -1,6 +1,6 @@
 """Wrote tests/stored/version_1 with the last code of format version 1; kept to say what is in it.
 
-    python -m tests.stored.make_version_1 DIRECTORY
+python -m tests.stored.make_version_1 DIRECTORY
 """
 
 import math

@@ -17,7 +17,9 @@ LOGITS = np.load(PLACE / 'logits.npy')
 def test_its_description_and_its_variables_are_what_was_written():
     description, variables = load_variables(PLACE / 'network')
     assert (description.name, description.label_names) == ('gccnn', ('ant', 'bee', 'cat'))
-    assert description.preprocessing == DESCRIPTION.preprocessing
+    assert description.to_json() == DESCRIPTION.to_json()
+    assert description.task == 'classification'
+    assert description.preprocessing.test_shape == (12, 12)
     logits = description.build().apply(variables, normalized(), train=False)
     np.testing.assert_allclose(logits, LOGITS, rtol=0, atol=1e-6)
 
