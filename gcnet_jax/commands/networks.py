@@ -39,10 +39,10 @@ def _summary(options: argparse.Namespace) -> None:
     from gcnet_jax.models.summary import format_summary, summarize
 
     model = create_model(options.name)
-    size = model_entry(options.name).preprocessing.test_size
+    shape = model_entry(options.name).preprocessing.test_shape
     if options.size is not None:
-        size = options.size
-    if size < 1:
-        raise UserError(f'--size must be 1 or more, got {size}')
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        shape = (options.size, options.size)
+    if min(shape) < 1:
+        raise UserError(f'--size must be 1 or more, got {options.size}')
+    images = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
     print(format_summary(options.name, images.shape, summarize(model, images, train=False)))

@@ -7,3 +7,8 @@ Size = int | tuple[int, int]
 def height_and_width(size: Size) -> tuple[int, int]:
     """Returns a size as height and width in pixels."""
     return (size, size) if isinstance(size, int) else size
+
+
+def format_size(size: Size) -> str:
+    """Returns a size in words: '224', or '96x160' (height first)."""
+    return str(size) if isinstance(size, int) else 'x'.join(map(str, size))

@@ -78,8 +78,8 @@ class Preprocessing:
             size = getattr(self, name)
             if not _is_size(size):
                 raise ConfigError(
-                    f'{name} must be a whole number from 1 to {MAX_SIZE}, or a pair of them (height, '
-                    f'width), got {one_line(repr(size), 80)}'
+                    f'{name} must be a whole number from 1 to {MAX_SIZE} or a pair of them, height '
+                    f'and width, got {one_line(repr(size), 80)}'
                 )
             if isinstance(size, tuple) and size[0] == size[1]:
                 # One way to say it, so that descriptions of the same images are equal.

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from gcnet_jax.data.sizes import format_size, height_and_width
 from gcnet_jax.data.sources import read_label_names
 from gcnet_jax.errors import ConfigError, DataError, UserError
 from gcnet_jax.planning.chips import Chip, PlanError, parse_topology, topology_devices
@@ -196,9 +197,9 @@ def compile_step(experiment: Experiment) -> Program:
     step = make_train_step(experiment.model, experiment.optimizer, experiment.step_options, mesh)
     state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     shardings = state_shardings(state, mesh)
-    size, image_size = options['global_batch_size'], options['image_size']
+    size, image_shape = options['global_batch_size'], height_and_width(options['image_size'])
     batch = {
-        'image': jax.ShapeDtypeStruct((size, image_size, image_size, 3), jnp.uint8),
+        'image': jax.ShapeDtypeStruct((size, *image_shape, 3), jnp.uint8),
         'label': jax.ShapeDtypeStruct((size,), jnp.int32),
     }
     began = time.perf_counter()
@@ -276,7 +277,8 @@ def _check_batch(batch_per_chip: int | None) -> None:
 def _network(config: ConfigDict, name: str | None = None) -> str:
     """Names the network of a config, which may be the one of the checkpoint it starts from."""
     name = name or config.model.name or f'the network of {config.training.init_from}'
-    size = f'{config.data.image_size} pixels, ' if config.data.image_size else ''
+    size = config.data.image_size
+    size = f'{format_size(size)} pixels, ' if size else ''
     return f'{name}, {size}{config.model.dtype}'
 
 

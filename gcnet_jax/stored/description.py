@@ -81,9 +81,10 @@ class ModelDescription:
         fields = dict(fields)
         version = fields.pop('format_version', None)
         if version not in READ_VERSIONS:
+            read = ' and '.join(map(str, READ_VERSIONS))
             raise CheckpointError(
-                f'{place}: format version {one_line(version, 40)}; this package reads '
-                f'{" and ".join(map(str, READ_VERSIONS))}: use the version of gcnet_jax that wrote it'
+                f'{place}: format version {one_line(version, 40)}; this package reads {read}: use '
+                'the version of gcnet_jax that wrote it'
             )
         expected = {field.name for field in dataclasses.fields(cls)} - ADDED.get(version, set())
         if fields.keys() != expected:

@@ -84,7 +84,7 @@ def test_a_newer_format_is_refused(ported):
     assert fields['format_version'] == 2
     path.write_text(json.dumps(fields | {'format_version': 3}))
     with pytest.raises(
-        CheckpointError, match='format version 3; this package reads 1 and 2: use the'
+        CheckpointError, match='format version 3; this package reads 1 and 2'
     ):
         load_variables(ported[0])
     del fields['label_names']
@@ -160,7 +160,7 @@ def test_a_description_with_any_value_replaced_is_refused_or_means_something():
         (
             ('preprocessing', 'train_size'),
             [8, 0],
-            r'or a pair of them \(height, width\), got \(8, 0',
+            r'or a pair of them, height and width, got \(8',
         ),
         (('preprocessing', 'train_size'), [8, 8, 3], r'got \(8, 8, 3\)'),
         (('preprocessing', 'train_size'), [8, True], r'got \(8, True\)'),
