@@ -20,10 +20,13 @@ from gcnet_jax.analysis.pictures import (
 )
 from gcnet_jax.analysis.query_distances import SOWN, QueryDistances, distances_of
 from gcnet_jax.data.on_device import normalize
-from gcnet_jax.errors import ConfigError, DataError, UserError, one_line
+from gcnet_jax.data.sizes import Size
+from gcnet_jax.errors import DataError, UserError, one_line
 from gcnet_jax.files import as_path, reason
-from gcnet_jax.inference.images import LeftOut, find_images, load_image
-from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
+from gcnet_jax.inference.classifier import TASK
+from gcnet_jax.inference.images import LeftOut, find_images
+from gcnet_jax.inference.stored_network import StoredNetwork
+from gcnet_jax.stored import ModelDescription
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ def write_pictures(
     out: str | os.PathLike,
     *,
     choose: str = 'best',
-    size: int | None = None,
+    size: Size | None = None,
     all_blocks: bool = False,
     queries: Sequence[tuple[float, float]] = QUERIES,
     left_out: LeftOut | None = None,
@@ -61,8 +64,8 @@ def write_pictures(
       images: A file, a folder, or several of them.
       out: A directory; made if need be. Pictures of the same name are replaced.
       choose: 'best' or 'newest', where there are several checkpoints.
-      size: Height and width of what the network gets, in pixels; None for its own. More pixels
-        give finer maps.
+      size: Size of what the network gets, in pixels, one number for a square or height and width;
+        None for its own. More pixels give finer maps.
       all_blocks, queries: See `draw_attention` and `draw_queries`.
       left_out: Counts the files of folders that are no images.
 
@@ -75,13 +78,11 @@ def write_pictures(
       UserError: The network holds no block that attends, or the directory cannot be written.
     """
     check_queries(queries)
-    if size is not None and size < 1:
-        raise ConfigError(f'size must be 1 or more, got {size}')
-    description, variables = load_variables(find_checkpoint(checkpoint, choose))
-    if size is not None:
-        preprocessing = dataclasses.replace(description.preprocessing, test_size=size)
-        description = dataclasses.replace(description, preprocessing=preprocessing)
-    observe = _observer(description, variables)
+    one_device = jax.local_devices()[:1]
+    network = StoredNetwork.load(
+        checkpoint, choose=choose, size=size, fold=False, devices=one_device
+    )
+    observe = _observer(network)
     out = as_path(out, '--out')
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -89,14 +90,14 @@ def write_pictures(
         raise UserError(f'cannot make the directory {one_line(out)}: {reason(error)}') from error
     for path, name in _named(find_images(images, left_out)):
         try:
-            pixels = load_image(path, description.preprocessing)
+            pixels = network.load_image(path)
         except DataError as error:
             yield path, error
             continue
         logits, sown = observe(pixels)
         if not sown['attention']:
-            raise no_attention(description.build())
-        prediction = _prediction(description, logits)
+            raise no_attention(network.model)
+        prediction = _prediction(network.description, logits)
         title = one_line(path.name) + (f': {prediction}' if prediction else '')
         distances = distances_of(sown)
         maps = {block: attention[0] for block, attention in sown['attention'].items()}
@@ -123,25 +124,26 @@ def mean_distances(all_distances: Iterable[dict[str, QueryDistances]]) -> dict[s
     }
 
 
-def _observer(description: ModelDescription, variables: Any) -> Any:
+def _observer(network: StoredNetwork) -> Any:
     """Returns a function of one image that gives its logits and what the blocks have sown."""
-    model = description.build()
-    preprocessing = description.preprocessing
+    preprocessing = network.description.preprocessing
 
     @jax.jit
     def apply(variables: Any, images: jax.Array) -> Any:
         images = normalize(images, preprocessing.mean, preprocessing.std)
-        output, state = model.apply(variables, images, train=False, mutable=['intermediates'])
+        output, state = network.model.apply(
+            variables, images, train=False, mutable=['intermediates']
+        )
         return output[0], sown_values(state, SOWN)
 
     def observe(pixels: Picture) -> Any:
-        return jax.device_get(apply(variables, pixels[None]))
+        return jax.device_get(apply(network.variables, pixels[None]))
 
     return observe
 
 
 def _prediction(description: ModelDescription, logits: np.ndarray) -> str:
-    if description.options.get('num_classes') == 0:
+    if description.options.get('num_classes') == 0 or description.task != TASK:
         return ''
     exponentials = np.exp(logits.astype(np.float64) - logits.max())
     best = int(logits.argmax())

@@ -17,7 +17,7 @@ from gcnet_jax.data.loader import evaluation_batches
 from gcnet_jax.data.sources import Source
 from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.files import as_path, reason, write_whole
-from gcnet_jax.inference.predictor import LOGITS, Classifier, check_finite
+from gcnet_jax.inference.classifier import LOGITS, Classifier, check_finite
 
 REPORT_FILE = 'evaluation.json'
 PICTURE_FILE = 'confusion.png'
@@ -115,8 +115,7 @@ def evaluate(
         num_threads=num_threads,
         skip_damaged=skip_damaged,
     )
-    size = preprocessing.test_size
-    blank = np.zeros((classifier.batch_size, size, size, 3), np.uint8)
+    blank = np.zeros((classifier.batch_size, *classifier.image_shape, 3), np.uint8)
     np.asarray(classifier.dispatch(blank, LOGITS))  # Compiles, before the clock starts.
     counts = _Counts(classifier.num_classes)
     began = time.perf_counter()

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.errors import CheckpointError, DataError
+from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.inference.evaluation import (
     Evaluation,
     check_labels,
@@ -18,7 +19,6 @@ from gcnet_jax.inference.evaluation import (
     format_evaluation,
     write_evaluation,
 )
-from gcnet_jax.inference.predictor import Classifier
 
 LABELS = ('ant', 'bee', 'cat', 'dog', 'elk', 'fox')
 

@@ -83,9 +83,7 @@ def test_a_newer_format_is_refused(ported):
     fields = json.loads(path.read_text())
     assert fields['format_version'] == 2
     path.write_text(json.dumps(fields | {'format_version': 3}))
-    with pytest.raises(
-        CheckpointError, match='format version 3; this package reads 1 and 2'
-    ):
+    with pytest.raises(CheckpointError, match='format version 3; this package reads 1 and 2'):
         load_variables(ported[0])
     del fields['label_names']
     path.write_text(json.dumps(fields))
