@@ -41,7 +41,7 @@ def _summary(options: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
-    from gcnet_jax.data.sizes import height_and_width
+    from gcnet_jax.data.sizes import format_size, height_and_width
     from gcnet_jax.models import create_model, model_entry
     from gcnet_jax.models.summary import format_summary, summarize
 
@@ -50,6 +50,6 @@ def _summary(options: argparse.Namespace) -> None:
     if options.size is not None:
         shape = height_and_width(options.size)
     if min(shape) < 1:
-        raise UserError(f'--size must be 1 or more, got {options.size}')
+        raise UserError(f'--size must be 1 or more, got {format_size(options.size)}')
     images = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
     print(format_summary(options.name, images.shape, summarize(model, images, train=False)))

@@ -1,5 +1,6 @@
 """Files that run elsewhere: what they compute there, and what is refused."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -94,6 +95,24 @@ def test_the_size_can_be_chosen(stored, tmp_path, capsys):
     expected = probabilities(stored.description, stored.variables, images)
     np.testing.assert_allclose(classify(images), expected, atol=1e-5)
     assert json.loads(Path(f'{out}.json').read_text())['preprocessing']['test_size'] == 20
+
+
+def test_images_need_not_be_square(stored, tmp_path):
+    out = tmp_path / 'wide.jaxexport'
+    assert run(stored.directory, out, '--size', '10x14') == 0
+    classify = jax_export.deserialize(bytearray(out.read_bytes())).call
+    images = np.random.default_rng(0).integers(0, 256, (2, 10, 14, 3), np.uint8)
+    expected = probabilities(stored.description, stored.variables, images)
+    np.testing.assert_allclose(classify(images), expected, atol=1e-5)
+    assert json.loads(Path(f'{out}.json').read_text())['preprocessing']['test_size'] == [10, 14]
+
+
+def test_a_network_for_another_task_is_refused(stored, tmp_path, capsys):
+    description = dataclasses.replace(stored.description, task='multilabel')
+    write_ported(tmp_path / 'other', description, stored.variables)
+    assert run(tmp_path / 'other', tmp_path / 'network.jaxexport') == 1
+    assert 'gccnn was trained for multilabel; only the' in capsys.readouterr().err
+    assert not (tmp_path / 'network.jaxexport').exists()
 
 
 def test_a_file_is_replaced_only_on_demand(stored, tmp_path, capsys):
