@@ -111,12 +111,13 @@ def train_once(watch: Stopwatch, arguments: Sequence[str]) -> None:
 def predict_once(watch: Stopwatch, arguments: Sequence[str]) -> None:
     """Does what `python -m gcnet_jax predict` does."""
     from gcnet_jax.__main__ import main
-    from gcnet_jax.inference import predictor
+    from gcnet_jax.inference import stored_network
+    from gcnet_jax.inference.classifier import Classifier
 
     watch.mark('imports')
     watch.listen()
-    predictor.find_checkpoint = watch.after(predictor.find_checkpoint, 'data and checks')
-    predictor.Classifier.load = watch.after(predictor.Classifier.load, 'weights')
+    stored_network.find_checkpoint = watch.after(stored_network.find_checkpoint, 'data and checks')
+    Classifier.load = watch.after(Classifier.load, 'weights')
     if main(['predict', *arguments]) != 0:
         raise SystemExit('predict failed')
     watch.mark('first result')

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         SqueezeExcite,
         insert,
     )
-    from gcnet_jax.inference.predictor import Classifier
+    from gcnet_jax.inference.classifier import Classifier
     from gcnet_jax.models import create_model, list_models
     from gcnet_jax.porting import load_pretrained, load_torch
 
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     place = 'gcnet_jax.context'
     if name == 'Classifier':
-        place = 'gcnet_jax.inference.predictor'
+        place = 'gcnet_jax.inference.classifier'
     elif name in ('create_model', 'list_models'):
         place = 'gcnet_jax.models'
     elif name in ('load_pretrained', 'load_torch'):

@@ -280,7 +280,7 @@ def test_a_command_keeps_it_among_the_users_files_and_not_in_the_checkpoint(
 
 def test_the_library_sets_no_cache():
     code = (
-        'import jax, gcnet_jax.inference.predictor, gcnet_jax.training.loop, gcnet_jax.__main__\n'
+        'import jax, gcnet_jax.inference.classifier, gcnet_jax.training.loop, gcnet_jax.__main__\n'
         'assert jax.config.jax_compilation_cache_dir is None'
     )
     environment = {name: value for name, value in os.environ.items() if 'CACHE' not in name}

@@ -20,7 +20,7 @@ import json, os, resource, shutil, signal, sys, traceback
 from pathlib import Path
 import jax, numpy as np
 from gcnet_jax.errors import CheckpointError
-from gcnet_jax.inference.predictor import Classifier
+from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.stored import find_checkpoint, load_variables
 
 VALUES = (None, True, -1, 0, 10**12, 1e308, float('nan'), '', 'x' * 20_000, [], [[]], {}, {'a': 1})

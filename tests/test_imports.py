@@ -30,7 +30,7 @@ HEAVY = (
     [
         ('import gcnet_jax, gcnet_jax.__main__', ()),
         ('from gcnet_jax import GlobalContext, create_model', ()),
-        ('import gcnet_jax.inference.predictor', ('orbax',)),
+        ('import gcnet_jax.inference.classifier', ('orbax',)),
         ('import gcnet_jax.training.loop', ('grain', 'optax', 'orbax', 'tensorflow_datasets')),
     ],
 )

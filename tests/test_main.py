@@ -85,6 +85,7 @@ def test_what_prepare_prints_names_splits_that_exist(tmp_path, capsys):
     [
         (['summary', 'gc_resnet5'], "unknown model 'gc_resnet5'; did you mean"),
         (['summary', 'resnet50', '--size', '0'], '--size must be 1 or more, got 0'),
+        (['summary', 'resnet50', '--size', '8x0'], '--size must be 1 or more, got 8x0'),
         (['models', 'nothing*'], "no network matches 'nothing*'"),
         (['prepare', '/does/not/exist', '--name', 'x'], "'/does/not/exist' is not a directory"),
     ],

@@ -20,10 +20,14 @@ from gcnet_jax.analysis.pictures import (
 )
 from gcnet_jax.analysis.query_distances import SOWN, QueryDistances, distances_of
 from gcnet_jax.data.on_device import normalize
-from gcnet_jax.errors import ConfigError, DataError, UserError, one_line
+from gcnet_jax.data.sizes import Size
+from gcnet_jax.errors import DataError, UserError, one_line
 from gcnet_jax.files import as_path, reason
-from gcnet_jax.inference.images import LeftOut, find_images, load_image
-from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
+from gcnet_jax.inference.images import LeftOut, find_images
+from gcnet_jax.inference.stored_network import StoredNetwork
+from gcnet_jax.stored import ModelDescription
+from gcnet_jax.tasks import find_task
+from gcnet_jax.tasks.prediction import Prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ def write_pictures(
     out: str | os.PathLike,
     *,
     choose: str = 'best',
-    size: int | None = None,
+    size: Size | None = None,
     all_blocks: bool = False,
     queries: Sequence[tuple[float, float]] = QUERIES,
     left_out: LeftOut | None = None,
@@ -61,8 +65,8 @@ def write_pictures(
       images: A file, a folder, or several of them.
       out: A directory; made if need be. Pictures of the same name are replaced.
       choose: 'best' or 'newest', where there are several checkpoints.
-      size: Height and width of what the network gets, in pixels; None for its own. More pixels
-        give finer maps.
+      size: Size of what the network gets, in pixels, one number for a square or height and width;
+        None for its own. More pixels give finer maps.
       all_blocks, queries: See `draw_attention` and `draw_queries`.
       left_out: Counts the files of folders that are no images.
 
@@ -75,13 +79,11 @@ def write_pictures(
       UserError: The network holds no block that attends, or the directory cannot be written.
     """
     check_queries(queries)
-    if size is not None and size < 1:
-        raise ConfigError(f'size must be 1 or more, got {size}')
-    description, variables = load_variables(find_checkpoint(checkpoint, choose))
-    if size is not None:
-        preprocessing = dataclasses.replace(description.preprocessing, test_size=size)
-        description = dataclasses.replace(description, preprocessing=preprocessing)
-    observe = _observer(description, variables)
+    one_device = jax.local_devices()[:1]
+    network = StoredNetwork.load(
+        checkpoint, choose=choose, size=size, fold=False, devices=one_device
+    )
+    observe = _observer(network)
     out = as_path(out, '--out')
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -89,26 +91,18 @@ def write_pictures(
         raise UserError(f'cannot make the directory {one_line(out)}: {reason(error)}') from error
     for path, name in _named(find_images(images, left_out)):
         try:
-            pixels = load_image(path, description.preprocessing)
+            pixels = network.load_image(path)
         except DataError as error:
             yield path, error
             continue
         logits, sown = observe(pixels)
         if not sown['attention']:
-            raise no_attention(description.build())
-        prediction = _prediction(description, logits)
+            raise no_attention(network.model)
+        prediction = _prediction(network.description, logits)
         title = one_line(path.name) + (f': {prediction}' if prediction else '')
         distances = distances_of(sown)
-        maps = {block: attention[0] for block, attention in sown['attention'].items()}
-        single = {block: values for block, values in maps.items() if values.ndim == 2}
-        many = {block: values for block, values in maps.items() if values.ndim != 2}
-        files = []
-        if single:
-            figure = draw_attention(pixels, single, title=title, all_blocks=all_blocks)
-            files.append(save_figure(figure, out / f'{name}_attention.png'))
-        if many:
-            figure = draw_queries(pixels, many, queries=queries, notes=distances, title=title)
-            files.append(save_figure(figure, out / f'{name}_queries.png'))
+        figures = _figures(pixels, sown, title, distances, all_blocks, queries)
+        files = [save_figure(figure, out / f'{name}_{end}.png') for end, figure in figures.items()]
         yield path, Drawn(prediction, tuple(files), distances)
 
 
@@ -123,31 +117,52 @@ def mean_distances(all_distances: Iterable[dict[str, QueryDistances]]) -> dict[s
     }
 
 
-def _observer(description: ModelDescription, variables: Any) -> Any:
+def _observer(network: StoredNetwork) -> Any:
     """Returns a function of one image that gives its logits and what the blocks have sown."""
-    model = description.build()
-    preprocessing = description.preprocessing
+    preprocessing = network.description.preprocessing
 
     @jax.jit
     def apply(variables: Any, images: jax.Array) -> Any:
         images = normalize(images, preprocessing.mean, preprocessing.std)
-        output, state = model.apply(variables, images, train=False, mutable=['intermediates'])
+        output, state = network.model.apply(
+            variables, images, train=False, mutable=['intermediates']
+        )
         return output[0], sown_values(state, SOWN)
 
     def observe(pixels: Picture) -> Any:
-        return jax.device_get(apply(variables, pixels[None]))
+        return jax.device_get(apply(network.variables, pixels[None]))
 
     return observe
 
 
+def _figures(
+    pixels: Picture,
+    sown: Any,
+    title: str,
+    distances: dict[str, QueryDistances],
+    all_blocks: bool,
+    queries: Sequence[tuple[float, float]],
+) -> dict[str, Any]:
+    """Draws the blocks with one map per image, and those with a map per query, by file ending."""
+    maps = {block: attention[0] for block, attention in sown['attention'].items()}
+    single = {block: values for block, values in maps.items() if values.ndim == 2}
+    many = {block: values for block, values in maps.items() if values.ndim != 2}
+    figures = {}
+    if single:
+        figures['attention'] = draw_attention(pixels, single, title=title, all_blocks=all_blocks)
+    if many:
+        figures['queries'] = draw_queries(
+            pixels, many, queries=queries, notes=distances, title=title
+        )
+    return figures
+
+
 def _prediction(description: ModelDescription, logits: np.ndarray) -> str:
+    """Returns the most probable label with its probability; empty without a classifier."""
     if description.options.get('num_classes') == 0:
         return ''
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    best = int(logits.argmax())
-    names = description.label_names
-    label = names[best] if best < len(names) else f'class {best}'
-    return f'{label} {exponentials[best] / exponentials.sum():.1%}'
+    probabilities = find_task(description.task).probabilities(logits.astype(np.float64), np)
+    return str(Prediction.highest(probabilities, logits, description.label_names, 1))
 
 
 def _named(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:

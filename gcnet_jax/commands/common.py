@@ -1,6 +1,7 @@
 """What commands share."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,6 +29,15 @@ def refuse_flags(options: argparse.Namespace, command: str, names: Sequence[str]
     for name in names:
         if is_given(getattr(options, name)):
             raise UserError(f'--{name.replace("_", "-")} has no meaning with {command}')
+
+
+def image_size(text: str) -> int | tuple[int, int]:
+    """Reads the value of a flag: '224', or height and width as '96x160'."""
+    if found := re.fullmatch(r'(\d+)x(\d+)', text):
+        return int(found[1]), int(found[2])
+    if re.fullmatch(r'-?\d+', text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f'a number, or HEIGHTxWIDTH such as 96x160, not {text!r}')
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
-from gcnet_jax.commands.common import is_given, print_lines, refuse_flags, report_choice
+from gcnet_jax.commands.common import (
+    image_size,
+    is_given,
+    print_lines,
+    refuse_flags,
+    report_choice,
+)
 from gcnet_jax.errors import UserError
 
 EXPORT_FORMATS = ('jaxexport', 'onnx', 'safetensors')
@@ -63,7 +69,12 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument(
         '--choose', choices=('best', 'newest'), default='best', help='of several checkpoints'
     )
-    export.add_argument('--size', type=int, help="of the images, in pixels; default: the network's")
+    export.add_argument(
+        '--size',
+        type=image_size,
+        metavar='PIXELS',
+        help="of the images, such as 224 or 96x160 (height first); default: the network's",
+    )
     export.add_argument(
         '--family', help='with .safetensors: whose names, such as torchvision; default: timm'
     )

@@ -8,7 +8,12 @@ import warnings
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from gcnet_jax.commands.common import EXIT_ERROR, EXIT_SOME_IMAGES_FAILED, report_choice
+from gcnet_jax.commands.common import (
+    EXIT_ERROR,
+    EXIT_SOME_IMAGES_FAILED,
+    image_size,
+    report_choice,
+)
 from gcnet_jax.errors import UserError, one_line, print_error
 
 if TYPE_CHECKING:
@@ -77,7 +82,11 @@ def add_attention(commands: argparse._SubParsersAction) -> None:
         '--all-blocks', action='store_true', help='every block, not the last one of each stage'
     )
     attention.add_argument(
-        '--size', type=int, help='pixels that the network gets; default: its own; more: finer maps'
+        '--size',
+        type=image_size,
+        metavar='PIXELS',
+        help='that the network gets, such as 224 or 96x160 (height first); default: its own; more: '
+        'finer maps',
     )
     attention.add_argument(
         '--query',
@@ -108,7 +117,7 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 
 def _load_classifier(options: argparse.Namespace, **more: Any) -> Any:
-    from gcnet_jax.inference.predictor import Classifier
+    from gcnet_jax.inference.classifier import Classifier
 
     # Pillow warns of damaged files, which have a line of ours.
     warnings.filterwarnings('ignore', module=r'PIL\.')

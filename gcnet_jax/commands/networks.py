@@ -2,6 +2,7 @@
 
 import argparse
 
+from gcnet_jax.commands.common import image_size
 from gcnet_jax.errors import UserError
 
 
@@ -16,7 +17,12 @@ def add_summary(commands: argparse._SubParsersAction) -> None:
         'summary', help="a network's parameters, multiply-adds, and what its context costs"
     )
     summary.add_argument('name', help='a name that the command models lists')
-    summary.add_argument('--size', type=int, help="image size in pixels; default: the network's")
+    summary.add_argument(
+        '--size',
+        type=image_size,
+        metavar='PIXELS',
+        help="of the images, such as 224 or 96x160 (height first); default: the network's",
+    )
     summary.set_defaults(run=_summary)
 
 
@@ -35,14 +41,15 @@ def _summary(options: argparse.Namespace) -> None:
     import jax
     import jax.numpy as jnp
 
+    from gcnet_jax.data.sizes import format_size, height_and_width
     from gcnet_jax.models import create_model, model_entry
     from gcnet_jax.models.summary import format_summary, summarize
 
     model = create_model(options.name)
-    size = model_entry(options.name).preprocessing.test_size
+    shape = model_entry(options.name).preprocessing.test_shape
     if options.size is not None:
-        size = options.size
-    if size < 1:
-        raise UserError(f'--size must be 1 or more, got {size}')
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        shape = height_and_width(options.size)
+    if min(shape) < 1:
+        raise UserError(f'--size must be 1 or more, got {format_size(options.size)}')
+    images = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
     print(format_summary(options.name, images.shape, summarize(model, images, train=False)))

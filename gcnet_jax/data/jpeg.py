@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from gcnet_jax.data.image_limits import JPEG_START_OF_SCAN, count_scans
+from gcnet_jax.data.sizes import Size, height_and_width
 
 RGB = UInt8[np.ndarray, 'height width 3']
 Box = tuple[int, int, int, int]
@@ -29,6 +30,8 @@ OTHER_FRAMES = (0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF
 CONTEXT_ROWS = 8
 # Bytes that a thread keeps for the pixels of an image; larger images get new memory.
 ROOM = 2**22
+# Largest share of a neighbour in one smoothing; the middle pixel's would be far below zero.
+LARGEST_SIDE = 0.6
 # Bytes that are searched for the size; profiles and previews stand in front of it.
 LONGEST_HEADER = 2**20
 
@@ -75,20 +78,22 @@ def read_frame(data: bytes) -> Frame | None:
     return None
 
 
-def decode_crop(data: bytes, frame: Frame, box: Box, size: int) -> RGB | None:
-    """Decodes a JPEG no further than a crop needs, and resizes the crop to `[size, size, 3]`.
+def decode_crop(data: bytes, frame: Frame, box: Box, size: Size) -> RGB | None:
+    """Decodes a JPEG no further than a crop needs, and resizes the crop.
 
     Args:
       data: An image of which `read_frame` made `frame`.
       frame: Its header.
       box: Left, top, right and bottom of the crop, in pixels.
-      size: Height and width wanted. A crop at least twice as large is decoded at a half, a quarter
-        or an eighth of its resolution, whichever is the least that is not below this.
+      size: Height and width wanted; one number for a square. A crop at least twice as large on both
+        sides is decoded at a half, a quarter or an eighth of its resolution, whichever is the least
+        that is not below this.
 
     Returns:
       The crop in memory of its own, or None if libjpeg-turbo cannot read the image.
     """
-    ratio = min(box[2] - box[0], box[3] - box[1]) / size
+    height, width = height_and_width(size)
+    ratio = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
     shrink = next((shrink for shrink in SHRINKS if shrink <= ratio), 1)
     image = decode_rows(
         data, frame, box[3], shrink, plain_colours=ratio > 1, buffer=_scratch.decoded
@@ -147,22 +152,24 @@ def decode_rows(
         return None
 
 
-def resize_part(image: RGB, box: tuple[float, float, float, float], size: int) -> RGB:
-    """Resizes a part of an image to `[size, size, 3]`, bilinearly and antialiased.
+def resize_part(image: RGB, box: tuple[float, float, float, float], size: Size) -> RGB:
+    """Resizes a part of an image, bilinearly and antialiased.
 
     Pillow widens its triangle with the scale. Here the part is smoothed first, by a kernel of three
-    pixels that has the variance which the wider triangle has more; that is several times faster,
-    and close up to a scale of about two. Larger scales are the decoder's.
+    pixels (of more beyond a scale of 2.8) that has the variance which the wider triangle has more;
+    that is several times faster, and close up to a scale of about two. Larger scales are the
+    decoder's.
 
     Args:
       image: `[height, width, 3]`.
       box: Left, top, right and bottom of the part; may lie between pixels.
-      size: Height and width of the result.
+      size: Height and width of the result; one number for a square.
     """
     cv2 = opencv()
     left, top = math.floor(box[0]), math.floor(box[1])
     part = image[top : math.ceil(box[3]), left : math.ceil(box[2])]
-    scale_x, scale_y = (box[2] - box[0]) / size, (box[3] - box[1]) / size
+    height, width = height_and_width(size)
+    scale_x, scale_y = (box[2] - box[0]) / width, (box[3] - box[1]) / height
     if max(scale_x, scale_y) > 1:
         smooth = _scratch.smoothed[: part.size].reshape(part.shape) if part.size <= ROOM else None
         border = cv2.BORDER_REPLICATE | cv2.BORDER_ISOLATED
@@ -170,13 +177,13 @@ def resize_part(image: RGB, box: tuple[float, float, float, float], size: int) -
             part, -1, _kernel(scale_x), _kernel(scale_y), dst=smooth, borderType=border
         )
     if part.shape[:2] == (box[3] - box[1], box[2] - box[0]):
-        return cv2.resize(part, (size, size), interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR)
     # Where the middle of the first pixel of the result lies in the part.
     x, y = box[0] - left + scale_x / 2 - 0.5, box[1] - top + scale_y / 2 - 0.5
     return cv2.warpAffine(
         part,
         np.array([[scale_x, 0, x], [0, scale_y, y]]),
-        (size, size),
+        (width, height),
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
     )
@@ -196,7 +203,10 @@ _scratch = _Scratch()
 def _kernel(scale: float) -> np.ndarray:
     # A triangle of half-width s has the variance s^2 / 6, and [side, 1 - 2 side, side] has 2 side.
     side = max(scale * scale - 1, 0) / 12
-    return np.array([side, 1 - 2 * side, side], np.float32)
+    # A crop that is squeezed along one side only has a larger scale there: several in a row.
+    times = max(math.ceil(side / LARGEST_SIDE), 1)
+    kernel = np.array([side / times, 1 - 2 * side / times, side / times])
+    return functools.reduce(np.convolve, [kernel] * times).astype(np.float32)
 
 
 @functools.cache

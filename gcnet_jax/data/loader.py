@@ -18,6 +18,7 @@ from absl import flags
 
 from gcnet_jax.data import preprocess
 from gcnet_jax.data.color import ColorOptions, augment_color
+from gcnet_jax.data.sizes import Size, height_and_width
 from gcnet_jax.errors import ConfigError, DataError, unknown_name
 
 MAX_SEED = 2**32 - 1
@@ -80,7 +81,7 @@ def train_batches(
     source: ImageSource,
     *,
     global_batch_size: int,
-    image_size: int,
+    image_size: Size,
     seed: int,
     start_step: int = 0,
     process_index: int = 0,
@@ -99,7 +100,7 @@ def train_batches(
     Args:
       source: The images.
       global_batch_size: Images a step over all processes.
-      image_size: Height and width of the images handed out, in pixels.
+      image_size: Height and width of the images handed out, in pixels; one number for a square.
       seed: Of the order and the augmentation, 0 to 2**32 - 1.
       start_step: Step of the first batch.
       process_index: Which part of every batch.
@@ -118,7 +119,7 @@ def train_batches(
         it.
 
     Returns:
-      Iterator of `{'image': uint8 [local_batch, size, size, 3], 'label': int32 [local_batch]}`,
+      Iterator of `{'image': uint8 [local_batch, height, width, 3], 'label': int32 [local_batch]}`,
       with several labels per image 'label': int32 [local_batch, classes].
 
     Raises:
@@ -157,7 +158,7 @@ def evaluation_batches(
     source: ImageSource,
     *,
     global_batch_size: int,
-    image_size: int,
+    image_size: Size,
     crop_fraction: float = 0.875,
     interpolation: str = 'bicubic',
     process_index: int = 0,
@@ -173,8 +174,8 @@ def evaluation_batches(
     Args:
       source: The images.
       global_batch_size: Images a step over all processes; may be more than there are examples.
-      image_size: Height and width of the images handed out, in pixels.
-      crop_fraction: Share of the resized shorter side that is kept, in (0, 1].
+      image_size: Height and width of the images handed out, in pixels; one number for a square.
+      crop_fraction: See `preprocess.resize_and_crop`.
       interpolation: `nearest`, `bilinear` or `bicubic`.
       process_index: Which part of every batch.
       process_count: Number of parts.
@@ -183,7 +184,7 @@ def evaluation_batches(
       skip_damaged: Give a damaged image the mask False, and count it.
 
     Returns:
-      Iterator of `{'image': uint8 [local_batch, size, size, 3], 'label': int32 [local_batch],
+      Iterator of `{'image': uint8 [local_batch, height, width, 3], 'label': int32 [local_batch],
       'mask': bool [local_batch]}`.
 
     Raises:
@@ -238,13 +239,13 @@ class _EvaluationExample:
     """Makes the evaluation example of one index, or the filling beyond the last one."""
 
     source: ImageSource
-    size: int
+    size: Size
     crop_fraction: float
     interpolation: str
     skip_damaged: bool
 
     def __call__(self, index: int) -> Example:
-        nothing = np.zeros((self.size, self.size, 3), np.uint8)
+        nothing = np.zeros((*height_and_width(self.size), 3), np.uint8)
         if index >= len(self.source):
             return nothing, self.source.no_label, False, 0
         record = self.source[int(index)]
@@ -304,13 +305,13 @@ def _settle_flags() -> None:
 def _check_batch(
     source: ImageSource,
     global_batch_size: int,
-    image_size: int,
+    image_size: Size,
     process_index: int,
     process_count: int,
 ) -> None:
     if len(source) == 0:
         raise DataError('the source has no examples')
-    if global_batch_size < 1 or image_size < 1:
+    if global_batch_size < 1 or min(height_and_width(image_size)) < 1:
         raise ConfigError(
             f'global_batch_size is {global_batch_size} and image_size {image_size}; '
             'they are at least 1'

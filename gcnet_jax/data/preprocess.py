@@ -5,6 +5,11 @@ the shorter side, then CenterCrop); both resize with Pillow's antialiased filter
 orientation is not applied, because neither torchvision nor timm applies it, and published
 accuracies were measured without it.
 
+Sizes are one number for a square, or height and width. Evaluation to a size that is not square
+follows timm's ResizeKeepRatio: the image keeps its proportions and becomes the smallest that covers
+the size over `crop_fraction`, rounded to whole pixels; the crop is the middle of it. A square is
+covered too, by the shorter side; there the longer side is rounded down, as torchvision does.
+
 Training reads ordinary JPEGs by a faster way (`gcnet_jax.data.jpeg`), whose pixels differ slightly.
 """
 
@@ -19,6 +24,7 @@ from PIL import Image
 
 from gcnet_jax.data import image_limits, jpeg
 from gcnet_jax.data.image_limits import DECODING_MEMORY, MAX_PIXELS, check_size
+from gcnet_jax.data.sizes import Size, height_and_width
 from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
 
 # Only these decoders ever see the data. Others of Pillow start programs (EPS runs Ghostscript).
@@ -195,20 +201,23 @@ def sample_crop(
 
 def random_resized_crop(
     image: RGB,
-    size: int,
+    size: Size,
     rng: np.random.Generator,
     scale: tuple[float, float] = CROP_SCALE,
     ratio: tuple[float, float] = CROP_RATIO,
     interpolation: str = 'bilinear',
 ) -> RGB:
-    """Returns a random part of the image as `[size, size, 3]` (torchvision's RandomResizedCrop)."""
+    """Returns a random part of the image in the size wanted (torchvision's RandomResizedCrop).
+
+    The range of the part's shape does not depend on the size: one that is not square stretches it.
+    """
     box = sample_crop(*image.shape[:2], rng, scale, ratio)
     return _crop_and_resize(Image.fromarray(image), box, size, interpolation)
 
 
 def decode_resized_crop(
     data: bytes,
-    size: int,
+    size: Size,
     rng: np.random.Generator,
     scale: tuple[float, float] = CROP_SCALE,
     ratio: tuple[float, float] = CROP_RATIO,
@@ -241,10 +250,11 @@ def decode_resized_crop(
         return _pillow_crop(image, box, size, interpolation, draft=fast)
 
 
-def _pillow_crop(image: Image.Image, box: Box, size: int, interpolation: str, draft: bool) -> RGB:
+def _pillow_crop(image: Image.Image, box: Box, size: Size, interpolation: str, draft: bool) -> RGB:
     (width, height), (left, top, right, bottom) = image.size, box
     if draft:
-        shrink = min(right - left, bottom - top) / size
+        wanted_height, wanted_width = height_and_width(size)
+        shrink = min((right - left) / wanted_width, (bottom - top) / wanted_height)
         image.draft('RGB', (math.ceil(width / max(shrink, 1)), math.ceil(height / max(shrink, 1))))
     image = to_rgb(image)
     if image.size == (width, height):
@@ -252,19 +262,20 @@ def _pillow_crop(image: Image.Image, box: Box, size: int, interpolation: str, dr
     # On the smaller image the corners lie between pixels.
     x, y = image.width / width, image.height / height
     box = (left * x, top * y, right * x, bottom * y)
-    return np.asarray(image.resize((size, size), interpolation_filter(interpolation), box))
+    wanted = height_and_width(size)[::-1]
+    return np.asarray(image.resize(wanted, interpolation_filter(interpolation), box))
 
 
-def _crop_and_resize(image: Image.Image, box: Box, size: int, interpolation: str) -> RGB:
-    cropped = image.crop(box)
-    if cropped.size != (size, size):
-        cropped = cropped.resize((size, size), interpolation_filter(interpolation))
+def _crop_and_resize(image: Image.Image, box: Box, size: Size, interpolation: str) -> RGB:
+    cropped, wanted = image.crop(box), height_and_width(size)[::-1]
+    if cropped.size != wanted:
+        cropped = cropped.resize(wanted, interpolation_filter(interpolation))
     return np.asarray(cropped)
 
 
 def decode_and_crop(
     data: bytes,
-    size: int,
+    size: Size,
     crop_fraction: float = 0.875,
     interpolation: str = 'bicubic',
     max_pixels: int = MAX_PIXELS,
@@ -285,55 +296,67 @@ def decode_and_crop(
 
 
 def resize_and_crop(
-    image: RGB, size: int, crop_fraction: float = 0.875, interpolation: str = 'bicubic'
+    image: RGB, size: Size, crop_fraction: float = 0.875, interpolation: str = 'bicubic'
 ) -> RGB:
-    """Returns the middle of the image as `[size, size, 3]`, by timm's evaluation transform.
+    """Returns the middle of the image in the size wanted, by timm's evaluation transform.
 
     Args:
       image: Of any size.
-      size: Height and width wanted, in pixels.
-      crop_fraction: Share of the resized shorter side that is kept, in (0, 1].
+      size: Height and width wanted, in pixels; one number for a square.
+      crop_fraction: The size over that of the image that is cropped, in (0, 1]; for a square the
+        share of the resized shorter side that is kept.
       interpolation: `nearest`, `bilinear` or `bicubic`.
 
     Raises:
-      DataError: If the image is so elongated that it would have more than `MAX_PIXELS` once its
-        shorter side has that size.
+      DataError: If the image is so elongated that it would have more than `MAX_PIXELS` once it
+        covers that size.
     """
     height, width = image.shape[:2]
     if _resized_size(width, height, size, crop_fraction) == (width, height):
-        left, top = _margins(width, height, size)
-        return image[top : top + size, left : left + size]
+        left, top, right, bottom = _middle(width, height, size)
+        return image[top:bottom, left:right]
     return _resize_and_crop(Image.fromarray(image), size, crop_fraction, interpolation)
 
 
-def _resized_size(width: int, height: int, size: int, crop_fraction: float) -> tuple[int, int]:
-    shorter = math.floor(size / crop_fraction)
+def _resized_size(width: int, height: int, size: Size, crop_fraction: float) -> tuple[int, int]:
+    """Returns width and height of the image that the crop is the middle of."""
+    rows, columns = (math.floor(side / crop_fraction) for side in height_and_width(size))
+    # The side that the image covers only just, the image's own, and the image's other one.
+    side, own, other = (
+        (rows, height, width) if rows * width >= columns * height else (columns, width, height)
+    )
     # A line of 65,535 pixels is a small file, and would take gigabytes here.
-    if shorter * shorter * max(height, width) > MAX_PIXELS * min(height, width):
+    if side * side * other > MAX_PIXELS * own:
         raise _too_elongated(width, height)
+    if rows != columns:
+        # timm.data.transforms.ResizeKeepRatio, operation by operation.
+        ratio = min(height / rows, width / columns)
+        return round(width / ratio), round(height / ratio)
     # torchvision.transforms.Resize: the longer side is rounded down.
     if width <= height:
-        return shorter, int(shorter * height / width)
-    return int(shorter * width / height), shorter
+        return side, int(side * height / width)
+    return int(side * width / height), side
 
 
 def _too_elongated(width: int, height: int) -> DataError:
     return DataError(f'image of {width}x{height} pixels is too elongated to be resized')
 
 
-def _margins(width: int, height: int, size: int) -> tuple[int, int]:
+def _middle(width: int, height: int, size: Size) -> Box:
+    """Returns left, top, right and bottom of the central crop of an image."""
+    wanted_height, wanted_width = height_and_width(size)
     # torchvision.transforms.CenterCrop rounds the margin half to even, as `round` does.
-    return round((width - size) / 2), round((height - size) / 2)
+    left, top = round((width - wanted_width) / 2), round((height - wanted_height) / 2)
+    return left, top, left + wanted_width, top + wanted_height
 
 
 def _resize_and_crop(
-    image: Image.Image, size: int, crop_fraction: float, interpolation: str
+    image: Image.Image, size: Size, crop_fraction: float, interpolation: str
 ) -> RGB:
     new_size = _resized_size(*image.size, size, crop_fraction)
     if new_size != image.size:
         image = image.resize(new_size, interpolation_filter(interpolation))
-    left, top = _margins(*new_size, size)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    return np.asarray(image.crop(_middle(*new_size, size)))
 
 
 def random_pad_crop(image: RGB, padding: int, rng: np.random.Generator) -> RGB:
@@ -362,18 +385,18 @@ def augment(
     data: bytes,
     rng: np.random.Generator,
     *,
-    size: int,
+    size: Size,
     augmentation: str = 'resized_crop',
     flip: bool = True,
     interpolation: str = 'bilinear',
     crop_scale: tuple[float, float] = CROP_SCALE,
 ) -> RGB:
-    """Makes a training image `[size, size, 3]` of an encoded one.
+    """Makes a training image in the size wanted of an encoded one.
 
     Args:
       data: Encoded image.
       rng: Source of randomness; the result is a function of its state.
-      size: Height and width wanted, in pixels.
+      size: Height and width wanted, in pixels; one number for a square.
       augmentation: `none` (the middle of the resized image), `pad_crop` (the same, then shifted by
         up to `CROP_PADDING` pixels) or `resized_crop`.
       flip: Mirror at random. Never for digits or letters.

@@ -1,4 +1,4 @@
-"""How good a classifier is on a labelled set: accuracies, loss, and what is taken for what."""
+"""How good a classifier is on a labelled set: its task's metrics, and what is taken for what."""
 
 import contextlib
 import dataclasses
@@ -6,18 +6,20 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from gcnet_jax.data.loader import evaluation_batches
+from gcnet_jax.data.loader import Batches, evaluation_batches
 from gcnet_jax.data.sources import Source
 from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.files import as_path, reason, write_whole
-from gcnet_jax.inference.predictor import LOGITS, Classifier, check_finite
+from gcnet_jax.inference.classifier import LOGITS, Classifier, check_finite
+from gcnet_jax.tasks import MultiLabel
 
 REPORT_FILE = 'evaluation.json'
 PICTURE_FILE = 'confusion.png'
@@ -37,10 +39,12 @@ class Evaluation:
       label_names: Name of each class.
       examples: Images that counted, each once.
       skipped: Damaged images that were left out.
-      top1, top5: Share of the images whose label is among the 1 or 5 highest logits.
-      loss: Mean cross-entropy, without label smoothing.
+      metrics: Of the task, by their names, such as 'accuracy', 'top5' and 'loss' (without label
+        smoothing), or 'mAP'.
+      percentages: Which of them are shown in per cent.
       images_per_second: With reading and decoding, without compiling.
-      confusion: Number of images by their class (row) and the class they were taken for (column).
+      confusion: Number of images by their class (row) and the class they were taken for (column);
+        None where an image has several labels.
     """
 
     data: str
@@ -48,11 +52,10 @@ class Evaluation:
     label_names: tuple[str, ...]
     examples: int
     skipped: int
-    top1: float
-    top5: float
-    loss: float
+    metrics: Mapping[str, float]
+    percentages: frozenset[str]
     images_per_second: float
-    confusion: Int[np.ndarray, 'classes classes']
+    confusion: Int[np.ndarray, 'classes classes'] | None
 
     @property
     def class_accuracy(self) -> Float[np.ndarray, ' classes']:
@@ -70,8 +73,11 @@ class Evaluation:
         fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ('label_names', 'confusion')
+            if field.name not in ('label_names', 'metrics', 'percentages', 'confusion')
         }
+        fields |= self.metrics
+        if self.confusion is None:
+            return fields
         fields['classes'] = [
             {'label': label, 'examples': int(row.sum()), 'correct': int(row[index])}
             for index, (label, row) in enumerate(zip(self.label_names, self.confusion, strict=True))
@@ -89,8 +95,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a classifier on one split, every image once.
 
-    The images are prepared and counted as at the end of training. With `Classifier.load(...,
-    fold=False)` the accuracy is that of the run itself, to the last image.
+    The images are prepared and counted as in training. With `Classifier.load(..., fold=False)` the
+    accuracy is that of the run itself, to the last image.
 
     Args:
       classifier: Its `batch_size` images are computed at once.
@@ -115,12 +121,40 @@ def evaluate(
         num_threads=num_threads,
         skip_damaged=skip_damaged,
     )
-    size = preprocessing.test_size
-    blank = np.zeros((classifier.batch_size, size, size, 3), np.uint8)
+    task = classifier.task(classifier.num_classes, preprocessing.mean, preprocessing.std)
+    evaluation = task.evaluation()
+    seconds = _add_all(classifier, evaluation, batches, len(source), progress)
+    metrics = evaluation.metrics()
+    examples = int(metrics.pop('examples'))
+    if not examples:
+        raise DataError(f'every image of {source.name!r} split {source.split!r} is damaged')
+    return Evaluation(
+        data=source.name,
+        split=source.split,
+        label_names=tuple(source.label_names),
+        examples=examples,
+        skipped=batches.skipped,
+        metrics=metrics,
+        percentages=task.percentages,
+        images_per_second=examples / seconds,
+        confusion=getattr(evaluation, 'confusion', None),
+    )
+
+
+def _add_all(
+    classifier: Classifier, evaluation: Any, batches: Batches, count: int, progress: bool
+) -> float:
+    """Adds all batches to an evaluation; returns the seconds that took, without compiling."""
+    blank = np.zeros((classifier.batch_size, *classifier.image_shape, 3), np.uint8)
     np.asarray(classifier.dispatch(blank, LOGITS))  # Compiles, before the clock starts.
-    counts = _Counts(classifier.num_classes)
     began = time.perf_counter()
-    total = -(-len(source) // classifier.batch_size)
+
+    def add(output: Any, batch: dict[str, np.ndarray]) -> None:
+        logits = np.asarray(output)
+        check_finite(logits[batch['mask']])
+        evaluation.add({'logits': logits, 'label': batch['label'], 'mask': batch['mask']})
+
+    total = -(-count // classifier.batch_size)
     with contextlib.closing(batches):
         pending = None
         for batch in tqdm(
@@ -128,24 +162,10 @@ def evaluate(
         ):
             output = classifier.dispatch(batch['image'], LOGITS)
             if pending is not None:
-                counts.add(*pending)
-            pending = output, batch['label'], batch['mask']
-        counts.add(*pending)
-    seconds = time.perf_counter() - began
-    if not counts.examples:
-        raise DataError(f'every image of {source.name!r} split {source.split!r} is damaged')
-    return Evaluation(
-        data=source.name,
-        split=source.split,
-        label_names=tuple(source.label_names),
-        examples=counts.examples,
-        skipped=batches.skipped,
-        top1=counts.top1 / counts.examples,
-        top5=counts.top5 / counts.examples,
-        loss=counts.loss / counts.examples,
-        images_per_second=counts.examples / seconds,
-        confusion=counts.confusion,
-    )
+                add(*pending)
+            pending = output, batch
+        add(*pending)
+    return time.perf_counter() - began
 
 
 def check_labels(classifier: Classifier, source: Source) -> None:
@@ -153,6 +173,12 @@ def check_labels(classifier: Classifier, source: Source) -> None:
     ours, theirs = classifier.description.label_names, tuple(source.label_names)
     where = f'data set {source.name!r}'
     advice = 'evaluate on the data set that it was trained on, or on one with the same labels'
+    if source.is_multilabel != (classifier.task is MultiLabel):
+        kind = 'several labels' if source.is_multilabel else 'one label'
+        raise DataError(
+            f'{where} has {kind} per image, and the checkpoint is for '
+            f'{classifier.task.name}: {advice}'
+        )
     if classifier.num_classes and classifier.num_classes != len(theirs):
         raise DataError(
             f'the checkpoint has {classifier.num_classes} classes and {where} has {len(theirs)}: '
@@ -168,44 +194,22 @@ def check_labels(classifier: Classifier, source: Source) -> None:
     )
 
 
-class _Counts:
-    """Sums over the batches, in the terms of the training's evaluation step."""
-
-    def __init__(self, num_classes: int) -> None:
-        self.examples = self.top1 = self.top5 = 0
-        self.loss = 0.0
-        self.confusion = np.zeros((num_classes, num_classes), np.int64)
-
-    def add(
-        self, logits: Any, labels: Int[np.ndarray, ' batch'], mask: Bool[np.ndarray, ' batch']
-    ) -> None:
-        logits, labels = np.asarray(logits)[mask], labels[mask]
-        check_finite(logits)
-        rows = np.arange(len(labels))
-        own = logits[rows, labels][:, None]
-        # Of equal logits the lower class comes first.
-        first = np.arange(logits.shape[1]) < labels[:, None]
-        rank = ((logits > own) | ((logits == own) & first)).sum(axis=1)
-        highest = logits.max(axis=1, keepdims=True)
-        logarithms = np.log(np.exp(logits.astype(np.float64) - highest).sum(axis=1))
-        self.examples += len(labels)
-        self.top1 += int((rank < 1).sum())
-        self.top5 += int((rank < 5).sum())
-        self.loss += float((logarithms + (highest - own)[:, 0]).sum())
-        np.add.at(self.confusion, (labels, logits.argmax(axis=1)), 1)
-
-
 def format_evaluation(evaluation: Evaluation) -> str:
     """Lays a result out as text: the figures, and the classes from the worst to the best."""
     skipped = f', {evaluation.skipped:,} damaged ones left out' if evaluation.skipped else ''
     lines = [
         f'{evaluation.data} {evaluation.split}: {evaluation.examples:,} images{skipped}',
-        f'  top-1     {evaluation.top1:8.2%}',
-        f'  top-5     {evaluation.top5:8.2%}',
-        f'  loss      {evaluation.loss:8.4f}',
+        *(
+            f'  {name:<9} {value:8.2%}'
+            if name in evaluation.percentages
+            else f'  {name:<9} {value:8.4f}'
+            for name, value in evaluation.metrics.items()
+        ),
         f'  images/s  {evaluation.images_per_second:8,.0f}',
-        '',
     ]
+    if evaluation.confusion is None:
+        return '\n'.join(lines)
+    lines.append('')
     counts, accuracies = evaluation.confusion.sum(axis=1), evaluation.class_accuracy
     order = [index for index in np.argsort(accuracies, kind='stable') if counts[index]]
     width = max(len(one_line(evaluation.label_names[index])) for index in order[:MAX_LISTED])
@@ -223,28 +227,33 @@ def format_evaluation(evaluation: Evaluation) -> str:
     return '\n'.join(lines)
 
 
-def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> tuple[Path, Path]:
-    """Writes `evaluation.json` and the confusion matrix as `confusion.png`, each whole or not.
+def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> list[Path]:
+    """Writes `evaluation.json`, and `confusion.png` where there is a confusion matrix.
 
     Args:
       evaluation: The result.
       directory: Made if it does not exist; files of these names are replaced.
+
+    Returns:
+      The files, each of which is complete.
 
     Raises:
       DataError: It cannot be written.
     """
     directory = as_path(directory, '--out')
     report, picture = directory / REPORT_FILE, directory / PICTURE_FILE
-    figure = draw_confusion(evaluation)
+    figure = None if evaluation.confusion is None else draw_confusion(evaluation)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f'cannot write into {one_line(directory)}: {reason(error)}') from error
     with write_whole(report, DataError) as aside:
         aside.write_text(json.dumps(evaluation.to_json(), indent=1) + '\n')
+    if figure is None:
+        return [report]
     with write_whole(picture, DataError) as aside:
         figure.savefig(aside, format='png', dpi=120)
-    return report, picture
+    return [report, picture]
 
 
 def draw_confusion(evaluation: Evaluation) -> Any:
@@ -260,7 +269,7 @@ def draw_confusion(evaluation: Evaluation) -> Any:
     image = axes.imshow(shares, cmap=COLOR_MAP, vmin=0, vmax=1, interpolation='nearest')
     figure.colorbar(image, ax=axes, label='share of the true class', shrink=0.8)
     axes.set_title(
-        f'{evaluation.data} {evaluation.split}: {evaluation.top1:.2%} of '
+        f'{evaluation.data} {evaluation.split}: {evaluation.metrics["accuracy"]:.2%} of '
         f'{evaluation.examples:,} images',
         parse_math=False,
     )

@@ -1,16 +1,15 @@
 """A stored network as one file that runs elsewhere: a JAX export artifact, or ONNX.
 
-Both take uint8 images `[batch, size, size, 3]`, of any batch size, and return probabilities; the
+Both take uint8 images `[batch, height, width, 3]`, of any batch size, and return probabilities; the
 normalisation is inside. Beside FILE lies FILE.json with the label names and how images are resized
 and cropped, which is not inside.
 """
 
-import dataclasses
 import importlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ import numpy as np
 from jax import export
 from jaxtyping import Array, Float, UInt8
 
-from gcnet_jax.data.on_device import normalize
+from gcnet_jax.data.sizes import Size
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError
 from gcnet_jax.files import as_path, write_whole
-from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
+from gcnet_jax.inference.classifier import LOGITS, Classifier
 from gcnet_jax.ops.primitives import standard_primitives
-from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
+from gcnet_jax.stored import ModelDescription
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # Onnxruntime reads it since 1.18.
@@ -35,7 +34,7 @@ OPSET = 21
 TOLERANCE = 1e-4
 CHECKED_BATCHES = (1, 3)
 
-Images = UInt8[Array, 'batch size size 3']
+Images = UInt8[Array, 'batch height width 3']
 Probabilities = Float[Array, 'batch classes']
 
 
@@ -44,7 +43,7 @@ def export_jax(
     out: str | os.PathLike,
     *,
     choose: str = 'best',
-    size: int | None = None,
+    size: Size | None = None,
     overwrite: bool = False,
 ) -> int:
     """Writes a serialized `jax.export` artifact for CPU, CUDA and TPU at once.
@@ -57,7 +56,8 @@ def export_jax(
       checkpoint: A workdir, one of its checkpoints, or a ported directory.
       out: The file.
       choose: 'best' or 'newest', where there are several checkpoints.
-      size: Height and width of the images in pixels; None for the network's own.
+      size: Size of the images in pixels, one number for a square or height and width; None for the
+        network's own.
       overwrite: Replace a file of that name.
 
     Returns:
@@ -68,19 +68,10 @@ def export_jax(
       UserError: The file exists, or cannot be written.
     """
     out = check_new(out, overwrite)
-    description, variables = _load(checkpoint, choose, size)
-    size = description.preprocessing.test_size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    folded = fold_batch_norms(description.build(), variables, image, train=False)
-    classify = _classifier(description, folded)
-
-    def classify_folded(images: Images) -> Probabilities:
-        with folded_batch_norm():
-            return classify(images)
-
-    exporter = export.export(jax.jit(classify_folded), platforms=PLATFORMS)
-    data = exporter(_any_batch(description)).serialize()
-    _write(out, bytes(data), description)
+    classifier = _load(checkpoint, choose, size)
+    exporter = export.export(jax.jit(_probabilities(classifier)), platforms=PLATFORMS)
+    data = exporter(_any_batch(classifier)).serialize()
+    _write(out, bytes(data), classifier.description)
     return len(data)
 
 
@@ -89,7 +80,7 @@ def export_onnx(
     out: str | os.PathLike,
     *,
     choose: str = 'best',
-    size: int | None = None,
+    size: Size | None = None,
     overwrite: bool = False,
 ) -> float:
     """Writes an ONNX file, which computes in float32, after comparing it with the network.
@@ -109,13 +100,11 @@ def export_onnx(
     out = check_new(out, overwrite)
     for name in ('jax2onnx', 'onnxruntime'):
         _import(name)
-    description, variables = _load(checkpoint, choose, size)
-    options = dict(description.options) | {'dtype': 'float32'}
-    description = dataclasses.replace(description, options=options)
-    classify = _classifier(description, variables)
-    data = _to_onnx(classify, description)
-    difference = _compare(data, classify, description.preprocessing.test_size)
-    _write(out, data, description)
+    classifier = _load(checkpoint, choose, size, dtype='float32', fold=False)
+    classify = _probabilities(classifier)
+    data = _to_onnx(classify, classifier)
+    difference = _compare(data, classify, classifier.image_shape)
+    _write(out, data, classifier.description)
     return difference
 
 
@@ -134,50 +123,44 @@ def check_new(out: str | os.PathLike, overwrite: bool) -> Path:
 
 
 def _load(
-    checkpoint: str | os.PathLike, choose: str, size: int | None
-) -> tuple[ModelDescription, Mapping[str, Any]]:
-    if size is not None and size < 1:
-        raise ConfigError(f'size must be 1 or more, got {size}')
-    description, variables = load_variables(find_checkpoint(checkpoint, choose))
-    if description.options.get('num_classes') == 0:
+    checkpoint: str | os.PathLike, choose: str, size: Size | None, **options: Any
+) -> Classifier:
+    one_device = jax.local_devices()[:1]
+    classifier = Classifier.load(
+        checkpoint, choose=choose, size=size, devices=one_device, **options
+    )
+    description = classifier.description
+    if not classifier.num_classes:
         raise CheckpointError(
             f'{checkpoint}: {description.name} was stored without a classifier, so that there are '
             'no probabilities to export'
         )
-    if size is not None:
-        preprocessing = dataclasses.replace(description.preprocessing, test_size=size)
-        description = dataclasses.replace(description, preprocessing=preprocessing)
-    return description, variables
+    return classifier
 
 
-def _classifier(
-    description: ModelDescription, variables: Mapping[str, Any]
-) -> Callable[[Images], Probabilities]:
+def _probabilities(classifier: Classifier) -> Callable[[Images], Probabilities]:
     """Returns the function to export; the variables are constants of it."""
-    model = description.build()
-    preprocessing = description.preprocessing
+    variables = jax.device_get(classifier.variables)
 
     def classify(images: Images) -> Probabilities:
-        images = normalize(images, preprocessing.mean, preprocessing.std)
-        logits = model.apply(variables, images, train=False)
-        return jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        return classifier.task.probabilities(classifier.compute(variables, images)[LOGITS])
 
     return classify
 
 
-def _any_batch(description: ModelDescription) -> jax.ShapeDtypeStruct:
-    size = description.preprocessing.test_size
-    return jax.ShapeDtypeStruct((*export.symbolic_shape('batch'), size, size, 3), jnp.uint8)
+def _any_batch(classifier: Classifier) -> jax.ShapeDtypeStruct:
+    batch = export.symbolic_shape('batch')
+    return jax.ShapeDtypeStruct((*batch, *classifier.image_shape, 3), jnp.uint8)
 
 
-def _to_onnx(classify: Callable[[Images], Probabilities], description: ModelDescription) -> bytes:
-    jax2onnx = _import('jax2onnx')
+def _to_onnx(classify: Callable[[Images], Probabilities], classifier: Classifier) -> bytes:
+    jax2onnx, name = _import('jax2onnx'), classifier.description.name
     with _quiet('jax2onnx', 'onnx_ir'):
         try:
             model = jax2onnx.to_onnx(
                 standard_primitives(classify),
-                inputs=[_any_batch(description)],
-                model_name=description.name,
+                inputs=[_any_batch(classifier)],
+                model_name=name,
                 opset=OPSET,
                 input_names=['images'],
                 output_names=['probabilities'],
@@ -185,7 +168,7 @@ def _to_onnx(classify: Callable[[Images], Probabilities], description: ModelDesc
         except Exception as error:  # What it cannot convert makes errors of any kind.
             reason = ' '.join(str(error).split())[:200] or type(error).__name__
             raise UserError(
-                f'jax2onnx cannot convert {description.name} with jax {jax.__version__} '
+                f'jax2onnx cannot convert {name} with jax {jax.__version__} '
                 f"({reason}); install what the extra 'onnx' names in an environment of its own "
                 "(pip install '.[onnx]'), or export it as .jaxexport"
             ) from error
@@ -208,7 +191,9 @@ def _quiet(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _compare(data: bytes, classify: Callable[[Images], Probabilities], size: int) -> float:
+def _compare(
+    data: bytes, classify: Callable[[Images], Probabilities], shape: tuple[int, int]
+) -> float:
     """Runs both on the same images; returns the largest difference of a probability.
 
     Raises:
@@ -219,7 +204,7 @@ def _compare(data: bytes, classify: Callable[[Images], Probabilities], size: int
     generator = np.random.default_rng(0)
     largest = 0.0
     for batch in CHECKED_BATCHES:
-        images = generator.integers(0, 256, (batch, size, size, 3), np.uint8)
+        images = generator.integers(0, 256, (batch, *shape, 3), np.uint8)
         expected = np.asarray(expected_of(images), np.float64)
         (found,) = session.run(None, {'images': images})
         # Of many classes all probabilities are small: their logarithms show what these hide.

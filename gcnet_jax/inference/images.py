@@ -1,4 +1,4 @@
-"""Images from wherever they come, as the uint8 squares that a network takes; folders of any size.
+"""Images from wherever they come, as the uint8 arrays that a network takes; folders of any size.
 
 Decoding, resizing and cropping are those of evaluation (`gcnet_jax.data.preprocess`). Everything
 that can be wrong with an image becomes a DataError that names it.
@@ -146,7 +146,7 @@ def list_images(images: Any) -> tuple[list[Any], bool]:
 
 
 def load_image(image: Any, preprocessing: Preprocessing, name: object = None) -> preprocess.RGB:
-    """Reads one image as evaluation does, `[size, size, 3]` in uint8.
+    """Reads one image as evaluation does, in uint8 and the network's size.
 
     Args:
       image: A path, encoded bytes, a file opened for reading bytes (read from where it stands), a

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from gcnet_jax.data.sizes import Size, height_and_width
 from gcnet_jax.errors import ConfigError, one_line, unknown_name
 from gcnet_jax.models.byobnet import ByobNet
 from gcnet_jax.models.efficientnet import EfficientNet, EfficientStage
@@ -38,16 +39,17 @@ class Preprocessing:
     Attributes:
       mean, std: A value a channel, on the scale where 255 is 1.
       interpolation: 'bilinear' or 'bicubic', for the resize at evaluation.
-      crop_fraction: The central crop's part of the resized shorter side.
-      train_size, test_size: Height and width of the crops in pixels.
+      crop_fraction: The central crop's part of the resized shorter side; for crops that are not
+        square see `gcnet_jax.data.preprocess`.
+      train_size, test_size: Height and width of the crops in pixels; one number for a square.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = 'bilinear'
     crop_fraction: float = 0.875
-    train_size: int = 224
-    test_size: int = 224
+    train_size: Size = 224
+    test_size: Size = 224
 
     def __post_init__(self):
         for name in ('mean', 'std'):
@@ -74,10 +76,32 @@ class Preprocessing:
             )
         for name in ('train_size', 'test_size'):
             size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
+            if not _is_size(size):
                 raise ConfigError(
-                    f'{name} must be a whole number from 1 to {MAX_SIZE}, got {size!r:.80}'
+                    f'{name} must be a whole number from 1 to {MAX_SIZE} or a pair of them, height '
+                    f'and width, got {one_line(repr(size), 80)}'
                 )
+            if isinstance(size, tuple) and size[0] == size[1]:
+                # One way to say it, so that descriptions of the same images are equal.
+                object.__setattr__(self, name, size[0])
+
+    @property
+    def train_shape(self) -> tuple[int, int]:
+        """Height and width of training images in pixels."""
+        return height_and_width(self.train_size)
+
+    @property
+    def test_shape(self) -> tuple[int, int]:
+        """Height and width of images at evaluation and inference, in pixels."""
+        return height_and_width(self.test_size)
+
+
+def _is_size(size: Any) -> bool:
+    sides = size if isinstance(size, tuple) else (size, size)
+    return len(sides) == 2 and all(
+        isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= MAX_SIZE
+        for side in sides
+    )
 
 
 @dataclasses.dataclass(frozen=True)

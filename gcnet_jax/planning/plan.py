@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from gcnet_jax.data.sizes import format_size, height_and_width
 from gcnet_jax.data.sources import read_label_names
 from gcnet_jax.errors import ConfigError, DataError, UserError
 from gcnet_jax.planning.chips import Chip, PlanError, parse_topology, topology_devices
@@ -198,8 +199,8 @@ def compile_step(experiment: Experiment) -> Program:
     )
     state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     shardings = state_shardings(state, mesh)
-    size = experiment.description.preprocessing.train_size
-    batch = task.batch_shapes(experiment.config.training.batch_size, size, size)
+    shape = height_and_width(experiment.description.preprocessing.train_size)
+    batch = task.batch_shapes(experiment.config.training.batch_size, *shape)
     began = time.perf_counter()
     try:
         lowered = jit_train_step(step, task, mesh, shardings).lower(
@@ -275,7 +276,8 @@ def _check_batch(batch_per_chip: int | None) -> None:
 def _network(config: ConfigDict, name: str | None = None) -> str:
     """Names the network of a config, which may be the one of the checkpoint it starts from."""
     name = name or config.model.name or f'the network of {config.training.init_from}'
-    size = f'{config.data.image_size} pixels, ' if config.data.image_size else ''
+    size = config.data.image_size
+    size = f'{format_size(size)} pixels, ' if size else ''
     return f'{name}, {size}{config.model.dtype}'
 
 

@@ -45,8 +45,8 @@ def compare_with_timm(
     tensors = read_checkpoint(path).tensors
     theirs = timm.create_model(loaded.name, num_classes=loaded.options.get('num_classes', 1000))
     theirs.load_state_dict({key: torch.tensor(tensors[key]) for key in tensors.shapes})
-    size = model_entry(loaded.name).preprocessing.test_size if size is None else size
-    images = np.random.default_rng(seed).normal(size=(batch, size, size, 3)).astype(np.float32)
+    shape = model_entry(loaded.name).preprocessing.test_shape if size is None else (size, size)
+    images = np.random.default_rng(seed).normal(size=(batch, *shape, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(images.transpose(0, 3, 1, 2).copy())).numpy()
     apply = jax.jit(lambda variables, images: loaded.network.apply(variables, images, train=False))

@@ -88,10 +88,10 @@ def write_hub_config(
     num_classes: int,
 ) -> None:
     """Writes `config.json` as timm does, for `timm.create_model('local-dir:DIR')` and the hub."""
-    sizes = {'input_size': [3, preprocessing.train_size, preprocessing.train_size]}
+    sizes = {'input_size': [3, *preprocessing.train_shape]}
     crop = {'crop_pct': preprocessing.crop_fraction}
     if preprocessing.test_size != preprocessing.train_size:
-        sizes['test_input_size'] = [3, preprocessing.test_size, preprocessing.test_size]
+        sizes['test_input_size'] = [3, *preprocessing.test_shape]
         crop['test_crop_pct'] = preprocessing.crop_fraction
     config = {
         'architecture': architecture,
@@ -170,23 +170,22 @@ def _preprocessing(pretrained: Mapping[str, Any]) -> dict[str, Any]:
             found['crop_fraction'] = pretrained[name]
             Preprocessing(crop_fraction=pretrained[name])
     if pretrained.get('input_size') is not None:
-        found['train_size'] = found['test_size'] = _side(pretrained, 'input_size')
+        found['train_size'] = found['test_size'] = _size(pretrained, 'input_size')
     if pretrained.get('test_input_size') is not None:
-        found['test_size'] = _side(pretrained, 'test_input_size')
+        found['test_size'] = _size(pretrained, 'test_input_size')
     Preprocessing(**found)
     return found
 
 
-def _side(pretrained: Mapping[str, Any], name: str) -> int:
+def _size(pretrained: Mapping[str, Any], name: str) -> tuple[Any, Any]:
     """The height and width in `[channels, height, width]`."""
     size = pretrained[name]
-    is_list = isinstance(size, list) and len(size) == 3
-    if not is_list or size[0] != 3 or size[1] != size[2]:
+    if not isinstance(size, list) or len(size) != 3 or size[0] != 3:
         raise ConfigError(
-            f'{name} is {one_line(repr(size), 80)}; networks here take [3, size, size]: three '
-            'channels, as high as wide'
+            f'{name} is {one_line(repr(size), 80)}; networks here take [3, height, width]: three '
+            'channels'
         )
-    return size[1]
+    return size[1], size[2]
 
 
 def _label_names(fields: Mapping[str, Any], pretrained: Mapping[str, Any]) -> tuple[str, ...]:

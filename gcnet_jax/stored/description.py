@@ -9,8 +9,13 @@ from flax import linen as nn
 
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.models.registry import IMAGENET, Preprocessing, create_model
+from gcnet_jax.tasks import TASKS
 
-FORMAT_VERSION = 1
+# Version 2 has a task, and sizes that are not square.
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
+# What descriptions of earlier versions lack, which then has its default.
+ADDED = {1: {'task'}}
 # Longest label and longest note on the source.
 MAX_TEXT = 10_000
 
@@ -25,6 +30,7 @@ class ModelDescription:
       label_names: A name a class, in the order of the logits; empty if unknown.
       preprocessing: What it expects of its images.
       source: Where the variables come from, in words: 'trained on cifar10', a ported file.
+      task: The name of what it was trained for, such as 'classification'.
     """
 
     name: str
@@ -32,6 +38,7 @@ class ModelDescription:
     label_names: tuple[str, ...] = ()
     preprocessing: Preprocessing = IMAGENET
     source: str = ''
+    task: str = 'classification'
 
     def __post_init__(self):
         wrong = [
@@ -44,6 +51,7 @@ class ModelDescription:
                 and all(isinstance(n, str) and len(n) <= MAX_TEXT for n in self.label_names),
                 'preprocessing': isinstance(self.preprocessing, Preprocessing),
                 'source': isinstance(self.source, str) and len(self.source) <= MAX_TEXT,
+                'task': isinstance(self.task, str) and self.task in TASKS,
             }.items()
             if not is_right
         ]
@@ -62,7 +70,7 @@ class ModelDescription:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], place: object) -> 'ModelDescription':
-        """Reads what `to_json` gave; `place` is named in errors.
+        """Reads what `to_json` gave, in this version and earlier ones; `place` is named in errors.
 
         Raises:
           CheckpointError: The format is newer than this package, or something is missing.
@@ -71,12 +79,13 @@ class ModelDescription:
             raise CheckpointError(f'{place}: the model description is {type(fields).__name__}')
         fields = dict(fields)
         version = fields.pop('format_version', None)
-        if version != FORMAT_VERSION:
+        if version not in READ_VERSIONS:
+            read = ' and '.join(map(str, READ_VERSIONS))
             raise CheckpointError(
-                f'{place}: format version {one_line(version, 40)}; this package reads '
-                f'{FORMAT_VERSION}: use the version of gcnet_jax that wrote it'
+                f'{place}: format version {one_line(version, 40)}; this package reads {read}: use '
+                'the version of gcnet_jax that wrote it'
             )
-        expected = {field.name for field in dataclasses.fields(cls)}
+        expected = {field.name for field in dataclasses.fields(cls)} - ADDED.get(version, set())
         if fields.keys() != expected:
             different = ', '.join(sorted(map(one_line, fields.keys() ^ expected)))
             raise CheckpointError(

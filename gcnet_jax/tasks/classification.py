@@ -122,6 +122,12 @@ class Classification(Task):
     def results(self, outputs: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
         return {'logits': outputs['logits'], 'label': batch['label'], 'mask': batch['mask']}
 
+    @staticmethod
+    def probabilities(logits: Any, numpy: Any = jnp) -> Any:
+        """The softmax."""
+        exponentials = numpy.exp(logits - logits.max(axis=-1, keepdims=True))
+        return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
     def evaluation(self) -> 'ClassificationEvaluation':
         return ClassificationEvaluation(self.num_classes)
 

@@ -82,6 +82,13 @@ class MultiLabel(Task):
     def results(self, outputs: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
         return {'logits': outputs['logits'], 'label': batch['label'], 'mask': batch['mask']}
 
+    @staticmethod
+    def probabilities(logits: Any, numpy: Any = jnp) -> Any:
+        """The sigmoid of each label by itself."""
+        # Of what is not positive, so that nothing overflows.
+        exponentials = numpy.exp(-numpy.abs(logits))
+        return numpy.where(logits >= 0, 1, exponentials) / (1 + exponentials)
+
     def evaluation(self) -> 'MultiLabelEvaluation':
         return MultiLabelEvaluation()
 

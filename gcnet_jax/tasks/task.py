@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -107,6 +108,16 @@ class Task(abc.ABC):
         Args:
           outputs: Of the network in evaluation, by name.
           batch: As the loader made it, with 'mask'.
+        """
+
+    @staticmethod
+    @abc.abstractmethod
+    def probabilities(logits: Any, numpy: Any = jnp) -> Any:
+        """Returns the probability of each label.
+
+        Args:
+          logits: `[*batch, classes]`.
+          numpy: The module that computes: `jax.numpy`, or `numpy` on the host.
         """
 
     @abc.abstractmethod

@@ -124,9 +124,10 @@ def _data() -> dict:
         'evaluation_split': placeholder(str),
         # What is None among the next six is as in the checkpoint of training.init_from, or without
         # one as in the network's entry.
-        # Height and width of the images in pixels; at evaluation None: image_size where it is set.
-        'image_size': placeholder(int),
-        'evaluation_image_size': placeholder(int),
+        # Size of the images in pixels: one number for a square, or (height, width); at evaluation
+        # None: image_size where it is set.
+        'image_size': placeholder(object),
+        'evaluation_image_size': placeholder(object),
         # Evaluation's central crop, as a part of the resized shorter side, and its resize
         # ('bilinear', 'bicubic').
         'crop_fraction': placeholder(float),

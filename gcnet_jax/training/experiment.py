@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from gcnet_jax.data.color import ColorOptions
 from gcnet_jax.data.loader import Batches, evaluation_batches, train_batches
+from gcnet_jax.data.sizes import height_and_width
 from gcnet_jax.data.sources import Source, load_source
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import model_entry
@@ -95,11 +96,10 @@ class Experiment:
 
         It is one and the same each time, so that JAX traces it once.
         """
-        size = self.description.preprocessing.train_size
         return state_initializer(
             self.model,
             self.optimizer,
-            (size, size, 3),
+            (*self.description.preprocessing.train_shape, 3),
             use_ema=self.step_options.ema_decay > 0,
         )
 
@@ -216,10 +216,11 @@ def _check_sizes(config: ConfigDict, description: ModelDescription, mesh: Mesh) 
     images = description.preprocessing
     sizes = {'image_size': images.train_size, 'evaluation_image_size': images.test_size}
     for name, size in sizes.items():
-        if size % mesh.shape['spatial']:
+        if height_and_width(size)[0] % mesh.shape['spatial']:
+            what = 'it' if isinstance(size, int) else 'the height'
             raise ConfigError(
-                f'config.data.{name} is {size}; it must divide by config.mesh.spatial, which is '
-                f'{mesh.shape["spatial"]}'
+                f'config.data.{name} is {size}; {what} must divide by config.mesh.spatial, which '
+                f'is {mesh.shape["spatial"]}'
             )
 
 
@@ -263,6 +264,7 @@ def _describe(
         options=options,
         label_names=train.label_names,
         preprocessing=preprocessing(config, initial),
+        task=config.task.name,
         source=f'trained on {train.name}, split {train.split}',
     )
 

@@ -59,7 +59,7 @@ def preprocessing(config: ConfigDict, initial: ModelDescription | None) -> Prepr
     base = (
         model_entry(config.model.name).preprocessing if initial is None else initial.preprocessing
     )
-    size = data.image_size or base.train_size
+    size = _plain_size(data.image_size)
     changes = {
         'crop_fraction': data.crop_fraction,
         'interpolation': data.interpolation,
@@ -68,10 +68,15 @@ def preprocessing(config: ConfigDict, initial: ModelDescription | None) -> Prepr
     }
     return dataclasses.replace(
         base,
-        train_size=size,
-        test_size=data.evaluation_image_size or data.image_size or base.test_size,
+        train_size=size or base.train_size,
+        test_size=_plain_size(data.evaluation_image_size) or size or base.test_size,
         **{name: value for name, value in changes.items() if value is not None},
     )
+
+
+def _plain_size(size: Any) -> Any:
+    """A pair is a list in a config that was stored."""
+    return tuple(size) if isinstance(size, (tuple, list)) else size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,11 @@ def _is_scale(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and 0 < value[0] <= value[1] <= 1
 
 
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    return len(sides) == 2 and all(map(_whole(1)[0], sides))
+
+
 def _is_triple(value: Any) -> bool:
     return (
         isinstance(value, (tuple, list))
@@ -70,6 +75,7 @@ def _is_class_weights(value: Any) -> bool:
 _FLAG = _kind(bool, 'True or False')
 _NAME = _kind(str, 'a string')
 _COUNT = _whole(1)
+_SIZE = _is_size, 'a whole number from 1, or two of them: (height, width)'
 _RATE = _number(0, 1, open_high=True)
 _FROM_0 = _number(0)
 _ABOVE_0 = _number(0, open_low=True)
@@ -91,8 +97,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'data.data_dir': _NAME,
     'data.train_split': _NAME,
     'data.evaluation_split': _NAME,
-    'data.image_size': _COUNT,
-    'data.evaluation_image_size': _COUNT,
+    'data.image_size': _SIZE,
+    'data.evaluation_image_size': _SIZE,
     'data.crop_fraction': _number(0, 1, open_low=True),
     'data.interpolation': _choice(*INTERPOLATIONS),
     'data.mean': (_is_triple, 'three numbers on the scale where 255 is 1'),

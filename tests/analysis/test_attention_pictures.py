@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.__main__ import main
-from gcnet_jax.analysis import attention_maps, query_distances
+from gcnet_jax.analysis import attention_maps, attention_pictures, query_distances
 from gcnet_jax.analysis.attention_pictures import write_pictures
 from gcnet_jax.models.registry import Preprocessing
 from gcnet_jax.stored import ModelDescription, write_ported
@@ -124,6 +124,27 @@ def test_what_is_drawn_are_the_maps_of_what_the_network_gets(both, images, monke
     for path, attention in {**single, **many}.items():
         np.testing.assert_allclose(attention, maps[path][0], rtol=1e-3, atol=1e-6)
     assert options['queries'] == [(0.0, 1.0)]
+
+
+def test_images_need_not_be_square(both, images, tmp_path, monkeypatch):
+    stored, directory, variables = both
+    seen = []
+    draw = attention_pictures.draw_attention
+
+    def watched(image, maps, **options):
+        seen.append((image, maps))
+        return draw(image, maps, **options)
+
+    monkeypatch.setattr(attention_pictures, 'draw_attention', watched)
+    arguments = ['--checkpoint', str(directory), str(images / '1.png'), '--out', str(tmp_path)]
+    assert main(['attention', *arguments, '--size', '12x20']) == 0
+    assert len(list(tmp_path.glob('1_*.png'))) == 2
+    ((image, maps),) = seen
+    assert image.shape == (12, 20, 3)
+    inputs = ((image / 255 - PREPROCESSING.mean) / PREPROCESSING.std).astype(np.float32)
+    expected = attention_maps(stored.build(), variables, inputs[None], train=False)
+    for path, attention in maps.items():
+        np.testing.assert_allclose(attention, expected[path][0], rtol=1e-3, atol=1e-6)
 
 
 def test_a_bad_image_is_named_and_the_others_are_drawn(both, images, tmp_path, capsys):

@@ -16,7 +16,7 @@ from gcnet_jax.__main__ import main
 from gcnet_jax.commands.common import EXIT_SOME_IMAGES_FAILED
 from gcnet_jax.data import preprocess, sources
 from gcnet_jax.errors import DataError
-from gcnet_jax.inference.predictor import Classifier
+from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.stored import write_ported
 
 LABELS = ('ant', 'bee', 'cat', 'dog', 'elk', 'fox')
@@ -200,6 +200,7 @@ class Source:
     """Six pictures, one a class."""
 
     name, split, label_names, no_label = 'pictures', 'test', LABELS, 0
+    is_multilabel = False
 
     def __init__(self, images):
         self.images = images

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.errors import CheckpointError, DataError
+from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.inference.evaluation import (
     Evaluation,
     check_labels,
@@ -18,7 +19,6 @@ from gcnet_jax.inference.evaluation import (
     format_evaluation,
     write_evaluation,
 )
-from gcnet_jax.inference.predictor import Classifier
 
 LABELS = ('ant', 'bee', 'cat', 'dog', 'elk', 'fox')
 
@@ -32,6 +32,7 @@ class Pictures:
     name: str = 'pictures'
     split: str = 'test'
     no_label: int = 0
+    is_multilabel: bool = False
 
     def __len__(self):
         return len(self.images)
@@ -66,9 +67,9 @@ def test_the_figures_are_those_of_counting_by_hand(classifier, source):
         loss += np.log(np.exp(row).sum()) - row[label]
         confusion[label, order[0]] += 1
     assert evaluation.examples == 22
-    assert evaluation.top1 == top1 / 22
-    assert evaluation.top5 == top5 / 22 < 1
-    assert evaluation.loss == pytest.approx(loss / 22, rel=1e-5)
+    assert evaluation.metrics['accuracy'] == top1 / 22
+    assert evaluation.metrics['top5'] == top5 / 22 < 1
+    assert evaluation.metrics['loss'] == pytest.approx(loss / 22, rel=1e-5)
     np.testing.assert_array_equal(evaluation.confusion, confusion)
     np.testing.assert_allclose(evaluation.class_accuracy, np.diag(confusion) / confusion.sum(1))
     assert evaluation.images_per_second > 0
@@ -152,17 +153,16 @@ def test_it_is_the_accuracy_of_the_training_run(make, tmp_path, monkeypatch, dty
         tmp_path, choose='newest', fold=False, batch_size=10, devices=jax.devices()[:1]
     )
     evaluation = evaluate(classifier, TrainingSource(images['test'], name='pictures'))
-    assert 0 < evaluation.top1 < 1
-    assert evaluation.top1 == final['eval/accuracy']
-    assert evaluation.top5 == final['eval/top5']
+    assert 0 < evaluation.metrics['accuracy'] < 1
+    assert evaluation.metrics['accuracy'] == final['eval/accuracy']
+    assert evaluation.metrics['top5'] == final['eval/top5']
     assert evaluation.examples == final['eval/examples'] == 45
     tolerance = 1e-5 if dtype == 'float32' else 1e-2
-    assert evaluation.loss == pytest.approx(final['eval/loss'], rel=tolerance)
+    assert evaluation.metrics['loss'] == pytest.approx(final['eval/loss'], rel=tolerance)
 
 
 class TrainingSource(Pictures):
     num_classes = len(LABELS)
-    is_multilabel = False
 
 
 def made(classes=3, name='class'):
@@ -174,9 +174,8 @@ def made(classes=3, name='class'):
         label_names=tuple(f'{name} {index}' for index in range(classes)),
         examples=int(confusion.sum()),
         skipped=1,
-        top1=0.75,
-        top5=1.0,
-        loss=0.5,
+        metrics={'accuracy': 0.75, 'top5': 1.0, 'loss': 0.5},
+        percentages=frozenset({'accuracy', 'top5'}),
         images_per_second=1234.0,
         confusion=confusion,
     )
@@ -185,7 +184,7 @@ def made(classes=3, name='class'):
 def test_the_report_is_whole_and_its_picture_opens(tmp_path):
     report, picture = write_evaluation(made(), tmp_path / 'new' / 'place')
     fields = json.loads(report.read_text())
-    assert fields['top1'] == 0.75
+    assert fields['accuracy'] == 0.75
     assert fields['confusion'] == [[1, 0, 0], [2, 2, 0], [0, 0, 3]]
     assert fields['classes'][1] == {'label': 'class 1', 'examples': 4, 'correct': 2}
     assert sorted(path.name for path in report.parent.iterdir()) == [
@@ -228,7 +227,7 @@ def test_a_thousand_classes_make_a_picture_of_ordinary_size():
 def test_the_text_lists_the_worst_classes_first():
     lines = format_evaluation(made(3)).splitlines()
     assert lines[0] == 'set test: 8 images, 1 damaged ones left out'
-    assert lines[1].split() == ['top-1', '75.00%']
+    assert lines[1].split() == ['accuracy', '75.00%']
     assert ' '.join(lines[-3].split()) == 'class 1 50.00% of 4 most often taken for class 0'
     assert ' '.join(lines[-1].split()) == 'class 2 100.00% of 3'
     assert format_evaluation(made(30)).splitlines()[-1].strip() == (

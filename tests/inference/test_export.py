@@ -1,5 +1,6 @@
 """Files that run elsewhere: what they compute there, and what is refused."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 from gcnet_jax.__main__ import main
 from gcnet_jax.errors import UserError
 from gcnet_jax.inference import export
+from gcnet_jax.inference.stored_network import StoredNetwork
 from gcnet_jax.models.registry import Preprocessing
 from gcnet_jax.porting import to_torch
 from gcnet_jax.stored import ModelDescription, write_ported
@@ -94,6 +96,29 @@ def test_the_size_can_be_chosen(stored, tmp_path, capsys):
     expected = probabilities(stored.description, stored.variables, images)
     np.testing.assert_allclose(classify(images), expected, atol=1e-5)
     assert json.loads(Path(f'{out}.json').read_text())['preprocessing']['test_size'] == 20
+
+
+def test_images_need_not_be_square(stored, tmp_path):
+    out = tmp_path / 'wide.jaxexport'
+    assert run(stored.directory, out, '--size', '10x14') == 0
+    classify = jax_export.deserialize(bytearray(out.read_bytes())).call
+    images = np.random.default_rng(0).integers(0, 256, (2, 10, 14, 3), np.uint8)
+    expected = probabilities(stored.description, stored.variables, images)
+    np.testing.assert_allclose(classify(images), expected, atol=1e-5)
+    assert json.loads(Path(f'{out}.json').read_text())['preprocessing']['test_size'] == [10, 14]
+
+
+def test_several_labels_per_image_have_sigmoids(stored, tmp_path):
+    description = dataclasses.replace(stored.description, task='multilabel')
+    write_ported(tmp_path / 'other', description, stored.variables)
+    out = tmp_path / 'network.jaxexport'
+    assert run(tmp_path / 'other', out) == 0
+    images = np.random.default_rng(0).integers(0, 256, (3, 12, 12, 3), dtype=np.uint8)
+    classify = jax_export.deserialize(bytearray(out.read_bytes())).call
+    network = StoredNetwork.load(stored.directory, devices=stored.one_device)
+    logits = network.dispatch(images, 'logits')[:3]
+    expected = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    np.testing.assert_allclose(classify(images), expected, atol=1e-5)
 
 
 def test_a_file_is_replaced_only_on_demand(stored, tmp_path, capsys):

@@ -81,6 +81,12 @@ def test_without_a_test_size_evaluation_is_at_the_training_size(tmp_path, weight
     assert (preprocessing['test_size'], preprocessing['crop_fraction']) == (160, 0.9)
 
 
+def test_images_need_not_be_square(tmp_path, weights):
+    config = changed(input_size=[3, 160, 320], test_input_size=[3, 192, 384])
+    preprocessing = read_hub_config(write(tmp_path / 'hub', weights, config)).preprocessing
+    assert (preprocessing['train_size'], preprocessing['test_size']) == ((160, 320), (192, 384))
+
+
 def test_fields_at_the_top_are_the_old_form(tmp_path, weights):
     old = {'architecture': 'resnet18', **CONFIG['pretrained_cfg'], 'labels': ['a', 'b', 'c']}
     config = read_hub_config(write(tmp_path / 'hub', weights, old))
@@ -129,7 +135,8 @@ def test_the_papers_protocol_in_one_command(tmp_path, weights, capsys):
         ({'interpolation': 'random'}, "unknown interpolation 'random'"),
         ({'crop_mode': 'squash'}, "crop_mode is 'squash'; only 'center' is known"),
         ({'input_size': [1, 160, 160]}, r'input_size is \[1, 160, 160\].* three channels'),
-        ({'input_size': [3, 160, 320]}, 'as high as wide'),
+        ({'input_size': [160, 320]}, r'networks here take \[3, height, width\]'),
+        ({'input_size': [3, 160, 0]}, r'train_size must be .* got \(160, 0\)'),
         ({'test_input_size': 192}, 'test_input_size is 192'),
         ({'input_size': [3, '160', '160'], 'test_input_size': None}, 'train_size must be a whole'),
         ({'architecture': 'resnetaa18'}, r'says that it is a resnetaa18, and resnet18 would be'),

@@ -167,8 +167,9 @@ def test_what_is_ported_goes_to_a_new_or_empty_directory(tmp_path):
 def test_a_newer_format_is_refused(ported):
     path = ported[0] / 'checkpoints' / '0' / 'description' / 'metadata'
     fields = json.loads(path.read_text())
-    path.write_text(json.dumps(fields | {'format_version': 2}))
-    with pytest.raises(CheckpointError, match='format version 2; this package reads 1'):
+    assert fields['format_version'] == 2
+    path.write_text(json.dumps(fields | {'format_version': 3}))
+    with pytest.raises(CheckpointError, match='format version 3; this package reads 1 and 2'):
         load_variables(ported[0])
     del fields['label_names']
     path.write_text(json.dumps(fields))
@@ -240,6 +241,17 @@ def test_a_description_with_any_value_replaced_is_refused_or_means_something():
         (('preprocessing', 'mean', 0), 123.7, 'on the scale where 255 is 1'),
         (('preprocessing', 'crop_fraction'), 0, r'crop_fraction must be in \[0.05, 1\], got 0'),
         (('preprocessing', 'test_size'), 10**9, 'test_size must be a whole number from 1 to 4096'),
+        (
+            ('preprocessing', 'train_size'),
+            [8, 0],
+            r'or a pair of them, height and width, got \(8',
+        ),
+        (('preprocessing', 'train_size'), [8, 8, 3], r'got \(8, 8, 3\)'),
+        (('preprocessing', 'train_size'), [8, True], r'got \(8, True\)'),
+        (('task',), 'Classification', "task of a model description cannot be 'Classification'"),
+        (('task',), 'x' * 41, 'task of a model description cannot be'),
+        (('task',), None, 'task of a model description cannot be None'),
+        (('task',), 'REMOVED', 'missing or unknown task'),
         (('preprocessing', 'interpolation'), 'bicubik', "did you mean 'bicubic'"),
         (('options', 'widths'), [], 'widths must be 1 to 16 numbers'),
         (('options', 'stage_sizes'), [10**6], 'at most 1,000 blocks in all, got'),
@@ -428,3 +440,21 @@ def test_descriptions_survive_json():
     again = ModelDescription.from_json(json.loads(json.dumps(DESCRIPTION.to_json())), 'here')
     assert again == DESCRIPTION
     assert dataclasses.asdict(again.preprocessing) == dataclasses.asdict(DESCRIPTION.preprocessing)
+
+
+def test_what_version_1_did_not_have_is_no_part_of_it():
+    fields = DESCRIPTION.to_json() | {'format_version': 1}
+    with pytest.raises(CheckpointError, match='missing or unknown task'):
+        ModelDescription.from_json(fields, 'here')
+    del fields['task']
+    assert ModelDescription.from_json(fields, 'here') == DESCRIPTION
+
+
+def test_a_task_and_sizes_that_are_not_square_survive_json():
+    preprocessing = Preprocessing(train_size=(96, 160), test_size=(128, 128))
+    assert (preprocessing.train_shape, preprocessing.test_shape) == ((96, 160), (128, 128))
+    assert preprocessing.test_size == 128  # One way to say it.
+    changes = {'preprocessing': preprocessing, 'task': 'multilabel'}
+    description = dataclasses.replace(DESCRIPTION, **changes)
+    again = ModelDescription.from_json(json.loads(json.dumps(description.to_json())), 'here')
+    assert again == description

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gcnet_jax.errors import CheckpointError
-from gcnet_jax.inference import predictor
-from gcnet_jax.inference.predictor import Classifier
+from gcnet_jax.inference import stored_network
+from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.stored import variables as stored_variables
 from gcnet_jax.stored import write_ported
 
@@ -39,8 +39,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(stored, leaf, value, me
 
 def test_loading_checks_the_weights_once(stored, tmp_path, monkeypatch):
     checked = []
-    check = predictor.check_weights
-    for module in (predictor, stored_variables):
+    check = stored_network.check_weights
+    for module in (stored_network, stored_variables):
         monkeypatch.setattr(module, 'check_weights', lambda *a: checked.append(a) or check(*a))
     Classifier.load(stored.directory, devices=stored.one_device)
     assert len(checked) == 1

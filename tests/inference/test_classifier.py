@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -17,14 +16,11 @@ import pytest
 from PIL import Image
 
 import gcnet_jax
-from gcnet_jax.data import preprocess
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError
-from gcnet_jax.inference import predictor
+from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.inference.images import LeftOut
-from gcnet_jax.inference.prediction import Prediction
-from gcnet_jax.inference.predictor import Classifier, batch_buckets
 from gcnet_jax.stored import ModelDescription, write_ported
-from gcnet_jax.stored.checksums import json_checksum
+from gcnet_jax.tasks.prediction import Prediction
 
 COUNT = 11
 
@@ -32,38 +28,6 @@ COUNT = 11
 @pytest.fixture(scope='module')
 def classifier(stored):
     return Classifier.load(stored.directory, batch_size=4, devices=stored.one_device)
-
-
-@pytest.fixture
-def pictures(make):
-    return [make.picture(seed, 16 + seed, 30 - seed) for seed in range(COUNT)]
-
-
-@pytest.fixture
-def folder(make, pictures, tmp_path):
-    for index, pixels in enumerate(pictures):
-        (tmp_path / f'{index:02}.png').write_bytes(make.encode(pixels))
-    return tmp_path
-
-
-@pytest.fixture(scope='module')
-def plain(stored):
-    """The plain network on pictures of any size, one by one, written without the classifier."""
-    settings = stored.description.preprocessing
-    model = stored.description.build()
-    apply = jax.jit(lambda images: model.apply(stored.variables, images, train=False))
-
-    def logits(pictures):
-        values = []
-        for pixels in pictures:
-            image = preprocess.resize_and_crop(
-                pixels, settings.test_size, settings.crop_fraction, settings.interpolation
-            )
-            image = (image / 255 - np.array(settings.mean)) / np.array(settings.std)
-            values.append(np.asarray(apply(image[None].astype(np.float32)))[0])
-        return np.stack(values)
-
-    return logits
 
 
 def softmax(logits):
@@ -120,73 +84,11 @@ def test_probabilities_of_all_classes_sum_to_one(classifier, pictures):
             classifier(pictures[0], top_k=top_k)
 
 
-def test_every_bucket_is_compiled_once(stored, pictures, monkeypatch):
-    traced = []
-    original = predictor.normalize
-
-    def counted(images, *arguments):
-        traced.append(images.shape[0])
-        return original(images, *arguments)
-
-    monkeypatch.setattr(predictor, 'normalize', counted)
-    classifier = Classifier.load(stored.directory, batch_size=4, devices=stored.one_device)
-    assert classifier.buckets == (1, 2, 4)
-    assert traced == []
-    for count in (1, 2, 3, 4, 7, 11, 1, 3):
-        classifier(pictures[:count])
-    assert sorted(traced) == [1, 2, 4]
-
-
 def test_more_than_a_batch_is_refused_at_the_lowest_level(classifier):
     with pytest.raises(ConfigError, match='at most batch_size=4 images, got 5'):
         classifier.dispatch(np.zeros((5, 12, 12, 3), np.uint8))
     with pytest.raises(ConfigError, match="unknown layer of gccnn 'logit'"):
         classifier.dispatch(np.zeros((1, 12, 12, 3), np.uint8), 'logit')
-
-
-def test_buckets():
-    assert batch_buckets(32, 1) == (1, 2, 4, 8, 16, 32)
-    assert batch_buckets(48, 1) == (1, 2, 4, 8, 16, 32, 48)
-    assert batch_buckets(1, 1) == (1,)
-    assert batch_buckets(32, 8) == (8, 16, 32)
-    assert batch_buckets(10, 3) == (3, 6, 12)
-    assert batch_buckets(2, 8) == (8,)
-
-
-def test_several_devices_share_a_batch(stored, classifier, pictures):
-    spread = Classifier.load(stored.directory, batch_size=16)
-    assert len(jax.devices()) == 8
-    assert spread.buckets == (8, 16)
-    size = stored.description.preprocessing.test_size
-    output = spread.dispatch(np.zeros((9, size, size, 3), np.uint8))
-    assert [shard.data.shape for shard in output.addressable_shards] == [(2, 6)] * 8
-    expected = classifier.features(pictures, 'logits')
-    np.testing.assert_allclose(spread.features(pictures, 'logits'), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_folding_is_on_and_can_be_left_out(stored, plain, pictures):
-    options = {'batch_size': 4, 'devices': stored.one_device}
-    folded = Classifier.load(stored.directory, **options)
-    assert folded._variables['batch_stats'] == {}
-    unfolded = Classifier.load(stored.directory, fold=False, **options)
-    assert jax.tree.structure(unfolded._variables) == jax.tree.structure(stored.variables)
-    np.testing.assert_allclose(
-        unfolded.features(pictures, 'logits'), plain(pictures), rtol=1e-5, atol=1e-6
-    )
-
-
-def test_lower_precision_is_near_and_different(stored, plain, pictures):
-    expected = plain(pictures)
-    for options in ({'dtype': 'bfloat16'}, {'weights': 'int8'}):
-        classifier = Classifier.load(
-            stored.directory, batch_size=16, devices=stored.one_device, **options
-        )
-        actual = classifier.features(pictures, 'logits')
-        assert actual.dtype == np.float32
-        assert close(actual, expected, 0.05)
-        assert not close(actual, expected, 1e-4)
-    kernels = [leaf for leaf in jax.tree.leaves(classifier._variables) if leaf.dtype == np.int8]
-    assert len(kernels) > 5
 
 
 def test_layers_are_listed_from_the_stem_to_the_logits(random_variables):
@@ -316,6 +218,32 @@ def test_a_network_without_a_classifier_gives_features_only(stored, classifier, 
             call(pictures[0])
 
 
+def test_several_labels_per_image_have_probabilities_of_their_own(stored, classifier, pictures):
+    description = dataclasses.replace(stored.description, task='multilabel')
+    other = Classifier(description, stored.variables, batch_size=4, devices=stored.one_device)
+    logits = classifier.features(pictures[0], 'logits').astype(np.float64)
+    prediction, order = other(pictures[0], top_k=3), np.argsort(-logits)[:3]
+    assert prediction.classes == tuple(order)
+    np.testing.assert_allclose(prediction.probabilities, 1 / (1 + np.exp(-logits[order])))
+    assert prediction.labels == classifier(pictures[0], top_k=3).labels
+    far = other.task.probabilities(np.array([-1000.0, 0.0, 1000.0]), np)
+    np.testing.assert_array_equal(far, [0, 0.5, 1])
+
+
+def test_images_get_the_size_that_was_asked_for(stored, pictures):
+    options = {'batch_size': 4, 'devices': stored.one_device}
+    wide = Classifier.load(stored.directory, size=(8, 14), **options)
+    assert wide.features(pictures, 'stage1').shape == (COUNT, 8, 14, 8)
+    assert wide.layers['stage1'] == (8, 14, 8)
+    preprocessing = dataclasses.replace(stored.description.preprocessing, test_size=(8, 14))
+    description = dataclasses.replace(stored.description, preprocessing=preprocessing)
+    same = Classifier(description, stored.variables, **options)
+    assert same(pictures) == wide(pictures)
+    for size, message in [(0, 'size must be 1 or more'), ((8, 0), r'test_size must be .*\(8, 0\)')]:
+        with pytest.raises(ConfigError, match=message):
+            Classifier.load(stored.directory, size=size)
+
+
 def test_labels_without_names_are_numbers(stored, pictures):
     description = dataclasses.replace(stored.description, label_names=())
     classifier = Classifier(description, stored.variables, devices=stored.one_device)
@@ -333,65 +261,23 @@ def test_logits_that_overflow_are_not_answered_from(stored, pictures):
         classifier(pictures[0])
 
 
-def test_the_best_checkpoint_is_taken_unless_the_newest_is_asked_for(stored, pictures, tmp_path):
-    for step, accuracy in [(1, 0.9), (2, 0.5)]:
-        place = tmp_path / 'checkpoints' / str(step)
-        shutil.copytree(stored.directory / 'checkpoints' / '0', place)
-        names = [f'{name}{step}' for name in stored.description.label_names]
-        change_description(place, label_names=names)
-        (place / 'metrics').mkdir()
-        (place / 'metrics' / 'metrics').write_text(json.dumps({'eval/accuracy': accuracy}))
-    one = {'devices': stored.one_device}
-    for choice, ending in [({}, '1'), ({'choose': 'newest'}, '2'), ({'choose': 'best'}, '1')]:
-        loaded = Classifier.load(tmp_path, **choice, **one)
-        assert loaded.description.label_names[0] == 'ant' + ending
-    with pytest.raises(ConfigError, match="unknown choice of a checkpoint 'last'"):
-        Classifier.load(tmp_path, choose='last')
-
-
-def change_description(checkpoint, **changes):
-    """As another program would write it, with the checksum that belongs to it."""
-    description, sums = (checkpoint / item / 'metadata' for item in ('description', 'checksums'))
-    fields = json.loads(description.read_text()) | changes
-    description.write_text(json.dumps(fields))
-    sums.write_text(
-        json.dumps(json.loads(sums.read_text()) | {'description': json_checksum(fields)})
-    )
-
-
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'format_version': 2}, 'format version 2; this package reads 1'),
+        ({'format_version': 3}, 'format version 3; this package reads 1 and 2'),
         ({'label_names': ['a', 'b']}, r'checkpoints.*: it has 2 label names and 6 classes'),
         ({'name': 'resnet20'}, 'its variables are not those of resnet20'),
         ({'name': 'gccn'}, "unknown model 'gccn'; did you mean 'gccnn'"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_one_line(stored, tmp_path, changes, message):
+def test_a_checkpoint_that_does_not_fit_is_one_line(
+    stored, change_description, tmp_path, changes, message
+):
     shutil.copytree(stored.directory, tmp_path / 'changed')
     change_description(tmp_path / 'changed' / 'checkpoints' / '0', **changes)
     with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
         Classifier.load(tmp_path / 'changed')
     assert '\n' not in str(caught.value)
-
-
-def test_a_missing_checkpoint_is_one_line(tmp_path):
-    with pytest.raises(CheckpointError, match='nowhere: no such directory'):
-        Classifier.load(tmp_path / 'nowhere')
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ({'weights': 'int4'}, "unknown choice of weights 'int4'; did you mean 'int8'"),
-        ({'dtype': 'bfloat61'}, "unknown dtype 'bfloat61'; did you mean 'bfloat16'"),
-        ({'batch_size': 0}, 'batch_size must be 1 or more, got 0'),
-    ],
-)
-def test_options_that_cannot_be_are_refused(stored, options, message):
-    with pytest.raises(ConfigError, match=message):
-        Classifier.load(stored.directory, **options)
 
 
 def run(program, *arguments):
