@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from gcnet_jax.data import digits
+from gcnet_jax.data.decode import verify
 from gcnet_jax.data.image_limits import image_file
-from gcnet_jax.data.preprocess import verify
 from gcnet_jax.data.records import VERSION, Example, ImageSet, default_data_dir, write_image_set
 from gcnet_jax.errors import ConfigError, DataError, one_line
 from gcnet_jax.files import as_path

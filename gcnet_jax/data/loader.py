@@ -99,54 +99,35 @@ def train_batches(
 
     Args:
       source: The images.
-      global_batch_size: Images a step over all processes.
-      image_size: Height and width of the images handed out, in pixels; one number for a square.
+      global_batch_size: Images per step over all processes.
+      image_size: Size of the images handed out, in pixels.
       seed: Of the order and the augmentation, 0 to 2**32 - 1.
       start_step: Step of the first batch.
-      process_index: Which part of every batch.
-      process_count: Number of parts.
-      augmentation: `none`, `pad_crop` or `resized_crop` (see `preprocess.augment`).
-      flip: Mirror at random.
-      interpolation: `nearest`, `bilinear` or `bicubic`.
-      crop_scale: Range of the share of the area that `resized_crop` keeps.
+      process_index, process_count: Which part of every batch, and the number of parts.
+      augmentation, flip, interpolation, crop_scale: See `preprocess.augment`.
       color: RandAugment and colour jitter, after cropping and mirroring; None for neither.
-      num_threads: Batches that are made at once; None for one a processor, at most 16; 0 for none,
-        in the caller's thread. This many batches are held in memory. With workers: threads in each
-        of them.
-      num_workers: Processes that make batches; 0 for threads of this one. They are started afresh
-        (spawned), so the caller's script needs the usual `if __name__ == '__main__'`.
-      skip_damaged: Put the next readable record of the source in a damaged one's place, and count
-        it.
+      num_threads: Batches that are made at once and held in memory, in each worker if there are
+        any; None for one per processor, at most 16; 0 for none, in the caller's thread.
+      num_workers: Processes that make batches; 0 for threads of this one. They are spawned, so the
+        caller's script needs the usual `if __name__ == '__main__'`.
+      skip_damaged: Put the next readable record in a damaged one's place, and count it.
 
     Returns:
-      Iterator of `{'image': uint8 [local_batch, height, width, 3], 'label': int32 [local_batch]}`,
-      with several labels per image 'label': int32 [local_batch, classes].
+      Iterator of {'image': uint8 [local_batch, height, width, 3], 'label': int32 [local_batch], or
+      [local_batch, classes] with several labels per image}.
 
     Raises:
       ConfigError: If an argument cannot work.
       DataError: While iterating, if an image is damaged and not skipped.
     """
     _check_batch(source, global_batch_size, image_size, process_index, process_count)
-    if augmentation not in preprocess.AUGMENTATIONS:
-        raise ConfigError(unknown_name('augmentation', augmentation, preprocess.AUGMENTATIONS))
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ConfigError(f'crop_scale is {tuple(crop_scale)}; it is 0 < smallest <= largest <= 1')
-    if not 0 <= seed <= MAX_SEED:
-        raise ConfigError(f'seed is {seed}; it is 0 to {MAX_SEED}')
-    if start_step < 0:
-        raise ConfigError(f'start_step is {start_step}; it is at least 0')
+    _check_training(augmentation, crop_scale, seed, start_step)
     preprocess.interpolation_filter(interpolation)
-    options = {
-        'size': image_size,
-        'augmentation': augmentation,
-        'flip': flip,
-        'interpolation': interpolation,
-        'crop_scale': tuple(crop_scale),
-    }
+    options = {'size': image_size, 'augmentation': augmentation, 'flip': flip}
+    options |= {'interpolation': interpolation, 'crop_scale': tuple(crop_scale)}
+    example = _TrainExample(source, options, color or ColorOptions(), skip_damaged)
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(
-        _TrainExample(source, options, color or ColorOptions(), skip_damaged)
-    )
+    dataset = dataset.random_map(example)
     dataset = dataset.batch(
         global_batch_size // process_count, drop_remainder=True, batch_fn=_stack
     )
@@ -300,6 +281,19 @@ def _settle_flags() -> None:
     for name in flags.FLAGS:
         if name.startswith('grain_') and not flags.FLAGS[name].present:
             flags.FLAGS[name].present = 1
+
+
+def _check_training(
+    augmentation: str, crop_scale: tuple[float, float], seed: int, start_step: int
+) -> None:
+    if augmentation not in preprocess.AUGMENTATIONS:
+        raise ConfigError(unknown_name('augmentation', augmentation, preprocess.AUGMENTATIONS))
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ConfigError(f'crop_scale is {tuple(crop_scale)}; it is 0 < smallest <= largest <= 1')
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f'seed is {seed}; it is 0 to {MAX_SEED}')
+    if start_step < 0:
+        raise ConfigError(f'start_step is {start_step}; it is at least 0')
 
 
 def _check_batch(

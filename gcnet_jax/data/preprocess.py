@@ -13,22 +13,16 @@ covered too, by the shorter side; there the longer side is rounded down, as torc
 Training reads ordinary JPEGs by a faster way (`gcnet_jax.data.jpeg`), whose pixels differ slightly.
 """
 
-import contextlib
-import io
 import math
-from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from gcnet_jax.data import image_limits, jpeg
+from gcnet_jax.data.decode import RGB, open_within_limits, opened, to_rgb
 from gcnet_jax.data.image_limits import DECODING_MEMORY, MAX_PIXELS, check_size
 from gcnet_jax.data.sizes import Size, height_and_width
-from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
-
-# Only these decoders ever see the data. Others of Pillow start programs (EPS runs Ghostscript).
-FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM')
+from gcnet_jax.errors import ConfigError, DataError, unknown_name
 
 INTERPOLATIONS = {
     'nearest': Image.Resampling.NEAREST,
@@ -37,15 +31,10 @@ INTERPOLATIONS = {
 }
 AUGMENTATIONS = ('none', 'pad_crop', 'resized_crop')
 CROP_PADDING = 4
-# Pixels that are copied at once from an image into an array.
-BAND_PIXELS = 4_000_000
 CROP_SCALE = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
-RGB = UInt8[np.ndarray, 'height width 3']
 Box = tuple[int, int, int, int]
-
-Image.init()  # Registers the decoders; Pillow would do it at the first call of Image.open.
 
 
 def interpolation_filter(name: str) -> Image.Resampling:
@@ -57,107 +46,6 @@ def interpolation_filter(name: str) -> Image.Resampling:
     if name not in INTERPOLATIONS:
         raise ConfigError(unknown_name('interpolation', name, INTERPOLATIONS))
     return INTERPOLATIONS[name]
-
-
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header of an encoded image; the pixels are not decoded yet.
-
-    `Image.open` would do the same, but warns about large images by Pillow's own limit, and a
-    warning cannot be silenced in one thread alone.
-
-    Raises:
-      DataError: If the format is not one of `FORMATS`, the header is damaged, or the image exceeds
-        `max_pixels` or a limit of `gcnet_jax.data.image_limits`.
-    """
-    return _open(data, max_pixels)[0]
-
-
-def _open(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
-    """Returns an opened image, and the estimated memory in bytes for decoding it."""
-    name = image_limits.image_format(data[: image_limits.PREFIX_BYTES])
-    if name is None:
-        raise DataError(f'not an image of a known format ({", ".join(FORMATS)})')
-    if name not in FORMATS:
-        raise DataError(f'{name} images are not read; convert it to JPEG or PNG')
-    plan = image_limits.inspect(data, name, max_pixels)
-    try:
-        image = Image.OPEN[name][0](io.BytesIO(plan.data), '')
-    except Exception as error:  # Damaged data makes Pillow raise errors of any kind.
-        raise DataError(f'damaged {name} image: {_reason(error)}') from error
-    check_size(*image.size, max_pixels)
-    codec = image.tile[0].codec_name if image.tile else ''
-    return image, image_limits.check_costs(plan, image.size, image.mode, codec)
-
-
-@contextlib.contextmanager
-def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """Gives an opened image, with the memory for decoding it held until the block ends.
-
-    Raises:
-      DataError: As `open_image`.
-    """
-    image, memory = _open(data, max_pixels)
-    with DECODING_MEMORY.hold(memory):
-        yield image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decodes the pixels of an opened image as RGB. Alpha is dropped, as timm does.
-
-    Raises:
-      DataError: If the data is damaged or its pixels cannot be read as colours.
-    """
-    try:
-        sixteen_bits = image.mode.startswith('I;16') or (image.format, image.mode) == ('PPM', 'I')
-        if image.mode in ('I', 'F') and not sixteen_bits:
-            raise DataError(f'pixels of type {image.mode!r} (32 bits) have no known range')
-        # Only the first frame of an animation. A transparent colour is like alpha: dropped.
-        image.load()
-        image.info.pop('transparency', None)
-        if sixteen_bits:
-            # Pillow's own conversion cuts everything above 255 off.
-            values = np.asarray(image).astype(np.uint32)
-            return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert('RGB')
-        return image if image.mode == 'RGB' else image.convert('RGB')
-    except DataError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise DataError(f'damaged {image.format} image: {_reason(error)}') from error
-
-
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> RGB:
-    """Decodes a greyscale, palette, CMYK, RGB, 16-bit or transparent image to RGB.
-
-    Raises:
-      DataError: If the data is no image, damaged, or exceeds `max_pixels` or another limit.
-    """
-    with opened(data, max_pixels) as image:
-        return to_array(to_rgb(image))
-
-
-def to_array(image: Image.Image) -> RGB:
-    """Returns the pixels of an RGB image; `np.asarray` would take twice their memory meanwhile."""
-    if image.width * image.height <= BAND_PIXELS:
-        return np.asarray(image)
-    array = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(BAND_PIXELS // image.width, 1)
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        array[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
-    return array
-
-
-def verify(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
-    """Makes sure that an image can be decoded, at the least cost that shows a truncated file.
-
-    Raises:
-      DataError: As `decode`.
-    """
-    with opened(data, max_pixels) as image:
-        image.draft('RGB', (1, 1))  # A JPEG is read whole, but transformed at an eighth.
-        to_rgb(image)
 
 
 def sample_crop(
@@ -285,7 +173,7 @@ def decode_and_crop(
     Raises:
       DataError: As `decode` and `resize_and_crop`; an image that is too elongated is not decoded.
     """
-    image, memory = _open(data, max_pixels)
+    image, memory = open_within_limits(data, max_pixels)
     width, height = _resized_size(*image.size, size, crop_fraction)
     # Pillow resizes the width first, then the height.
     memory += 4 * width * (image.height + height)
@@ -413,7 +301,3 @@ def augment(
         if augmentation == 'pad_crop':
             image = random_pad_crop(image, CROP_PADDING, rng)
     return random_flip(image, rng) if flip else image
-
-
-def _reason(error: Exception) -> str:
-    return one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)

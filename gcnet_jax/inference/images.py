@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from gcnet_jax import files
-from gcnet_jax.data import preprocess
+from gcnet_jax.data import decode, preprocess
 from gcnet_jax.data.image_limits import (
     DECODING_MEMORY,
     MAX_FILE_BYTES,
@@ -145,7 +145,7 @@ def list_images(images: Any) -> tuple[list[Any], bool]:
     )
 
 
-def load_image(image: Any, preprocessing: Preprocessing, name: object = None) -> preprocess.RGB:
+def load_image(image: Any, preprocessing: Preprocessing, name: object = None) -> decode.RGB:
     """Reads one image as evaluation does, in uint8 and the network's size.
 
     Args:
@@ -199,7 +199,7 @@ def _encoded(image: Any) -> Iterator[bytes | None]:
         yield None
 
 
-def _pixels(image: Any) -> preprocess.RGB:
+def _pixels(image: Any) -> decode.RGB:
     if isinstance(image, Image.Image):
         return _from_pillow(image)
     if _is_array(image):
@@ -217,7 +217,7 @@ def _refuse_folder(path: Path) -> None:
     raise DataError(f'a folder that holds no image itself (files ending in {SUFFIXES[0]}, ...)')
 
 
-def _from_pillow(image: Image.Image) -> preprocess.RGB:
+def _from_pillow(image: Image.Image) -> decode.RGB:
     check_size(*image.size)
     # Its copy (up to 4 bytes a pixel), the pixels in RGB (4), and their array (3).
     with DECODING_MEMORY.hold(11 * image.width * image.height):
@@ -227,7 +227,7 @@ def _from_pillow(image: Image.Image) -> preprocess.RGB:
             raise
         except Exception as error:  # Not decoded before: damage makes errors of any kind.
             raise DataError(f'damaged image: {error}') from error
-        return preprocess.to_array(preprocess.to_rgb(image))
+        return decode.to_array(decode.to_rgb(image))
 
 
 def _is_file(value: Any) -> bool:
@@ -238,7 +238,7 @@ def _is_array(value: Any) -> bool:
     return hasattr(value, '__array__') and hasattr(value, 'dtype')
 
 
-def _from_array(array: np.ndarray) -> preprocess.RGB:
+def _from_array(array: np.ndarray) -> decode.RGB:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:

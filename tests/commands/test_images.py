@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from gcnet_jax.__main__ import main
 from gcnet_jax.commands.common import EXIT_SOME_IMAGES_FAILED
-from gcnet_jax.data import preprocess, sources
+from gcnet_jax.data import decode, sources
 from gcnet_jax.errors import DataError
 from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.stored import write_ported
@@ -148,7 +148,7 @@ def test_pillows_warnings_do_not_come_between(run, make, tmp_path):
     (tmp_path / 'tag.tif').write_bytes(data)
     # Here a warning is an error, and ends the reading before it comes to what is wrong.
     with pytest.raises(DataError, match='Tag data larger than file'):
-        preprocess.open_image(bytes(data))
+        decode.open_image(bytes(data))
     code, _, err = run('predict', tmp_path / 'tag.tif')
     assert (code, len(err)) == (1, 1)
     assert 'damaged TIFF image: unknown pixel mode' in err[0]

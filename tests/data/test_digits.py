@@ -9,7 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from gcnet_jax.data import digits
-from gcnet_jax.data.preprocess import decode
+from gcnet_jax.data.decode import decode
 from gcnet_jax.data.sources import load_source
 from gcnet_jax.errors import DataError
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from gcnet_jax.data import image_limits, preprocess
+from gcnet_jax.data import decode, image_limits, preprocess
 from gcnet_jax.data.image_limits import count_scans, image_file, image_format
 from gcnet_jax.data.memory_budget import MemoryBudget
 from gcnet_jax.errors import DataError
 from tests.data import crafted_images as crafted
 
 READERS = (
-    preprocess.decode,
-    preprocess.verify,
+    decode.decode,
+    decode.verify,
     lambda data: preprocess.decode_and_crop(data, 32),
     lambda data: preprocess.augment(data, np.random.default_rng(0), size=32),
 )
@@ -99,17 +99,17 @@ def test_too_many_bytes_for_the_pixels_are_refused(monkeypatch):
     monkeypatch.setattr(image_limits, 'MAX_EXTRA_BYTES', 1_000)
     data = crafted.png(9, 9, pixels=bytes(9 * 28), more=crafted.png_chunk(b'prIv', bytes(5_000)))
     with pytest.raises(DataError, match=r'bytes are too many for an image of 9x9 pixels; at most'):
-        preprocess.decode(data)
+        decode.decode(data)
 
 
 def test_pixels_times_scans_are_bounded(monkeypatch):
     data = small_jpeg(progressive=True)
     scans = count_scans(data, (64, 64))
     monkeypatch.setattr(image_limits, 'MAX_SCAN_PIXELS', 64 * 64 * scans)
-    preprocess.decode(data)
+    decode.decode(data)
     monkeypatch.setattr(image_limits, 'MAX_SCAN_PIXELS', 64 * 64 * scans - 1)
     with pytest.raises(DataError, match=rf'64x64 pixels in {scans} scans or more'):
-        preprocess.decode(data)
+        decode.decode(data)
 
 
 def test_an_elongated_image_is_not_decoded_for_evaluation(monkeypatch):
@@ -121,16 +121,16 @@ def test_an_elongated_image_is_not_decoded_for_evaluation(monkeypatch):
 
 def test_ordinary_images_of_every_form_are_read():
     for data in crafted.whole_images(np.random.default_rng(0)):
-        assert image_format(data[:32]) in preprocess.FORMATS
-        assert preprocess.decode(data).ndim == 3
-        preprocess.verify(data)
+        assert image_format(data[:32]) in decode.FORMATS
+        assert decode.decode(data).ndim == 3
+        decode.verify(data)
 
 
 def test_an_animation_of_many_frames_is_read(noise):
     frames = [Image.fromarray(np.roll(noise, shift)) for shift in range(40)]
     for kind in ('GIF', 'WEBP', 'PNG', 'TIFF'):
         data = crafted.encode(frames[0], kind, save_all=True, append_images=frames[1:])
-        assert preprocess.decode(data).shape == noise.shape
+        assert decode.decode(data).shape == noise.shape
 
 
 def test_metadata_of_a_jpeg_does_not_reach_pillow_and_changes_no_pixel(scene):
@@ -141,9 +141,9 @@ def test_metadata_of_a_jpeg_does_not_reach_pillow_and_changes_no_pixel(scene):
         image = Image.fromarray(scene).convert(mode)
         plain = crafted.encode(image, 'JPEG', quality=90)
         full = crafted.encode(image, 'JPEG', exif=exif, **options)
-        np.testing.assert_array_equal(preprocess.decode(full), preprocess.decode(plain))
+        np.testing.assert_array_equal(decode.decode(full), decode.decode(plain))
         assert count_scans(full, image.size) == 1
-        opened = preprocess.open_image(full)
+        opened = decode.open_image(full)
         assert not {'exif', 'icc_profile', 'comment'} & set(opened.info)
 
 
@@ -153,7 +153,7 @@ def test_ppm_of_any_depth_is_scaled_to_eight_bits(kind, channels, highest):
     values = np.random.default_rng(0).integers(0, highest + 1, (5, 7, channels))
     values[0, 0] = highest
     stored = values.astype('>u2' if highest > 255 else 'u1').tobytes()
-    decoded = preprocess.decode(f'{kind}\n# depth\n7 5\n{highest}\n'.encode() + stored)
+    decoded = decode.decode(f'{kind}\n# depth\n7 5\n{highest}\n'.encode() + stored)
     expected = np.broadcast_to(values * 255 / highest, decoded.shape)
     assert np.abs(decoded - expected).max() <= 0.51
     assert (decoded[0, 0] == 255).all()
@@ -166,7 +166,7 @@ def test_formats_are_told_by_the_first_bytes():
     for text in (b'', b'BMW and others', b'P1ease read me', b'RIFF\0\0\0\0WAVE', b'<svg>', b'%PDF'):
         assert image_format(text) is None
     with pytest.raises(DataError, match='HEIC images are not read; convert it to JPEG or PNG'):
-        preprocess.decode(b'\0\0\0\x24ftypheic\0\0\0\0')
+        decode.decode(b'\0\0\0\x24ftypheic\0\0\0\0')
 
 
 def test_only_regular_files_of_a_sensible_size_are_read(tmp_path, monkeypatch):
@@ -221,11 +221,12 @@ def test_small_requests_and_errors_do_not_use_up_a_budget():
 
 def test_decoding_holds_its_memory(monkeypatch):
     budget, held = MemoryBudget(10**9), []
-    monkeypatch.setattr(preprocess, 'DECODING_MEMORY', budget)
-    to_rgb = preprocess.to_rgb
-    monkeypatch.setattr(
-        preprocess, 'to_rgb', lambda image: held.append(budget._used) or to_rgb(image)
-    )
+    to_rgb = decode.to_rgb
+    for module in (decode, preprocess):
+        monkeypatch.setattr(module, 'DECODING_MEMORY', budget)
+        monkeypatch.setattr(
+            module, 'to_rgb', lambda image: held.append(budget._used) or to_rgb(image)
+        )
     data = small_jpeg(progressive=True)
     for read in READERS:
         read(data)
@@ -269,7 +270,7 @@ for data in files:
     for read in (
         lambda: preprocess.decode_and_crop(data, 64),
         lambda: preprocess.augment(data, rng, size=64),
-        lambda: preprocess.verify(data),
+        lambda: decode.verify(data),
     ):
         try:
             read()

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcnet_jax.data import image_limits, preprocess
+from gcnet_jax.data import decode, image_limits, preprocess
 from gcnet_jax.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize('image_format', ['PNG', 'BMP', 'TIFF', 'PPM'])
 def test_lossless_formats_are_read_bit_for_bit(make, noise, image_format):
-    decoded = preprocess.decode(make.encode(noise, image_format))
+    decoded = decode.decode(make.encode(noise, image_format))
     assert decoded.dtype == np.uint8
     np.testing.assert_array_equal(decoded, noise)
 
 
 def test_jpeg_and_webp_are_read_closely(make, scene):
     for image_format in ('JPEG', 'WEBP'):
-        decoded = preprocess.decode(make.encode(scene, image_format, quality=95))
+        decoded = decode.decode(make.encode(scene, image_format, quality=95))
         assert np.abs(decoded.astype(int) - scene).mean() < 2
 
 
@@ -30,8 +30,8 @@ def test_a_large_image_is_copied_in_bands(make, noise, monkeypatch, rows, bands)
     monkeypatch.setattr(
         Image.Image, 'crop', lambda image, box: boxes.append(box) or crop(image, box)
     )
-    monkeypatch.setattr(preprocess, 'BAND_PIXELS', int(rows * 60))
-    np.testing.assert_array_equal(preprocess.decode(make.encode(noise)), noise)
+    monkeypatch.setattr(decode, 'BAND_PIXELS', int(rows * 60))
+    np.testing.assert_array_equal(decode.decode(make.encode(noise)), noise)
     assert len(boxes) == bands
 
 
@@ -39,13 +39,13 @@ def test_greyscale_becomes_three_equal_channels(make, noise):
     grey = noise[..., 0]
     for pixels in (grey, Image.fromarray(grey).convert('LA')):
         np.testing.assert_array_equal(
-            preprocess.decode(make.encode(pixels)), np.repeat(grey[..., None], 3, axis=-1)
+            decode.decode(make.encode(pixels)), np.repeat(grey[..., None], 3, axis=-1)
         )
 
 
 def test_black_and_white_spans_the_range(make):
     pixels = np.array([[True, False], [False, True]])
-    decoded = preprocess.decode(make.encode(Image.fromarray(pixels)))
+    decoded = decode.decode(make.encode(Image.fromarray(pixels)))
     np.testing.assert_array_equal(decoded[..., 1], [[255, 0], [0, 255]])
 
 
@@ -53,7 +53,7 @@ def test_black_and_white_spans_the_range(make):
 def test_sixteen_bits_are_scaled_and_not_cut_off(make, image_format):
     values = np.array([[0, 128, 129, 256], [1000, 32768, 65534, 65535]], np.uint16)
     expected = np.round(values.astype(float) / 65535 * 255)
-    decoded = preprocess.decode(make.encode(values, image_format))
+    decoded = decode.decode(make.encode(values, image_format))
     np.testing.assert_array_equal(decoded[..., 2], expected)
 
 
@@ -63,20 +63,20 @@ def test_palette_gives_its_colours_whatever_is_transparent(make, noise, transpar
     palette = np.array(image.getpalette()).reshape(-1, 3)
     expected = palette[np.asarray(image)]
     options = {} if transparency is None else {'transparency': transparency}
-    np.testing.assert_array_equal(preprocess.decode(make.encode(image, **options)), expected)
+    np.testing.assert_array_equal(decode.decode(make.encode(image, **options)), expected)
 
 
 def test_alpha_is_dropped_and_not_blended(make, noise):
     alpha = np.linspace(0, 255, noise[..., 0].size).reshape(noise.shape[:2]).astype(np.uint8)
     pixels = np.concatenate([noise, alpha[..., None]], axis=-1)
-    np.testing.assert_array_equal(preprocess.decode(make.encode(pixels)), noise)
+    np.testing.assert_array_equal(decode.decode(make.encode(pixels)), noise)
 
 
 def test_cmyk_is_not_inverted(make):
     pixels = np.zeros((16, 16, 4), np.uint8)
     pixels[..., 0] = 255  # Pure cyan: no red at all, green and blue full.
     image = Image.merge('CMYK', [Image.fromarray(pixels[..., channel]) for channel in range(4)])
-    decoded = preprocess.decode(make.encode(image, 'JPEG', quality=100))
+    decoded = decode.decode(make.encode(image, 'JPEG', quality=100))
     np.testing.assert_allclose(decoded, np.broadcast_to([0, 255, 255], decoded.shape), atol=3)
 
 
@@ -84,7 +84,7 @@ def test_only_the_first_frame_of_an_animation_is_read(make, noise):
     frames = [Image.fromarray(noise).quantize(8), Image.fromarray(255 - noise).quantize(8)]
     data = make.encode(frames[0], 'GIF', save_all=True, append_images=frames[1:])
     expected = np.array(frames[0].getpalette()).reshape(-1, 3)[np.asarray(frames[0])]
-    np.testing.assert_array_equal(preprocess.decode(data), expected)
+    np.testing.assert_array_equal(decode.decode(data), expected)
 
 
 def test_orientation_is_left_alone(make, scene):
@@ -92,7 +92,7 @@ def test_orientation_is_left_alone(make, scene):
     turned[0x0112] = 6
     plain = make.encode(scene, 'JPEG')
     marked = make.encode(scene, 'JPEG', exif=turned)
-    np.testing.assert_array_equal(preprocess.decode(marked), preprocess.decode(plain))
+    np.testing.assert_array_equal(decode.decode(marked), decode.decode(plain))
 
 
 def test_damaged_data_is_one_clear_error(make, noise):
@@ -107,11 +107,11 @@ def test_damaged_data_is_one_clear_error(make, noise):
     ]  # fmt: skip
     for data in damaged:
         with pytest.raises(DataError) as caught:
-            preprocess.decode(data)
+            decode.decode(data)
         assert '\n' not in str(caught.value)
         assert 'image' in str(caught.value) or 'pixels' in str(caught.value)
         with pytest.raises(DataError):
-            preprocess.verify(data)
+            decode.verify(data)
 
 
 @pytest.mark.parametrize(
@@ -127,35 +127,35 @@ def test_damage_is_described_in_pillows_words(make, noise, monkeypatch, error, m
 
     monkeypatch.setattr(Image.OPEN['PNG'][0], 'load', load)
     with pytest.raises(DataError) as caught:
-        preprocess.decode(make.encode(noise))
+        decode.decode(make.encode(noise))
     assert str(caught.value) == message
 
 
 def test_formats_that_start_programs_are_not_opened():
     with pytest.raises(DataError, match='known format'):
-        preprocess.decode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n')
+        decode.decode(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n')
 
 
 def test_huge_images_are_refused_before_they_take_memory(make):
     data = make.encode(Image.new('1', (30_000, 10_000)))
     tracemalloc.start()
-    for read in (preprocess.decode, preprocess.verify):
+    for read in (decode.decode, decode.verify):
         with pytest.raises(DataError, match=r'30000x10000.*100,000,000'):
             read(data)
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
     with pytest.raises(DataError, match='more than 99'):
-        preprocess.decode(make.encode(np.zeros((10, 10), np.uint8)), max_pixels=99)
+        decode.decode(make.encode(np.zeros((10, 10), np.uint8)), max_pixels=99)
 
 
 def test_images_above_pillows_own_limit_do_not_warn(make, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
-    assert preprocess.decode(make.encode(np.zeros((12, 12), np.uint8))).shape == (12, 12, 3)
+    assert decode.decode(make.encode(np.zeros((12, 12), np.uint8))).shape == (12, 12, 3)
 
 
 def test_verify_accepts_what_decode_reads(make, scene):
     for image_format in ('JPEG', 'PNG'):
-        preprocess.verify(make.encode(scene, image_format))
+        decode.verify(make.encode(scene, image_format))
 
 
 def reference_crop(height, width, rng, scale, ratio):
@@ -234,7 +234,7 @@ def test_decoding_and_cropping_in_one_equals_doing_both(make, scene, noise):
                 data, 32, np.random.default_rng(seed), fast=False
             )
             plain = preprocess.random_resized_crop(
-                preprocess.decode(data), 32, np.random.default_rng(seed)
+                decode.decode(data), 32, np.random.default_rng(seed)
             )
             np.testing.assert_array_equal(fused, plain)
 
@@ -247,7 +247,7 @@ def progressive(make, scene):
 def test_draft_shows_the_same_part_and_decodes_less(make, scene, monkeypatch):
     data = progressive(make, scene)
     sizes = []
-    to_rgb = preprocess.to_rgb
+    to_rgb = decode.to_rgb
     monkeypatch.setattr(
         preprocess, 'to_rgb', lambda image: sizes.append(image.size) or to_rgb(image)
     )
@@ -282,7 +282,7 @@ def test_another_filter_than_bilinear_is_pillows_on_a_full_image(make, scene):
 
 def test_draft_never_decodes_below_the_size_wanted(make, scene, monkeypatch):
     sizes = []
-    to_rgb = preprocess.to_rgb
+    to_rgb = decode.to_rgb
     monkeypatch.setattr(
         preprocess, 'to_rgb', lambda image: sizes.append(image.size) or to_rgb(image)
     )
@@ -338,11 +338,11 @@ def test_resizing_is_antialiased():
 
 def test_memory_for_both_passes_of_resizing_is_held(make, noise, monkeypatch):
     held = []
-    hold = preprocess.DECODING_MEMORY.hold
+    hold = decode.DECODING_MEMORY.hold
     monkeypatch.setattr(
-        preprocess.DECODING_MEMORY, 'hold', lambda size: held.append(size) or hold(size)
+        decode.DECODING_MEMORY, 'hold', lambda size: held.append(size) or hold(size)
     )
-    preprocess.decode(make.encode(noise))
+    decode.decode(make.encode(noise))
     preprocess.decode_and_crop(make.encode(noise), 20, 1.0)
     # 40 x 60 becomes 40 x 30, then 20 x 30, at 4 bytes a pixel.
     assert held[1] - held[0] == 4 * 30 * (40 + 20)

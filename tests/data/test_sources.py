@@ -10,7 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from gcnet_jax.data import records, sources
-from gcnet_jax.data.preprocess import decode
+from gcnet_jax.data.decode import decode
 from gcnet_jax.data.sources import default_split, load_source
 from gcnet_jax.errors import ConfigError, DataError
 
