@@ -7,6 +7,8 @@ config does not set is looked up in the network's entry, so that
 
 import ast
 import copy
+import functools
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -97,6 +99,14 @@ def _set_ordinary(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         if path not in known and not any(name.startswith(path + '.') for name in known):
             names = [f'config.{name}' for name in known]
             raise ConfigError(unknown_name('setting', f'config.{path}', names))
+    # What may be unset is unset by None, also where a config file has set it to a tuple.
+    unset = [path for path, value in map(_split, overrides) if value == 'None']
+    defaults = dict(leaves(default_config().to_dict()))
+    for path in unset:
+        if path in defaults and defaults[path] is None:
+            *groups, key = path.split('.')
+            functools.reduce(operator.getitem, groups, config)[key] = None
+            overrides = [text for text in overrides if _split(text) != (path, 'None')]
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict(
         'config', config, flag_values=values, sys_argv=['train.py', *overrides]

@@ -10,6 +10,7 @@ from gcnet_jax.commands import config_files
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import create_model, list_models
 from gcnet_jax.stored import ModelDescription, write_ported
+from gcnet_jax.training.checks import check_config
 from gcnet_jax.training.config import plain
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -248,3 +249,14 @@ def test_another_task_comes_with_its_own_settings():
         read('folder', 'task.name=multi_label')
     with pytest.raises(ConfigError, match=r"did you mean 'config\.task\.label_smoothing'"):
         read('folder', 'training.label_smoothing=0.2')
+
+
+def test_what_a_file_has_set_is_unset_by_none():
+    assert read('folder').data.crop_scale == (0.35, 1.0)
+    config = read('folder', 'data.crop_scale=None', 'data.augmentation=none')
+    assert config.data.crop_scale is None
+    check_config(config)
+    assert read('finetune', 'optimizer.clip_norm=None').optimizer.clip_norm is None
+    assert read('folder', 'model.norm.group_size=None').model.norm.group_size is None
+    with pytest.raises(ConfigError, match=r'training\.seed'):
+        check_config(read('folder', 'training.seed=None'))
