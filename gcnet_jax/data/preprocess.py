@@ -5,11 +5,6 @@ the shorter side, then CenterCrop); both resize with Pillow's antialiased filter
 orientation is not applied, because neither torchvision nor timm applies it, and published
 accuracies were measured without it.
 
-Sizes are one number for a square, or height and width. Evaluation to a size that is not square
-follows timm's ResizeKeepRatio: the image keeps its proportions and becomes the smallest that covers
-the size over `crop_fraction`, rounded to whole pixels; the crop is the middle of it. A square is
-covered too, by the shorter side; there the longer side is rounded down, as torchvision does.
-
 Training reads ordinary JPEGs by a faster way (`gcnet_jax.data.jpeg`), whose pixels differ slightly.
 """
 
@@ -19,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from gcnet_jax.data import image_limits, jpeg
+from gcnet_jax.data.central_crop import middle, resized_size, too_elongated
 from gcnet_jax.data.decode import RGB, open_within_limits, opened, to_rgb
 from gcnet_jax.data.image_limits import DECODING_MEMORY, MAX_PIXELS, check_size
 from gcnet_jax.data.sizes import Size, height_and_width
-from gcnet_jax.errors import ConfigError, DataError, unknown_name
+from gcnet_jax.errors import ConfigError, unknown_name
 
 INTERPOLATIONS = {
     'nearest': Image.Resampling.NEAREST,
@@ -174,11 +170,11 @@ def decode_and_crop(
       DataError: As `decode` and `resize_and_crop`; an image that is too elongated is not decoded.
     """
     image, memory = open_within_limits(data, max_pixels)
-    width, height = _resized_size(*image.size, size, crop_fraction)
+    width, height = resized_size(*image.size, size, crop_fraction)
     # Pillow resizes the width first, then the height.
     memory += 4 * width * (image.height + height)
     if memory > image_limits.MAX_DECODING_BYTES:
-        raise _too_elongated(*image.size)
+        raise too_elongated(*image.size)
     with DECODING_MEMORY.hold(memory):
         return _resize_and_crop(to_rgb(image), size, crop_fraction, interpolation)
 
@@ -200,51 +196,19 @@ def resize_and_crop(
         covers that size.
     """
     height, width = image.shape[:2]
-    if _resized_size(width, height, size, crop_fraction) == (width, height):
-        left, top, right, bottom = _middle(width, height, size)
+    if resized_size(width, height, size, crop_fraction) == (width, height):
+        left, top, right, bottom = middle(width, height, size)
         return image[top:bottom, left:right]
     return _resize_and_crop(Image.fromarray(image), size, crop_fraction, interpolation)
-
-
-def _resized_size(width: int, height: int, size: Size, crop_fraction: float) -> tuple[int, int]:
-    """Returns width and height of the image that the crop is the middle of."""
-    rows, columns = (math.floor(side / crop_fraction) for side in height_and_width(size))
-    # The side that the image covers only just, the image's own, and the image's other one.
-    side, own, other = (
-        (rows, height, width) if rows * width >= columns * height else (columns, width, height)
-    )
-    # A line of 65,535 pixels is a small file, and would take gigabytes here.
-    if side * side * other > MAX_PIXELS * own:
-        raise _too_elongated(width, height)
-    if rows != columns:
-        # timm.data.transforms.ResizeKeepRatio, operation by operation.
-        ratio = min(height / rows, width / columns)
-        return round(width / ratio), round(height / ratio)
-    # torchvision.transforms.Resize: the longer side is rounded down.
-    if width <= height:
-        return side, int(side * height / width)
-    return int(side * width / height), side
-
-
-def _too_elongated(width: int, height: int) -> DataError:
-    return DataError(f'image of {width}x{height} pixels is too elongated to be resized')
-
-
-def _middle(width: int, height: int, size: Size) -> Box:
-    """Returns left, top, right and bottom of the central crop of an image."""
-    wanted_height, wanted_width = height_and_width(size)
-    # torchvision.transforms.CenterCrop rounds the margin half to even, as `round` does.
-    left, top = round((width - wanted_width) / 2), round((height - wanted_height) / 2)
-    return left, top, left + wanted_width, top + wanted_height
 
 
 def _resize_and_crop(
     image: Image.Image, size: Size, crop_fraction: float, interpolation: str
 ) -> RGB:
-    new_size = _resized_size(*image.size, size, crop_fraction)
+    new_size = resized_size(*image.size, size, crop_fraction)
     if new_size != image.size:
         image = image.resize(new_size, interpolation_filter(interpolation))
-    return np.asarray(image.crop(_middle(*new_size, size)))
+    return np.asarray(image.crop(middle(*new_size, size)))
 
 
 def random_pad_crop(image: RGB, padding: int, rng: np.random.Generator) -> RGB:

@@ -40,7 +40,7 @@ class Preprocessing:
       mean, std: A value a channel, on the scale where 255 is 1.
       interpolation: 'bilinear' or 'bicubic', for the resize at evaluation.
       crop_fraction: The central crop's part of the resized shorter side; for crops that are not
-        square see `gcnet_jax.data.preprocess`.
+        square see `gcnet_jax.data.central_crop`.
       train_size, test_size: Height and width of the crops in pixels; one number for a square.
     """
 

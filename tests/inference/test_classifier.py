@@ -19,7 +19,7 @@ import gcnet_jax
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError
 from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.inference.images import LeftOut
-from gcnet_jax.stored import ModelDescription, write_ported
+from gcnet_jax.stored import write_ported
 from gcnet_jax.tasks.prediction import Prediction
 
 COUNT = 11
@@ -89,16 +89,6 @@ def test_more_than_a_batch_is_refused_at_the_lowest_level(classifier):
         classifier.dispatch(np.zeros((5, 12, 12, 3), np.uint8))
     with pytest.raises(ConfigError, match="unknown layer of gccnn 'logit'"):
         classifier.dispatch(np.zeros((1, 12, 12, 3), np.uint8), 'logit')
-
-
-def test_layers_are_listed_from_the_stem_to_the_logits(random_variables):
-    options = {'num_classes': 3, 'widths': (4, 4), 'stage_sizes': (1, 1), 'context': None}
-    description = ModelDescription('resnet18', options)
-    variables = random_variables(
-        description.build(), np.zeros((1, 32, 32, 3), np.float32), train=False
-    )
-    layers = Classifier(description, variables, devices=jax.devices()[:1]).layers
-    assert list(layers) == ['stem', 'stage1', 'stage2', 'pooled', 'logits']
 
 
 def test_features_are_those_of_the_network(stored, classifier, pictures):

@@ -131,11 +131,11 @@ def test_outputs_are_named_in_the_order_of_the_network(network, random_variables
     assert list(network.output_shapes) == ['stage1', 'pooled', 'logits']
     assert network.output_shapes == {'stage1': (12, 12, 8), 'pooled': (8,), 'logits': (6,)}
     options = {'num_classes': 3, 'widths': [4] * 11, 'stage_sizes': [1] * 11, 'context': None}
-    description = ModelDescription('gccnn', options)
-    variables = random_variables(description.build(), blank(1) / 255, train=False)
+    description = ModelDescription('resnet18', options)
+    variables = random_variables(description.build(), blank(1, 32, 32) / 255, train=False)
     deep = StoredNetwork(description, variables, devices=jax.devices()[:1])
     stages = [f'stage{number}' for number in range(1, 12)]
-    assert list(deep.output_shapes) == [*stages, 'pooled', 'logits']
+    assert list(deep.output_shapes) == ['stem', *stages, 'pooled', 'logits']
 
 
 def test_several_outputs_come_from_one_dispatch(network, pictures):
