@@ -16,7 +16,7 @@ from gcnet_jax.__main__ import _parser, main
 from gcnet_jax.commands.config_files import load_config, read_flags
 from gcnet_jax.models import create_model, list_models, model_entry
 from gcnet_jax.models.summary import summarize
-from gcnet_jax.porting.names import LIBRARIES
+from gcnet_jax.porting.families import LIBRARIES
 from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.tasks import TASKS
 from gcnet_jax.training.config import default_config

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints in and out: reading files, one name map a family, strict conversion."""
+"""PyTorch checkpoints in and out: reading files, a file of names per family, strict conversion."""
 
 from gcnet_jax.porting.convert import Report
 from gcnet_jax.porting.files import read_checkpoint

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gcnet_jax.errors import CheckpointError
+from gcnet_jax.porting.families import is_classifier, is_context, why_unsupported
+from gcnet_jax.porting.families.rules import Family
 from gcnet_jax.porting.files import LazyTensors
-from gcnet_jax.porting.names import Family, Pairing, pair_names
+from gcnet_jax.porting.names import Pairing, pair_names
 
 SHOWN = 6
 COUNTER = 'num_batches_tracked'
@@ -145,9 +147,9 @@ def _plan(
       The pairings by the names of the file, the leaves that are newly initialised, and the names
       that are left by the reason why.
     """
-    pairings, nameless = pair_names(family, targets)
     prefix = family.prefix if any(name.startswith(family.prefix) for name in shapes) else ''
-    wanted = {prefix + pairing.theirs: pairing for pairing in pairings}
+    pairings, nameless = pair_names(family, targets, prefix)
+    wanted = {pairing.theirs: pairing for pairing in pairings}
     if len(wanted) < len(pairings):
         raise CheckpointError(
             f'{family.library} has one name for two context blocks of this network; '
@@ -192,7 +194,7 @@ def to_torch_arrays(
     """
     kept = {name: variables[name] for name in COLLECTIONS if name in variables}
     flat = flax.traverse_util.flatten_dict(kept, sep='/')
-    pairings, nameless = pair_names(family, flat)
+    pairings, nameless = pair_names(family, flat, family.prefix)
     lost = [path for path in nameless if re.fullmatch(family.may_be_lost, path)]
     lost += [p.ours for p in pairings if re.fullmatch(family.may_be_lost, p.ours)]
     pairings = [pairing for pairing in pairings if pairing.ours not in lost]
@@ -204,7 +206,7 @@ def to_torch_arrays(
         )
     arrays: dict[str, np.ndarray] = {}
     for pairing in pairings:
-        name = family.prefix + pairing.theirs
+        name = pairing.theirs
         arrays[name] = _converted(np.asarray(flat[pairing.ours]), pairing.leaf.to_theirs)
         if pairing.leaf.theirs == 'running_var':
             counter = name.removesuffix('running_var') + COUNTER
@@ -262,14 +264,10 @@ class Difference:
                 f'Most likely it reads images of {channels[0][0]} channels; networks here read '
                 f'{channels[0][1]}: take weights for RGB images'
             )
-        if any(re.search(r'layer\d+\.\d+\.se\w*\.', name) for name in self.extra):
-            return (
-                'Most likely it is an SE ResNet: those are not among the networks here, whose '
-                'squeeze_excite is a block of its own'
-            )
-        if any('offset' in name for name in self.extra):
-            return 'Most likely it uses deformable convolutions (DCN), which are not supported'
-        if only_shapes and all(_is_context(name) for name in misshapen):
+        unsupported = why_unsupported(self.extra)
+        if unsupported:
+            return f'Most likely {unsupported}'
+        if only_shapes and all(is_context(name) for name in misshapen):
             return "Most likely the context blocks' ratio differs: give the ratio of the file"
         if self.missing and all(is_classifier(n) for n in self.missing) and not misshapen:
             return 'Most likely the file is a backbone: drop the classifier (--drop-classifier)'
@@ -277,9 +275,9 @@ class Difference:
             return (
                 'Most likely the network has num_classes=0: drop the classifier (--drop-classifier)'
             )
-        if self.extra and all(_is_context(n) for n in self.extra) and not self.missing:
+        if self.extra and all(is_context(n) for n in self.extra) and not self.missing:
             return 'Most likely the network lacks the context blocks of the file: name a GC network'
-        if self.missing and all(_is_context(n) for n in self.missing):
+        if self.missing and all(is_context(n) for n in self.missing):
             return 'Most likely the file has no context blocks there: name the plain network'
         few = len(self.missing) + len(self.extra) + len(self.misshapen) <= SHOWN
         if few and not self.nameless:
@@ -287,15 +285,6 @@ class Difference:
         return (
             'Most likely it is the file of another network: leave --model out to have it recognised'
         )
-
-
-def is_classifier(name: str) -> bool:
-    """Whether a PyTorch name is the classifier's."""
-    return re.fullmatch(r'((.*\.)?(fc|classifier)|linear)\.(weight|bias)', name) is not None
-
-
-def _is_context(name: str) -> bool:
-    return re.search(r'\.(context_block|attn|se|gc_transform|gc_block)\.', name) is not None
 
 
 def _no_names_reason(paths: Sequence[str]) -> str:

@@ -20,10 +20,11 @@ from gcnet_jax.porting.architectures import (
     check_settings,
     told_architectures,
 )
-from gcnet_jax.porting.convert import Report, from_torch, is_classifier, to_torch_arrays
+from gcnet_jax.porting.convert import Report, from_torch, to_torch_arrays
+from gcnet_jax.porting.families import is_classifier
+from gcnet_jax.porting.families.rules import Family
 from gcnet_jax.porting.files import TorchFile, read_checkpoint
 from gcnet_jax.porting.hub import CONFIG_FILE, HubConfig, read_hub_config
-from gcnet_jax.porting.names import Family
 from gcnet_jax.porting.recognise import (
     check_shortcuts,
     family_of,
@@ -125,7 +126,7 @@ def load_named(
     if isinstance(model, nn.Module):
         _refuse(options, 'a module has its options already')
         network, name = model, None
-    elif model is None and names.library == 'mmsegmentation':
+    elif model is None and names.network is None:
         _refuse(options, 'a context block has its options from the file')
         network, channels = recognise_block(file.tensors.shapes, names)
         name = None

@@ -13,11 +13,10 @@ from gcnet_jax.porting.convert import (
     Difference,
     Report,
     from_torch,
-    is_classifier,
     to_torch_arrays,
     variable_shapes,
 )
-from gcnet_jax.porting.names import FAMILIES
+from gcnet_jax.porting.families import FAMILIES, is_classifier
 from tests.porting.seeded import in_memory, seeded_tensors
 
 FAMILY = {family.library: family for family in FAMILIES}

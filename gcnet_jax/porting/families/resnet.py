@@ -1,0 +1,63 @@
+"""Which ResNet a file holds, for all families that name their stages `layer1` to `layer4`."""
+
+import re
+
+import flax.linen as nn
+
+from gcnet_jax.models.resnet import BasicBlock, BottleneckBlock, ResNet
+from gcnet_jax.porting.families.rules import Shapes
+from gcnet_jax.porting.families.structure import registered_network, stage_sizes
+
+# The two kinds of shortcuts as errors call them, by the network's option.
+SHORTCUTS = {
+    'projection': 'projection shortcuts (option B)',
+    'zero_pad': 'parameter-free shortcuts (option A)',
+}
+SE_RESNET = {
+    r'layer\d+\.\d+\.se\w*\.': (
+        'it is an SE ResNet: those are not among the networks here, whose squeeze_excite is a '
+        'block of its own'
+    )
+}
+
+
+def plain_network(shapes: Shapes) -> str:
+    """Returns the name of the registered ResNet without context blocks that the file holds.
+
+    Raises:
+      CheckpointError: There is none.
+    """
+    return registered_network(_structure(shapes), _structure_of)
+
+
+def shortcuts(shapes: Shapes) -> str:
+    """Returns the kind of the file's shortcuts: only a projection has tensors."""
+    pattern = r'layer\d+\.(\d+\.)?(downsample|shortcut)\.'
+    return 'projection' if any(re.match(pattern, name) for name in shapes) else 'zero_pad'
+
+
+def _structure(shapes: Shapes) -> tuple:
+    """What tells the registered networks apart.
+
+    That is (blocks of each stage, whether bottlenecks, inputs per group of the first 3x3, width of
+    the stem, kind of the shortcuts).
+    """
+    return (
+        stage_sizes(shapes, r'layer(\d+)\.(\d+)\.'),
+        'layer1.0.conv3.weight' in shapes,
+        shapes.get('layer1.0.conv2.weight', (0, 0))[1],
+        shapes['conv1.weight'][0] if 'conv1.weight' in shapes else 0,
+        shortcuts(shapes),
+    )
+
+
+def _structure_of(model: nn.Module) -> tuple | None:
+    if not isinstance(model, ResNet) or model.block not in (BasicBlock, BottleneckBlock):
+        return None
+    if model.context:
+        return None
+    is_bottleneck = model.block is BottleneckBlock
+    width = model.widths[0]
+    inner = width * model.base_width // 64 if is_bottleneck else width
+    stem = width if model.stem != 'none' else 0
+    return tuple(model.stage_sizes), is_bottleneck, inner, stem, model.shortcut
