@@ -58,7 +58,7 @@ def report_choice(checkpoint: str, choose: str) -> None:
     newest = find_checkpoint(checkpoint, 'newest')
     if chosen != newest:
         print(
-            f'checkpoint of step {chosen.name}, the most accurate; the newest is of step '
+            f'checkpoint of step {chosen.name}, the best by its evaluation; the newest is of step '
             f'{newest.name} (--choose newest)',
             file=sys.stderr,
             flush=True,

@@ -36,7 +36,7 @@ FUSIONS = ('add', 'scale', 'scale_add')
 
 
 class AttentionPool(nn.Module):
-    """Pools all positions into one vector, weighted by a softmax over one logit a position.
+    """Pools all positions into one vector, weighted by a softmax over one logit per position.
 
     The attention of a call is sown as `attention`, `[batch, *spatial]` in float32, into the
     collection `intermediates`. The bias cancels in the softmax; it is a parameter because published

@@ -148,13 +148,13 @@ def evaluation_batches(
     num_workers: int = 0,
     skip_damaged: bool = False,
 ) -> Batches:
-    """Returns every example once over all processes, in order; every process gets as many batches.
+    """Returns every example once over all processes, in order, in as many batches for each of them.
 
     The last batch is filled up with black images of label 0, whose mask is False.
 
     Args:
       source: The images.
-      global_batch_size: Images a step over all processes; may be more than there are examples.
+      global_batch_size: Images per step over all processes; may be more than there are examples.
       image_size: Height and width of the images handed out, in pixels; one number for a square.
       crop_fraction: See `preprocess.resize_and_crop`.
       interpolation: `nearest`, `bilinear` or `bicubic`.

@@ -109,7 +109,7 @@ def mix(
 
 
 def _beta_quantile(uniform: Float[Array, ''], alpha: float) -> Float[Array, '']:
-    """Makes a number from Beta(alpha, alpha) of an even one, by one of `BETA_QUANTILES` quantiles.
+    """Maps a uniform number to a sample of Beta(alpha, alpha), by a table of its quantiles.
 
     `jax.random.beta` takes the compiler ten times as long.
     """

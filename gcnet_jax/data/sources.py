@@ -25,6 +25,10 @@ DEFAULT_SPLITS = {
 }
 
 
+# Images of a split with several labels each that are searched for a label.
+LABELS_LOOKED_AT = 1000
+
+
 class UnlabelledError(DataError):
     """A record whose label stands for no class, as in the test splits of competitions."""
 
@@ -173,6 +177,10 @@ def load_source(
         is_multilabel=_is_sequence(builder.info.features[label_key]),
     )
     source[0]  # An unlabelled split or an unreadable file shows here, before anything is built.
+    if source.is_multilabel and not _has_labels(source):
+        raise UnlabelledError(
+            f'no image of data set {name!r} split {split!r} has a label; choose a labelled split'
+        )
     return source
 
 
@@ -338,6 +346,11 @@ def _find_keys(info: tfds.core.DatasetInfo, name: str) -> tuple[str, str]:
             f'{found or "no features"}'
         )
     return images[0], labels[0]
+
+
+def _has_labels(source: Source) -> bool:
+    """Whether any of the first images has a label; splits without annotations have none at all."""
+    return any(source[index]['label'].any() for index in range(min(len(source), LABELS_LOOKED_AT)))
 
 
 def _is_sequence(feature: Any) -> bool:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, unknown_name
 from gcnet_jax.inference.images import LeftOut, list_images
 from gcnet_jax.inference.stored_network import Images, StoredNetwork
-from gcnet_jax.tasks import Classification, Task, find_task
+from gcnet_jax.tasks import Task, find_task
 from gcnet_jax.tasks.prediction import Prediction
 
 LOGITS, POOLED = 'logits', 'pooled'
@@ -146,7 +146,7 @@ class Classifier(StoredNetwork):
         self.task = find_task(self.description.task)
         self.num_classes = self.output_shapes.get(LOGITS, (0,))[-1]
         names = len(self.description.label_names)
-        if self.num_classes == 1 and self.task is Classification:
+        if self.num_classes == 1 and not self.task.is_multilabel:
             raise CheckpointError(
                 'it has one logit, of which the probability would always be 100%: a classifier has '
                 'a logit for each class, two at least'

@@ -19,7 +19,6 @@ from gcnet_jax.data.sources import Source
 from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.files import as_path, reason, write_whole
 from gcnet_jax.inference.classifier import LOGITS, Classifier, check_finite
-from gcnet_jax.tasks import MultiLabel
 
 REPORT_FILE = 'evaluation.json'
 PICTURE_FILE = 'confusion.png'
@@ -121,8 +120,7 @@ def evaluate(
         num_threads=num_threads,
         skip_damaged=skip_damaged,
     )
-    task = classifier.task(classifier.num_classes, preprocessing.mean, preprocessing.std)
-    evaluation = task.evaluation()
+    evaluation = classifier.task.evaluation(classifier.num_classes)
     seconds = _add_all(classifier, evaluation, batches, len(source), progress)
     metrics = evaluation.metrics()
     examples = int(metrics.pop('examples'))
@@ -135,7 +133,7 @@ def evaluate(
         examples=examples,
         skipped=batches.skipped,
         metrics=metrics,
-        percentages=task.percentages,
+        percentages=classifier.task.percentages,
         images_per_second=examples / seconds,
         confusion=getattr(evaluation, 'confusion', None),
     )
@@ -173,7 +171,7 @@ def check_labels(classifier: Classifier, source: Source) -> None:
     ours, theirs = classifier.description.label_names, tuple(source.label_names)
     where = f'data set {source.name!r}'
     advice = 'evaluate on the data set that it was trained on, or on one with the same labels'
-    if source.is_multilabel != (classifier.task is MultiLabel):
+    if source.is_multilabel != classifier.task.is_multilabel:
         kind = 'several labels' if source.is_multilabel else 'one label'
         raise DataError(
             f'{where} has {kind} per image, and the checkpoint is for '

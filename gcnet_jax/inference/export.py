@@ -239,6 +239,7 @@ def _write(out: Path, data: bytes, description: ModelDescription) -> None:
         'source': description.source,
         'input': 'images: uint8 [batch, height, width, RGB]',
         'output': 'probabilities: float32 [batch, class]',
+        'task': description.task,
         'preprocessing': fields['preprocessing'],
         'label_names': fields['label_names'],
     }

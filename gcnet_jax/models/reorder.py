@@ -1,6 +1,6 @@
 """A pass for training: the same ResNet with its pooling moved to where the maps are smaller.
 
-`model.apply` computes the layers in the order of their text. On a TPU, memory traffic bounds a
+`model.apply` runs the layers in the order written. On a TPU, memory traffic bounds a
 training step, and two of the paper's poolings read a network's widest maps. In exact arithmetic
 both can come earlier, where the maps are a quarter as wide or as large:
 

@@ -21,6 +21,7 @@ from gcnet_jax.errors import ConfigError, DataError, UserError
 from gcnet_jax.planning.chips import Chip, PlanError, parse_topology, topology_devices
 from gcnet_jax.planning.hlo import Traffic, read_traffic
 from gcnet_jax.planning.stand_in import StandInSource
+from gcnet_jax.tasks import find_task
 from gcnet_jax.training.checks import check_config
 from gcnet_jax.training.experiment import Experiment, build
 from gcnet_jax.training.mesh import batch_shardings, state_shardings
@@ -168,7 +169,7 @@ def describe(
     if tree['task'].get('class_weights') == 'balanced':
         # The weights come from the images; the cost of a step does not depend on their values.
         tree['task']['class_weights'] = (1.0,) * len(labels)
-    is_multilabel = tree['task']['name'] == 'multilabel'
+    is_multilabel = find_task(tree['task']['name']).is_multilabel
     sources = [
         StandInSource(data['name'], split, labels, batch_size, is_multilabel)
         for split in (data['train_split'], data['evaluation_split'])

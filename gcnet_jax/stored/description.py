@@ -91,6 +91,12 @@ class ModelDescription:
             raise CheckpointError(
                 f'{place}: damaged or incomplete model description: missing or unknown {different}'
             )
+        task = fields.get('task')
+        if isinstance(task, str) and task not in TASKS:
+            raise CheckpointError(
+                f'{place}: its task is {one_line(task, 40)}; this package knows '
+                f'{", ".join(TASKS)}: use the version of gcnet_jax that wrote it'
+            )
         try:
             preprocessing = {k: _tuple(v) for k, v in dict(fields['preprocessing']).items()}
             fields['preprocessing'] = Preprocessing(**preprocessing)

@@ -57,15 +57,23 @@ def find_checkpoint(directory: str | os.PathLike, choose: str = 'newest') -> Pat
 
 
 def _score(checkpoint: Path) -> float:
-    """Returns the value of the metric that is best where it is highest; -1 where there is none."""
+    """Returns the value of the metric that is best where it is highest; -inf if none."""
     try:
         metrics = read_item(checkpoint, METRICS)
     except CheckpointError:
-        return -1.0
-    # Only one task's metrics are there.
-    scores = [metrics.get(f'eval/{task.best}') for task in TASKS.values()]
-    numbers = [s for s in scores if isinstance(s, (int, float)) and math.isfinite(s)]
-    return float(numbers[0]) if numbers else -1.0
+        return -math.inf
+    score = metrics.get(f'eval/{_best_metric(checkpoint)}')
+    is_number = isinstance(score, (int, float)) and math.isfinite(score)
+    return float(score) if is_number else -math.inf
+
+
+def _best_metric(checkpoint: Path) -> str:
+    """Returns the metric that the task of a checkpoint is judged by."""
+    try:
+        task = read_item(checkpoint, 'description').get('task')
+    except CheckpointError:
+        task = None
+    return TASKS.get(task, TASKS['classification']).best  # Of version 1, or damaged.
 
 
 def read_item(checkpoint: Path, name: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
 
 @contextlib.contextmanager
 def first_error_only() -> Iterator[None]:
-    """While Orbax reads: of a damaged checkpoint's many errors only the one that is raised is told.
+    """While Orbax reads a damaged checkpoint, hides every error except the one it raises.
 
     Orbax reads all arrays at once and leaves the others behind when one fails. Each of them that
     fails later would otherwise print a traceback of its own, long after the error was dealt with.

@@ -128,8 +128,9 @@ class Classification(Task):
         exponentials = numpy.exp(logits - logits.max(axis=-1, keepdims=True))
         return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
-    def evaluation(self) -> 'ClassificationEvaluation':
-        return ClassificationEvaluation(self.num_classes)
+    @classmethod
+    def evaluation(cls, num_classes: int) -> 'ClassificationEvaluation':
+        return ClassificationEvaluation(num_classes)
 
 
 def _class_weights(setting: Any, source: Any) -> tuple[float, ...] | None:
@@ -176,7 +177,8 @@ class ClassificationEvaluation:
         highest = logits.max(axis=1, keepdims=True, initial=-np.inf)
         with np.errstate(all='ignore'):  # A loss that is not finite is the caller's to refuse.
             logarithms = np.log(np.exp(logits.astype(np.float64) - highest).sum(axis=1))
-            self._loss += float((logarithms + (highest - own)[:, 0]).sum())
+            losses = np.where(finite, logarithms + (highest - own)[:, 0], np.nan)
+            self._loss += float(losses.sum())
         self.examples += len(labels)
         self._top1 += int((finite & (rank < 1)).sum())
         self._top5 += int((finite & (rank < 5)).sum())

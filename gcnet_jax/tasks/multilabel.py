@@ -39,6 +39,7 @@ class MultiLabel(Task):
     best: ClassVar[str] = 'mAP'
     percentages: ClassVar[frozenset[str]] = frozenset({'mAP'})
     settings: ClassVar[Mapping[str, Any]] = {'erasing_probability': 0.0}
+    is_multilabel: ClassVar[bool] = True
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], source: Any, preprocessing: Any) -> 'MultiLabel':
@@ -89,7 +90,8 @@ class MultiLabel(Task):
         exponentials = numpy.exp(-numpy.abs(logits))
         return numpy.where(logits >= 0, 1, exponentials) / (1 + exponentials)
 
-    def evaluation(self) -> 'MultiLabelEvaluation':
+    @classmethod
+    def evaluation(cls, num_classes: int) -> 'MultiLabelEvaluation':
         return MultiLabelEvaluation()
 
 

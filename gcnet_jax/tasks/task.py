@@ -1,7 +1,7 @@
 """What a task is: the one thing that training, evaluation and checkpoints know of what is learned.
 
-The step, the loop, the metrics and the mesh call these methods. What a label is, what is lost on a
-wrong answer and which checkpoint is the best one is known here and in the files beside this one.
+The step, the loop, the metrics and the mesh call these methods. Only the modules of this package
+know what a label is, how the loss is computed, and which checkpoint is best.
 """
 
 import abc
@@ -36,12 +36,14 @@ class Task(abc.ABC):
       best: The metric of an evaluation whose highest value marks the best checkpoint.
       percentages: Metrics that are shown in per cent.
       settings: Every setting of the group `config.task` beside `name`, with its default.
+      is_multilabel: Whether an example has any number of labels.
     """
 
     name: ClassVar[str]
     best: ClassVar[str]
     percentages: ClassVar[frozenset[str]]
     settings: ClassVar[Mapping[str, Any]]
+    is_multilabel: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
@@ -75,6 +77,8 @@ class Task(abc.ABC):
     def prepare(self, batch: Batch, key: Array | None) -> dict[str, Array]:
         """Returns the batch as the network and the loss read it; runs on the device.
 
+        The network reads 'image'. Every array has a name and the axes of `batch_spec`.
+
         Args:
           batch: As the loader made it.
           key: Of this step, for what is random in training; None leaves that out.
@@ -82,11 +86,13 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def weight(self, batch: Batch) -> Float[Array, '']:
-        """Returns by what the summed loss of a prepared batch is divided for its mean."""
+        """Returns the divisor that turns a prepared batch's summed loss into its mean."""
 
     @abc.abstractmethod
     def loss(self, outputs: Mapping[str, Array], batch: Batch) -> Sums:
         """Returns sums over a part of a prepared batch: 'loss', and whatever else is counted.
+
+        The names of `training.steps.RESERVED_SUMS` are taken.
 
         Args:
           outputs: Of the network, by name.
@@ -120,6 +126,7 @@ class Task(abc.ABC):
           numpy: The module that computes: `jax.numpy`, or `numpy` on the host.
         """
 
+    @classmethod
     @abc.abstractmethod
-    def evaluation(self) -> Evaluation:
+    def evaluation(cls, num_classes: int) -> Evaluation:
         """Returns an evaluation that has seen nothing yet."""

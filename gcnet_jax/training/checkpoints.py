@@ -9,6 +9,7 @@ one. Orbax writes them together or not at all.
 import contextlib
 import errno
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -79,7 +80,7 @@ class CheckpointStore:
         policies = checkpoint_managers
 
         def score(metrics):
-            return metrics.get(f'eval/{best}', -1.0)
+            return metrics.get(f'eval/{best}', -math.inf)
 
         self._manager = ocp.CheckpointManager(
             self._root,
@@ -141,7 +142,7 @@ class CheckpointStore:
             )
 
     def restore(self, target: TrainState) -> tuple[TrainState, dict] | None:
-        """Reads the newest checkpoint that is whole; damaged ones are said and set aside.
+        """Restores the newest intact checkpoint; damaged ones are reported and moved aside.
 
         Args:
           target: The state's shapes, types and shardings.

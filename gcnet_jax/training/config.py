@@ -309,7 +309,11 @@ def changed_keys(config: Mapping, other: Mapping) -> list[str]:
     missing = object()
     # A run of an earlier version lacks the settings that were added since.
     groups = {key.partition('.')[0] for key in first}
-    for key, default in leaves(plain(default_config())):
+    defaults = plain(default_config())
+    task = second.get('task.name')
+    if task is not None:
+        defaults['task'] = plain(ConfigDict(task_settings(task)))
+    for key, default in leaves(defaults):
         if key not in first and key in second and key.partition('.')[0] in groups:
             first[key] = default
     return [

@@ -37,6 +37,7 @@ from gcnet_jax.training.processes import (
     Preemption,
     connect,
     explain_lost_process,
+    from_first_process,
     sum_over_processes,
 )
 from gcnet_jax.training.start import find_start, read_initial
@@ -239,9 +240,8 @@ class _Run:
         self.window.add(metrics, skipped)
         self.bad_in_a_row = 0 if metrics['finite'] else self.bad_in_a_row + 1
         if self.bad_in_a_row >= self.config.training.max_bad_steps:
-            self._stop_at(
-                step, f'loss {metrics["loss"]:g}, gradient norm {metrics["gradient_norm"]:g}'
-            )
+            loss = metrics['loss'] / max(metrics['weight'], 1.0)
+            self._stop_at(step, f'loss {loss:g}, gradient norm {metrics["gradient_norm"]:g}')
         self.clock.step_done()
         self.clock.start()  # The first step was compiled until now.
         self.progress.advance()
@@ -338,7 +338,8 @@ class _Run:
         began = time.perf_counter()
         shardings = batch_shardings(self.mesh, evaluation_spec(self.task))
         variables = self.state.evaluation_variables()
-        evaluation, pending = self.task.evaluation(), None
+        classes = self.experiment.train_source.num_classes
+        evaluation, pending = self.task.evaluation(classes), None
         with contextlib.closing(self.experiment.evaluation_batches()) as batches:
             for batch in batches:
                 previous = pending
@@ -346,7 +347,8 @@ class _Run:
                 if previous is not None:
                     evaluation.add(jax.device_get(previous))
         evaluation.add(jax.device_get(pending))
-        metrics = evaluation.metrics()
+        # The hosts may compute them differently in the last bit, and what follows must be the same.
+        metrics = from_first_process(evaluation.metrics())
         wrong = [
             f'eval/{name} {value:g}' for name, value in metrics.items() if not np.isfinite(value)
         ]

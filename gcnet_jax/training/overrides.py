@@ -55,7 +55,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     given = [(text, *_split(text)) for text in overrides]
     last = {path: value for _, path, value in given}
     name = last.get('model.name')
-    if last.get('task.name', config.task.name) != config.task.name:
+    if 'task.name' in last and last['task.name'] != config.get('task', {}).get('name'):
         name_task(config, last['task.name'])
     if last.get('training.init_from'):
         config.data.update(dict.fromkeys(FOLLOWING))

@@ -59,7 +59,7 @@ def connect(config: ConfigDict) -> None:
         reason = ' '.join(str(error).split())
         raise ConfigError(
             f'config.runtime.distributed is True, but the processes cannot connect: {reason} '
-            'Where no TPU pod slice or SLURM tells, set config.runtime.coordinator_address '
+            'Outside a TPU pod slice or SLURM, set config.runtime.coordinator_address '
             'to HOST:PORT of the first process, and num_processes and process_id'
         ) from error
 
@@ -128,6 +128,18 @@ def sum_over_processes(value: float) -> float:
     from jax.experimental import multihost_utils
 
     return float(np.sum(multihost_utils.process_allgather(np.asarray(value, np.float32))))
+
+
+def from_first_process(values: dict[str, float]) -> dict[str, float]:
+    """Returns the values of the first process, bit for bit; each process must ask."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    # JAX would make float32 of float64.
+    bits = np.array(list(values.values()), np.float64).view(np.uint32)
+    received = np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)
+    return dict(zip(values, received.tolist(), strict=True))
 
 
 def wait_for_all(what: str) -> None:

@@ -95,7 +95,7 @@ def _continue(
     shardings: TrainState,
     say: Callable[[str], None],
 ) -> Start:
-    """Returns where a run goes on that was saved at a position."""
+    """Returns the start of a run resumed from a saved position."""
     examples = len(experiment.train_source)
     if position['examples'] != examples:
         raise CheckpointError(

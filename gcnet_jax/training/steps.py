@@ -30,6 +30,10 @@ from gcnet_jax.training.mesh import batch_shardings, feature_sharding, replicate
 from gcnet_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
+# What the step and the window over several steps count themselves.
+RESERVED_SUMS = frozenset(
+    ('weight', 'count', 'gradient_norm', 'finite', 'steps', 'bad_steps', 'skipped')
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +118,8 @@ def make_loss(model: nn.Module, task: Task, options: StepOptions, mesh: Mesh) ->
         params = merge(params, fixed) if fixed else params
         outputs, batch_stats = apply(params, batch_stats, batch['image'], key)
         sums = task.loss(outputs, batch)
+        if taken := sums.keys() & RESERVED_SUMS:
+            raise ValueError(f"task {task.name}: the sums {sorted(taken)} are the step's own names")
         # Where no example counts, loss and gradient are zero.
         return sums['loss'] / jnp.where(weight > 0, weight, 1.0), (batch_stats, sums)
 

@@ -166,8 +166,8 @@ def prepare_workdir(
 def keep_compiled(workdir: Path, setting: str | None) -> contextlib.AbstractContextManager:
     """Keeps what is compiled meanwhile in the working directory, or where the setting says.
 
-    What is there is run again by the next start, and by nothing else: a directory that one
-    continues a run in is one's own, while a checkpoint that is only read may come from anybody.
+    Only the next start of this run executes these files: you continue a run in a directory of your
+    own, whereas a checkpoint that you merely read may come from anyone.
     """
     # A bucket may be other people's too, and what is in there is run.
     default = user_directory() if is_bucket(workdir) else workdir / COMPILATION_CACHE

@@ -78,7 +78,7 @@ def test_preprocessing_and_labels_are_the_files(tmp_path, weights):
 def test_without_a_test_size_evaluation_is_at_the_training_size(tmp_path, weights):
     config = changed(test_input_size=None, test_crop_pct=None)
     preprocessing = read_hub_config(write(tmp_path / 'hub', weights, config)).preprocessing
-    assert (preprocessing['test_size'], preprocessing['crop_fraction']) == (160, 0.9)
+    assert (preprocessing['test_size'], preprocessing['crop_fraction']) == ((160, 160), 0.9)
 
 
 def test_images_need_not_be_square(tmp_path, weights):
@@ -191,7 +191,7 @@ def test_labels_inside_pretrained_cfg(tmp_path, weights):
 def test_a_test_crop_without_a_test_size_is_used_for_evaluation(tmp_path, weights):
     config = changed(test_input_size=None)
     preprocessing = read_hub_config(write(tmp_path / 'hub', weights, config)).preprocessing
-    assert (preprocessing['test_size'], preprocessing['crop_fraction']) == (160, 0.95)
+    assert (preprocessing['test_size'], preprocessing['crop_fraction']) == ((160, 160), 0.95)
 
 
 def test_a_file_that_its_config_contradicts_is_refused_from_python_too(tmp_path, weights):

@@ -14,7 +14,7 @@ TASK = Classification(6, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def evaluated(logits, labels, mask=None):
-    evaluation = TASK.evaluation()
+    evaluation = TASK.evaluation(6)
     mask = np.ones(len(labels), bool) if mask is None else mask
     evaluation.add({'logits': logits, 'label': labels, 'mask': mask})
     return evaluation
@@ -51,7 +51,7 @@ def test_a_logit_that_is_not_a_number_is_never_right_and_is_seen_in_the_loss():
 
 
 def test_no_example_gives_no_metrics():
-    metrics = TASK.evaluation().metrics()
+    metrics = TASK.evaluation(6).metrics()
     assert metrics['examples'] == 0
     assert np.isnan(metrics['accuracy'])
 
@@ -94,3 +94,9 @@ def test_a_batch_is_normalised_then_erased_then_mixed(settings, mixed, erased):
     np.testing.assert_array_equal(
         task.prepare({'image': images, 'label': labels}, None)['image'], plain
     )
+
+
+def test_an_infinite_logit_is_seen_in_the_loss():
+    logits = np.zeros((2, 6), np.float32)
+    logits[0, 3] = -np.inf  # Its exponential is 0, and the sum finite.
+    assert np.isnan(evaluated(logits, np.array([0, 1])).metrics()['loss'])

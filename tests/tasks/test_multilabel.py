@@ -9,7 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from gcnet_jax.errors import ConfigError
+from gcnet_jax.data.sources import load_source
+from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.stored import find_checkpoint
 from gcnet_jax.tasks import Classification, MultiLabel
 from gcnet_jax.training.config import default_config, name_task
@@ -29,7 +30,7 @@ def test_the_loss_is_the_mean_over_the_classes_of_the_binary_cross_entropy():
     sums = TASK.loss({'logits': jnp.asarray(logits)}, batch)
     np.testing.assert_allclose(sums['loss'], expected.sum(), rtol=1e-5)
     assert TASK.weight(batch) == 5
-    evaluation = TASK.evaluation()
+    evaluation = TASK.evaluation(3)
     mask = np.array([True, True, False, True, True])
     evaluation.add({'logits': logits, 'label': labels, 'mask': mask})
     np.testing.assert_allclose(evaluation.metrics()['loss'], expected[mask].mean(), rtol=1e-6)
@@ -49,7 +50,7 @@ def test_map_is_the_mean_of_the_classes_average_precision_in_any_batches():
     labels[:, 2] = 0  # A class that is in no image does not count.
     expected = np.mean([average_precision(logits[:, i], labels[:, i]) for i in (0, 1)])
     for size in (40, 7):
-        evaluation = TASK.evaluation()
+        evaluation = TASK.evaluation(3)
         for start in range(0, 40, size):
             rows = slice(start, start + size)
             mask = np.ones(len(labels[rows]), bool)
@@ -58,7 +59,7 @@ def test_map_is_the_mean_of_the_classes_average_precision_in_any_batches():
 
 
 def test_logits_that_are_not_finite_give_no_map():
-    evaluation = TASK.evaluation()
+    evaluation = TASK.evaluation(3)
     logits = np.array([[np.nan, 0, 0], [0, 0, 0]], np.float32)
     evaluation.add({'logits': logits, 'label': np.ones((2, 3), int), 'mask': np.ones(2, bool)})
     assert np.isnan(evaluation.metrics()['mAP'])
@@ -82,9 +83,13 @@ class Bars(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
-        return {'train': self._examples(64, 0), 'test': self._examples(21, 1)}
+        return {
+            'train': self._examples(64, 0),
+            'validation': self._examples(21, 1),
+            'test': self._examples(5, 2, annotated=False),
+        }
 
-    def _examples(self, count, seed):
+    def _examples(self, count, seed, annotated=True):
         rng = np.random.default_rng(seed)
         for index in range(count):
             pixels = rng.integers(60, 120, (8, 8, 3), dtype=np.uint8)
@@ -93,7 +98,7 @@ class Bars(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 (pixels[:2], pixels[:, :2], pixels[-2:])[label][...] = 250
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, 'PNG')
-            names = [NAMES[label] for label in present]
+            names = [NAMES[label] for label in present if annotated]
             yield index, {'image': file.getvalue(), 'labels': names, 'labels_no_difficult': []}
 
     def _generate_examples(self):
@@ -154,3 +159,9 @@ def test_the_batch_is_that_of_classification_but_for_the_labels():
     batch = {'image': images, 'label': np.eye(3, dtype=np.int32)[[0, 1, 2, 0]]}
     prepared = TASK.prepare(batch, jax.random.key(0))
     np.testing.assert_allclose(prepared['image'], (images / 255 - 0.5) / 0.25, atol=1e-5)
+
+
+def test_a_split_without_annotations_is_not_evaluated_on(data_dir):
+    with pytest.raises(DataError, match="no image of data set 'bars' split 'test' has a label"):
+        load_source('bars', 'test', data_dir)
+    assert load_source('bars', None, data_dir).split == 'validation'

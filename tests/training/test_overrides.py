@@ -5,13 +5,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from gcnet_jax.commands import config_files
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import create_model, list_models
 from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.training.checks import check_config
-from gcnet_jax.training.config import plain
+from gcnet_jax.training.config import default_config, plain
+from gcnet_jax.training.overrides import override
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 FILES = ['digits', 'cifar10', 'folder', 'imagenet', 'finetune']
@@ -260,3 +262,11 @@ def test_what_a_file_has_set_is_unset_by_none():
     assert read('folder', 'model.norm.group_size=None').model.norm.group_size is None
     with pytest.raises(ConfigError, match=r'training\.seed'):
         check_config(read('folder', 'training.seed=None'))
+
+
+def test_a_config_of_an_earlier_version_is_refused_in_one_line():
+    earlier = plain(default_config())
+    del earlier['task']
+    config = override(ConfigDict(earlier), ['--config.training.seed=3'])
+    with pytest.raises(ConfigError, match=r'config\.task must be a group'):
+        check_config(config)

@@ -339,7 +339,7 @@ def test_evaluation_counts_every_example_once(size, place, put, small_model, job
     }
     step = make_evaluation_step(small_model, job.task)
     step = jit_evaluation_step(step, job.task, mesh, shardings)
-    evaluation = job.task.evaluation()
+    evaluation = job.task.evaluation(4)
     for start in range(0, 21, size):
         rows = {name: value[start : start + size] for name, value in data.items()}
         real = len(rows['label'])
@@ -371,7 +371,7 @@ def test_padding_that_is_not_finite_does_not_count(place, put, job, make_batch):
     step = jax.jit(make_evaluation_step(Fragile(), job.task))
     batch = make_batch(8) | {'mask': np.arange(8) < 5}
     batch['image'][5:] = 0
-    evaluation = job.task.evaluation()
+    evaluation = job.task.evaluation(4)
     evaluation.add(jax.device_get(step(state.evaluation_variables(), batch)))
     assert np.isfinite(evaluation.metrics()['loss'])
     assert evaluation.metrics()['examples'] == 5
