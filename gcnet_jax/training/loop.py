@@ -81,8 +81,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     check_config(config)  # What is wrong with it should not wait for the other processes.
     workdir = as_place(workdir, '--workdir')
     connect(config)
-    experiment = build(config)
-    initial = read_initial(experiment)
+    experiment = build(config, workdir=workdir)
+    initial = read_initial(experiment, workdir)
     with (
         explain_lost_process(),
         hold_workdir(workdir) as lock,

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
 from gcnet_jax.errors import CheckpointError
-from gcnet_jax.stored import load_variables
+from gcnet_jax.files import explain_bucket
+from gcnet_jax.stored import load_variables, step_directories
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.experiment import Experiment
 from gcnet_jax.training.freezing import frozen_paths, split
@@ -37,11 +39,15 @@ class Start:
     best: dict | None = None
 
 
-def read_initial(experiment: Experiment) -> dict | None:
-    """Reads the checkpoint to start from, and refuses one that does not fit."""
+def read_initial(experiment: Experiment, workdir: Path) -> dict | None:
+    """Reads the checkpoint to start from, and refuses one that does not fit.
+
+    A run that has checkpoints of its own goes on from those: None, as where `init_from` is unset.
+    """
     place = experiment.config.training.init_from
-    if place is None:
-        return None
+    with explain_bucket(workdir, CheckpointError, '--workdir'):
+        if place is None or step_directories(workdir):
+            return None
     there, variables = load_variables(place, choose='best')
     fresh = jax.eval_shape(experiment.initialize, jax.random.key(0))
     fresh = {'params': fresh.params, 'batch_stats': fresh.batch_stats}

@@ -34,28 +34,16 @@ def check_workdir(
     """
     if workdir.exists() and not workdir.is_dir():
         raise CheckpointError(f'--workdir {workdir} is a file; name a directory')
-    checkpoints = list(step_directories(workdir).values())
-    for checkpoint in reversed(checkpoints):
-        try:
-            there = ModelDescription.from_json(read_item(checkpoint, 'description'), checkpoint)
-        except CheckpointError:  # A damaged one is the restore's business.
-            continue
+    there, before = read_own_description(workdir), read_own_config(workdir)
+    if there is not None:
         _check_description(workdir, there, description)
-        break
-    path = workdir / CONFIG_FILE
-    if not path.exists():
-        if checkpoints:
+    if before is None:
+        if step_directories(workdir):
             raise CheckpointError(
                 f'--workdir {workdir} holds checkpoints but no {CONFIG_FILE}; choose another '
                 '--workdir, and name this one in config.training.init_from to start from it'
             )
         return
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f'{path} cannot be read: {error}; choose another --workdir'
-        ) from error
     changed = changed_keys(before, config)
     longer = [key for key in changed if key in EXTENDABLE]
     if longer and (extend or changed == longer):
@@ -67,6 +55,36 @@ def check_workdir(
             f'--workdir {workdir} holds a run with another config ({keys}); choose another '
             '--workdir, or give the same settings to continue that run'
         )
+
+
+def read_own_description(workdir: Path) -> ModelDescription | None:
+    """Returns the description in the newest intact checkpoint of a run; None where it has none."""
+    for checkpoint in reversed(step_directories(workdir).values()):
+        try:
+            return ModelDescription.from_json(read_item(checkpoint, 'description'), checkpoint)
+        except CheckpointError:  # A damaged one is the restore's business.
+            continue
+    return None
+
+
+def read_own_config(workdir: Path) -> dict | None:
+    """Returns the config that a run began with; None where the directory holds none.
+
+    Raises:
+      CheckpointError: It cannot be read.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f'{path} cannot be read: {error}; choose another --workdir'
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f'{path} is damaged: it holds no settings; choose another --workdir')
+    return config
 
 
 def _check_extension(workdir: Path, key: str, extend: bool, total_steps: int | None) -> None:
