@@ -6,6 +6,7 @@ checkpoint knows takes over that label's weights, and the others start at random
 
 import collections
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
-from gcnet_jax.files import explain_bucket
+from gcnet_jax.files import as_place, explain_bucket
 from gcnet_jax.models.registry import Preprocessing, model_entry
 from gcnet_jax.stored import ModelDescription, read_model_description
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.workdir import read_own_config, read_own_description
+
+# Endings of the files that `python -m gcnet_jax port` reads.
+TORCH_FILES = ('.safetensors', '.pth', '.pt', '.bin')
 
 
 def read_initial_description(
@@ -42,6 +46,7 @@ def read_initial_description(
     place = config.training.init_from
     if place is None:
         return None
+    _refuse_torch(place)
     try:
         return read_model_description(place, choose='best')
     except CheckpointError:
@@ -49,6 +54,19 @@ def read_initial_description(
         if own is None:
             raise
         return own
+
+
+def _refuse_torch(place: str) -> None:
+    """Refuses names that `gcnet_jax port` takes; a directory may be called as it likes."""
+    is_repository = place.startswith('hf-hub:')
+    is_file = place.lower().endswith(TORCH_FILES) and not as_place(place, 'init_from').is_dir()
+    if is_repository or is_file:
+        what = 'a repository of PyTorch weights' if is_repository else 'a PyTorch file'
+        raise ConfigError(
+            f'config.training.init_from: {one_line(place)} is {what}; port it first: '
+            f'python -m gcnet_jax port {shlex.quote(one_line(place))} --out DIR, and give '
+            '--config.training.init_from=DIR'
+        )
 
 
 def _description_of_run_from(place: str, workdir: Path) -> ModelDescription | None:

@@ -1,6 +1,7 @@
 """Whole runs that start from a checkpoint, are extended, or find another data set than before."""
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,74 @@ def test_a_checkpoint_alone_gives_network_and_preprocessing(finished, tmp_path, 
     assert here.build().widths == there.build().widths
     kernel = after['params']['stage1_0']['conv1']['kernel']
     np.testing.assert_array_equal(kernel, before['params']['stage1_0']['conv1']['kernel'])
+
+
+def test_a_run_goes_on_where_the_checkpoint_it_began_from_is_gone(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """From the command line, with an option of the checkpoint's network that is changed."""
+    start = shutil.copytree(finished, tmp_path / 'start')
+    words = [
+        'train.py', f'--config.training.init_from={start}', '--config.model.dropout_rate=0.1',
+        '--config.training.batch_size=16', '--config.data.num_threads=0',
+        '--config.runtime.progress=lines', '--config.runtime.tensorboard=false',
+        f'--workdir={tmp_path / "next"}',
+    ]  # fmt: skip
+
+    def run(steps, *more):
+        config, _, workdir = config_files.read_flags(
+            [*words, f'--config.training.total_steps={steps}', *more], CONFIG
+        )
+        return train(config, workdir)
+
+    run(1)
+    there = load_variables(start)[0]
+    shutil.rmtree(start)
+    assert run(2, '--config.training.extend')['step'] == 2
+    assert 'continuing from step 1' in capsys.readouterr().out
+    here = load_variables(tmp_path / 'next')[0]
+    assert here.preprocessing == there.preprocessing
+    assert here.options == {**there.options, 'dropout_rate': 0.1}
+    words[-1] = f'--workdir={tmp_path / "another"}'
+    with pytest.raises(CheckpointError, match=r'start: no such directory'):
+        run(1)
+    words[-1] = f'--workdir={tmp_path / "next"}'
+    words[1] += '2'
+    with pytest.raises(CheckpointError, match=r'start2: no such directory'):
+        run(1)
+
+
+def test_a_run_goes_on_in_the_default_workdir_too(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = shutil.copytree(finished, tmp_path / 'start')
+    train(follow(start), tmp_path / 'runs' / 'finetune')
+    shutil.rmtree(start)
+    words = ['train.py', f'--config.training.init_from={start}', '--config.model.dropout_rate=0.1']
+    assert config_files.read_flags(words, CONFIG)[0].model.dropout_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ('name', 'what'),
+    [
+        ('net.pth', 'a PyTorch file'),
+        ('my net.safetensors', 'a PyTorch file'),
+        ('hf-hub:timm/gcresnet50t.ra2_in1k', 'a repository of PyTorch weights'),
+    ],
+)
+def test_weights_of_pytorch_are_to_be_ported_first(tmp_path, monkeypatch, name, what):
+    monkeypatch.chdir(tmp_path)
+    if ':' not in name:
+        Path(name).write_bytes(b'x')
+    message = (
+        rf'config.training.init_from: {name} is {what}; port it first: '
+        rf"python -m gcnet_jax port '?{name}'? --out DIR, and give "
+        '--config.training.init_from=DIR'
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(follow(name), tmp_path / 'next')
+    words = ['train.py', f'--config.training.init_from={name}', '--config.model.dropout_rate=0.1']
+    with pytest.raises(ConfigError, match=message):
+        config_files.read_flags(words, CONFIG)
 
 
 def test_the_classifier_follows_the_names_of_the_labels(finished, tmp_path, monkeypatch, capsys):
