@@ -78,7 +78,9 @@ def test_what_prepare_prints_names_splits_that_exist(tmp_path, capsys):
     ]
     assert lines[-2].startswith('train on it: python -m gcnet_jax train folder --config.')
     assert shlex.split(lines[-2])[8:] == [*settings, '--workdir', 'runs/pets']
-    assert lines[-1].startswith('or fine-tune a trained network: python -m gcnet_jax train finetune')
+    assert lines[-1].startswith(
+        'or fine-tune a trained network: python -m gcnet_jax train finetune'
+    )
     initial = '--config.training.init_from=DIR'
     assert shlex.split(lines[-1])[10:] == [initial, *settings, '--workdir', 'runs/pets_tuned']
     assert all(line.isprintable() for line in lines)

@@ -106,7 +106,7 @@ def head(place):
     ('labels', 'message'),
     [
         (('dark', 'black', 'light', 'white'), "in another order: label 0 was 'black', .* 'dark'"),
-        (('black', 'dark', 'grey', 'white'), "other labels: label 2 was 'light', .* 'grey'"),
+        (('black', 'dark', 'grey', 'white'), "other labels: .* without 'light', with 'grey'"),
         ((*LABELS, 'x'), r'a run on 4 labels, and the data set now has 5'),
     ],
 )
