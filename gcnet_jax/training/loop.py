@@ -39,7 +39,7 @@ from gcnet_jax.training.processes import (
     explain_lost_process,
     sum_over_processes,
 )
-from gcnet_jax.training.start import find_start, read_initial
+from gcnet_jax.training.start import Initial, find_start, read_initial
 from gcnet_jax.training.state import TrainState
 from gcnet_jax.training.statistics import (
     jit_statistics_step,
@@ -121,7 +121,7 @@ class _Run:
         self,
         experiment: Experiment,
         workdir: Path,
-        initial: dict | None,
+        initial: Initial | None,
         preemption: Preemption,
         lock: WorkdirLock | None = None,
     ) -> None:

@@ -1,6 +1,7 @@
 """Whole runs that start from a checkpoint, are extended, or find another data set than before."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -204,6 +205,31 @@ def test_weights_of_pytorch_are_to_be_ported_first(tmp_path, monkeypatch, name, 
     words = ['train.py', f'--config.training.init_from={name}', '--config.model.dropout_rate=0.1']
     with pytest.raises(ConfigError, match=message):
         config_files.read_flags(words, CONFIG)
+
+
+def test_the_checkpoint_that_a_run_starts_from_is_named(finished, tmp_path, capsys):
+    start = shutil.copytree(finished, tmp_path / 'start')
+    shutil.rmtree(start / 'checkpoints' / '2')
+    train(follow(start), tmp_path / 'single')
+    assert f'weights from {start} (gccnn), step 4\n' in capsys.readouterr().out
+    shutil.copytree(finished / 'checkpoints' / '2', start / 'checkpoints' / '2')
+    for step, accuracy in ((2, 0.75), (4, 0.5)):
+        metrics = start / 'checkpoints' / str(step) / 'metrics' / 'metrics'
+        metrics.write_text(json.dumps({'eval/accuracy': accuracy}))
+    capsys.readouterr()
+    train(follow(start), tmp_path / 'best')
+    assert (
+        f'weights from {start} (gccnn), step 2, the best; the newest is of step 4 '
+        f'(--config.training.init_from={start}/checkpoints/4)\n'
+    ) in capsys.readouterr().out
+    train(follow(start / 'checkpoints' / '4'), tmp_path / 'newest')
+    assert f'weights from {start}/checkpoints/4 (gccnn), step 4\n' in capsys.readouterr().out
+    metrics.write_text(json.dumps({'eval/accuracy': 1.0}))
+    train(follow(start), tmp_path / 'last')
+    assert (
+        f'weights from {start} (gccnn), step 4, the best and the newest; any other is chosen by '
+        f'--config.training.init_from={start}/checkpoints/STEP\n'
+    ) in capsys.readouterr().out
 
 
 def test_the_classifier_follows_the_names_of_the_labels(finished, tmp_path, monkeypatch, capsys):
