@@ -179,6 +179,7 @@ class _Run:
             return False
         with self.store.explain_errors():
             self._stop_if_preempted()
+            self.progress.compiling()
             self.batches = self.experiment.train_batches(start_step=self.step)
             for batch, skipped in self._prefetched(self.batches):
                 self.state, metrics = self.train_step(self.state, batch)

@@ -129,6 +129,7 @@ def test_a_run_does_not_go_on_with_other_preprocessing(finished):
 def test_a_checkpoint_alone_gives_network_and_preprocessing(finished, tmp_path, capsys):
     train(follow(finished), tmp_path / 'next')
     printed = capsys.readouterr().out
+    assert printed.index('compiling the training step\n') < printed.index('\nstep 1/1 ')
     assert f'weights from {finished} (gccnn)' in printed
     assert 'the classifier is kept: all 4 labels are the same' in printed
     there, before = load_variables(finished)
