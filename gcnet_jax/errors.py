@@ -1,8 +1,9 @@
 """Errors that a user can act on: one line that names the thing, its value, and what to do."""
 
+import collections
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -55,6 +56,22 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     if nearest:
         return f'unknown {kind} {shown!r}; did you mean {" or ".join(map(repr, nearest))}?'
     return f'unknown {kind} {shown!r}; known: {", ".join(names) or "none"}'
+
+
+def changed_names(before: Sequence[str], now: Sequence[str]) -> str:
+    """Returns how one set of names differs from another: "without 'tench', with 'fish'".
+
+    Empty where they differ at most in their order.
+    """
+    lost = collections.Counter(before) - collections.Counter(now)
+    new = collections.Counter(now) - collections.Counter(before)
+    parts = []
+    for word, names in (('without', sorted(lost)), ('with', sorted(new))):
+        if names:
+            more = f' and {len(names) - 3} more' if names[3:] else ''
+            shown = ', '.join(repr(one_line(name, 60)) for name in names[:3])
+            parts.append(f'{word} {shown}{more}')
+    return ', '.join(parts)
 
 
 def print_error(program: str, error: BaseException) -> None:

@@ -71,12 +71,18 @@ def test_what_prepare_prints_names_splits_that_exist(tmp_path, capsys):
     )
     assert lines[1] == 'no class: train/ant (an empty folder)'
     assert lines[2] == 'pets: 2 classes, images: train 8, validation 8'
-    settings = [word for word in shlex.split(lines[-1]) if word.startswith('--config.')]
-    assert settings == [
+    settings = [
         '--config.data.name=pets',
         f'--config.data.data_dir={data_dir}',
-        '--config.data.evaluation_split=validation',
+        '--config.training.batch_size=2',
     ]
+    assert lines[-2].startswith('train on it: python -m gcnet_jax train folder --config.')
+    assert shlex.split(lines[-2])[8:] == [*settings, '--workdir', 'runs/pets']
+    assert lines[-1].startswith(
+        'or fine-tune a trained network: python -m gcnet_jax train finetune'
+    )
+    initial = '--config.training.init_from=DIR'
+    assert shlex.split(lines[-1])[10:] == [initial, *settings, '--workdir', 'runs/pets_tuned']
     assert all(line.isprintable() for line in lines)
 
 

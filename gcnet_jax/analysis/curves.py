@@ -1,4 +1,4 @@
-"""Compares runs: loss and accuracy of training and evaluation, read from their metrics.jsonl."""
+"""Compares runs: the loss and the task's best metric, read from their metrics.jsonl."""
 
 import contextlib
 import os
@@ -11,9 +11,12 @@ from gcnet_jax.analysis.pictures import png_bytes, save_figure
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line, unknown_name
 from gcnet_jax.files import as_place
 from gcnet_jax.metrics_file import METRICS_FILE, read_metrics
+from gcnet_jax.tasks import TASKS
 
 PARTS = ('train', 'eval')
-METRICS = ('loss', 'accuracy')
+# Beside the loss what makes a checkpoint the best one, for each task.
+METRICS = ('loss', *dict.fromkeys(task.best for task in TASKS.values()))
+PERCENTAGES = frozenset().union(*(task.percentages for task in TASKS.values()))
 KEYS = frozenset(f'{part}/{metric}' for part in PARTS for metric in METRICS)
 AXES = ('epoch', 'step')
 STYLES = {
@@ -31,7 +34,9 @@ def write_curves(
 
 
 def draw_curves(runs: Sequence[str | os.PathLike], *, by: str = 'epoch') -> Any:
-    """Draws loss and accuracy of one or more runs.
+    """Draws the loss of one or more runs, and the metric that is best for their task.
+
+    That is accuracy, or mAP of runs with several labels an image; runs of both make three panels.
 
     Args:
       runs: Working directories of train.py; the run may still be going on.
@@ -129,9 +134,17 @@ def _draw(runs: Mapping[str, Lines], by: str) -> Any:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(10, 4.2), layout='constrained')
-    axes = dict(zip(METRICS, figure.subplots(1, 2), strict=True))
+    found = {key for lines in runs.values() for line in lines for key in line}
+    metrics = [
+        name
+        for name in METRICS
+        if name == 'loss' or not found.isdisjoint(f'{part}/{name}' for part in PARTS)
+    ]
+    figure = Figure(figsize=(5 * max(2, len(metrics)), 4.2), layout='constrained')
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    axes = dict(zip(metrics, panels, strict=True))
     colours = colormaps['tab10' if len(runs) <= 10 else 'viridis'].resampled(max(10, len(runs)))
     colours = [colours(index) for index in range(len(runs))]
     for colour, lines in zip(colours, runs.values(), strict=True):
@@ -143,6 +156,9 @@ def _draw(runs: Mapping[str, Lines], by: str) -> Any:
         panel.set(xlabel=by, title=metric)
         panel.grid(alpha=0.3)
         panel.spines[['top', 'right']].set_visible(False)
+        if metric in PERCENTAGES:
+            # As many decimals as the range needs: short ones would repeat their labels.
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     # The first evaluations can be far off; a logarithm shows them and the end as well.
     axes['loss'].set_yscale('log')
     for formatter in (
@@ -150,7 +166,6 @@ def _draw(runs: Mapping[str, Lines], by: str) -> Any:
         axes['loss'].yaxis.set_minor_formatter,
     ):
         formatter(_log_formatter())
-    axes['accuracy'].yaxis.set_major_formatter('{x:.0%}')
     handles = [Line2D([], [], color='0.3', label=part, **STYLES[part]) for part in PARTS]
     handles += [
         Line2D([], [], color=colour, linewidth=4, label=name)

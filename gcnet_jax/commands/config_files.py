@@ -49,9 +49,15 @@ def read_flags(
         print(USAGE)
         raise SystemExit(0)
     file, _, variant = values.config.partition(':')
-    config = override(load_config(file, variant), overrides)
     name = Path(file).stem + (f'_{variant}' if variant else '')
-    return config, name, _workdir(values.workdir)
+    workdir = _workdir(values.workdir)
+    place = as_place(workdir or default_workdir(name), '--workdir')
+    return override(load_config(file, variant), overrides, place), name, workdir
+
+
+def default_workdir(name: str) -> Path:
+    """Returns the directory of a run that is given none; for `name` see `read_flags`."""
+    return Path('runs') / name
 
 
 def _workdir(text: str | None) -> Path | None:

@@ -3,9 +3,13 @@
 import argparse
 import shlex
 import sys
+from typing import TYPE_CHECKING
 
 from gcnet_jax.commands.common import print_lines
 from gcnet_jax.errors import one_line
+
+if TYPE_CHECKING:
+    from gcnet_jax.data.folder import PreparedFolder
 
 
 def add_prepare(commands: argparse._SubParsersAction) -> None:
@@ -49,10 +53,30 @@ def _prepare(options: argparse.Namespace) -> None:
     splits = ', '.join(f'{split} {size:,}' for split, size in prepared.split_sizes.items())
     print(f'{prepared.name}: {len(prepared.label_names)} classes, images: {splits}')
     print(f'in {one_line(prepared.path)}')
+    command = _training_command(prepared, 'folder', options.data_dir, f'runs/{prepared.name}')
+    print(f'train on it: {command}')
+    command = _training_command(
+        prepared, 'finetune', options.data_dir, f'runs/{prepared.name}_tuned', 'DIR'
+    )
+    print(f'or fine-tune a trained network: {command}')
+
+
+def _training_command(
+    prepared: 'PreparedFolder',
+    config: str,
+    data_dir: str | None,
+    workdir: str,
+    init_from: str | None = None,
+) -> str:
+    """Returns the command that trains on a set by a config that comes with the package."""
+    from gcnet_jax.commands.config_files import load_config
+
+    name, *others = prepared.train_settings(load_config(config).training.batch_size)
     settings = [
-        prepared.train_settings()[0],
-        *([f'data.data_dir={options.data_dir}'] if options.data_dir else []),
-        *prepared.train_settings()[1:],
+        *([f'training.init_from={init_from}'] if init_from else []),
+        name,
+        *([f'data.data_dir={data_dir}'] if data_dir else []),
+        *others,
     ]
     flags = ' '.join(shlex.quote(f'--config.{setting}') for setting in settings)
-    print(f'train on it: python -m gcnet_jax train folder {flags}')
+    return f'python -m gcnet_jax train {config} {flags} --workdir {workdir}'

@@ -52,14 +52,14 @@ def run(arguments: Sequence[str], default_config_file: Path, program: str = 'tra
     Returns:
       The exit code.
     """
-    from gcnet_jax.commands.config_files import read_flags
+    from gcnet_jax.commands.config_files import default_workdir, read_flags
 
     make_output_safe()
     try:
         config, name, workdir = read_flags(arguments, default_config_file)
     except UserError as error:
         return _fail(program, error)
-    workdir = workdir or Path('runs') / name
+    workdir = workdir or default_workdir(name)
     # After the flags are read: a wrong flag should not wait for the imports.
     import jax
 

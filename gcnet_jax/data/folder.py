@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import re
 import unicodedata
@@ -57,13 +58,21 @@ class PreparedFolder:
     damaged: tuple[str, ...]
     empty: tuple[str, ...] = ()
 
-    def train_settings(self) -> tuple[str, ...]:
-        """Returns the settings of a config that train on this set, `data.name=...` and others."""
-        settings = [f'data.name={self.name}']
-        if 'validation' in self.split_sizes:
-            settings.append('data.evaluation_split=validation')
-        elif 'test' not in self.split_sizes:
+    def train_settings(self, batch_size: int | None = None) -> tuple[str, ...]:
+        """Returns the settings of a config that train on this set, `data.name=...` and others.
+
+        Args:
+          batch_size: That of the config. Where there are fewer training images, a smaller one is
+            among the settings: the largest power of two of which an epoch has at least four, but no
+            fewer than two images.
+        """
+        settings, images = [f'data.name={self.name}'], self.split_sizes['train']
+        if not {'validation', 'test'} & self.split_sizes.keys():
             settings += ['data.train_split=train[:90%]', 'data.evaluation_split=train[90%:]']
+            images = round(0.9 * images)
+        if batch_size is not None and images < batch_size:
+            fitting = 2 ** max(1, int(math.log2(max(1, images // 4))))
+            settings.append(f'training.batch_size={min(fitting, images)}')
         return tuple(settings)
 
 

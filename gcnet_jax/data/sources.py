@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -251,6 +252,12 @@ def _open_builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
 
 def _find_builder(name: str, place: str, given: bool) -> tfds.core.DatasetBuilder:
     """Finds the files of a prepared set, whoever wrote them; its code is not needed."""
+    if name.startswith(('.', '/', '~')):
+        raise DataError(
+            f'data set {name!r} is a path, and a data set goes by its name; a folder of images '
+            f'becomes one by `python -m gcnet_jax prepare {_quoted(name)} --name NAME`, then give '
+            'that NAME'
+        )
     if '://' not in place:
         if given and not os.path.isdir(place):
             raise DataError(
@@ -266,6 +273,12 @@ def _find_builder(name: str, place: str, given: bool) -> tfds.core.DatasetBuilde
         raise DataError(
             f'data set {name!r} cannot be opened in {place!r}: {reason(error)}'
         ) from error
+
+
+def _quoted(path: str) -> str:
+    """Returns a path as a shell takes it; a leading `~` still stands for the home directory."""
+    home = '~/' if path.startswith('~/') else ''
+    return home + shlex.quote(path.removeprefix(home))
 
 
 def _not_found(name: str, place: str) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from gcnet_jax.data.loader import Batches, evaluation_batches
 from gcnet_jax.data.sources import Source
-from gcnet_jax.errors import DataError, one_line
+from gcnet_jax.errors import DataError, changed_names, one_line
 from gcnet_jax.files import as_path, reason, write_whole
 from gcnet_jax.inference.classifier import LOGITS, Classifier, check_finite
 
@@ -184,10 +184,14 @@ def check_labels(classifier: Classifier, source: Source) -> None:
         )
     if not ours or ours == theirs:
         return
+    changed = changed_names(ours, theirs)
+    if changed:
+        raise DataError(
+            f'the checkpoint and {where} have different labels: the data set is {changed}; {advice}'
+        )
     index = next(i for i, names in enumerate(zip(ours, theirs, strict=True)) if len(set(names)) > 1)
-    order = ', in another order' if sorted(ours) == sorted(theirs) else ''
     raise DataError(
-        f'the checkpoint and {where} have different labels{order}: class {index} is '
+        f'the checkpoint and {where} have different labels, in another order: class {index} is '
         f'{ours[index]!r} in the checkpoint and {theirs[index]!r} in the data; {advice}'
     )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -121,7 +122,11 @@ def assemble(config: ConfigDict, **options: Any) -> Experiment:
 
 
 def build(
-    config: ConfigDict, *, devices: Any = None, sources: Sequence[Source] | None = None
+    config: ConfigDict,
+    *,
+    devices: Any = None,
+    sources: Sequence[Source] | None = None,
+    workdir: Path | None = None,
 ) -> Experiment:
     """Builds everything that a config describes, and refuses what cannot work.
 
@@ -131,6 +136,7 @@ def build(
       sources: Training and evaluation examples; None opens those that the config names. Only their
         length, label names, name and split are read here, so a stand-in does where the images
         themselves are not needed.
+      workdir: Where the run is or will be, see `read_initial_description`.
 
     Raises:
       ConfigError: A setting does not fit the network, the data or the devices.
@@ -139,7 +145,7 @@ def build(
     mesh = make_mesh(**config.mesh, devices=devices)
     check_connected()
     _check_divisible(config, mesh)
-    initial = read_initial_description(config)
+    initial = read_initial_description(config, workdir)
     config = take_network(config, initial)
     model_entry(config.model.name)  # A wrong name is told before the data set is opened.
     train_source, evaluation_source = _open_sources(config) if sources is None else sources

@@ -6,7 +6,9 @@ checkpoint knows takes over that label's weights, and the others start at random
 
 import collections
 import dataclasses
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,15 +17,66 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
+from gcnet_jax.files import as_place, explain_bucket
 from gcnet_jax.models.registry import Preprocessing, model_entry
 from gcnet_jax.stored import ModelDescription, read_model_description
 from gcnet_jax.training.config import default_config
+from gcnet_jax.training.workdir import read_own_config, read_own_description
+
+# Endings of the files that `python -m gcnet_jax port` reads.
+TORCH_FILES = ('.safetensors', '.pth', '.pt', '.bin')
 
 
-def read_initial_description(config: ConfigDict) -> ModelDescription | None:
-    """Reads which network `training.init_from` holds; None where it is not set."""
+def read_initial_description(
+    config: ConfigDict, workdir: Path | None = None
+) -> ModelDescription | None:
+    """Reads which network `training.init_from` holds; None where it is not set.
+
+    A run that began from there has the same network and preprocessing. Where `init_from` can no
+    longer be read, they are those of the newest checkpoint in `workdir`.
+
+    Args:
+      config: Every setting.
+      workdir: Where the run is or will be, as `as_place` returns it.
+
+    Raises:
+      ConfigError: `init_from` names weights of PyTorch.
+      CheckpointError: It cannot be read, and `workdir` holds no run that began from it.
+    """
     place = config.training.init_from
-    return None if place is None else read_model_description(place, choose='best')
+    if place is None:
+        return None
+    _refuse_torch(place)
+    try:
+        return read_model_description(place, choose='best')
+    except CheckpointError:
+        own = None if workdir is None else _description_of_run_from(place, workdir)
+        if own is None:
+            raise
+        return own
+
+
+def _refuse_torch(place: str) -> None:
+    """Refuses names that `gcnet_jax port` takes; a directory may be called as it likes."""
+    is_repository = place.startswith('hf-hub:')
+    is_file = place.lower().endswith(TORCH_FILES) and not as_place(place, 'init_from').is_dir()
+    if is_repository or is_file:
+        what = 'a repository of PyTorch weights' if is_repository else 'a PyTorch file'
+        raise ConfigError(
+            f'config.training.init_from: {one_line(place)} is {what}; port it first: '
+            f'python -m gcnet_jax port {shlex.quote(one_line(place))} --out DIR, and give '
+            '--config.training.init_from=DIR'
+        )
+
+
+def _description_of_run_from(place: str, workdir: Path) -> ModelDescription | None:
+    """Returns the description of the run in a directory, if it began from that checkpoint."""
+    with explain_bucket(workdir, CheckpointError, '--workdir'):
+        own = read_own_description(workdir)
+        config = None if own is None else read_own_config(workdir)
+    training = None if config is None else config.get('training')
+    began_there = isinstance(training, dict) and training.get('init_from') == place
+    return own if began_there else None
 
 
 def take_network(config: ConfigDict, initial: ModelDescription | None) -> ConfigDict:

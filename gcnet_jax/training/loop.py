@@ -40,7 +40,7 @@ from gcnet_jax.training.processes import (
     from_first_process,
     sum_over_processes,
 )
-from gcnet_jax.training.start import find_start, read_initial
+from gcnet_jax.training.start import Initial, find_start, read_initial
 from gcnet_jax.training.state import TrainState
 from gcnet_jax.training.statistics import (
     jit_statistics_step,
@@ -82,8 +82,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     check_config(config)  # What is wrong with it should not wait for the other processes.
     workdir = as_place(workdir, '--workdir')
     connect(config)
-    experiment = build(config)
-    initial = read_initial(experiment)
+    experiment = build(config, workdir=workdir)
+    initial = read_initial(experiment, workdir)
     with (
         explain_lost_process(),
         hold_workdir(workdir) as lock,
@@ -122,7 +122,7 @@ class _Run:
         self,
         experiment: Experiment,
         workdir: Path,
-        initial: dict | None,
+        initial: Initial | None,
         preemption: Preemption,
         lock: WorkdirLock | None = None,
     ) -> None:
@@ -180,6 +180,7 @@ class _Run:
             return False
         with self.store.explain_errors():
             self._stop_if_preempted()
+            self.progress.compiling()
             self.batches = self.experiment.train_batches(start_step=self.step)
             for batch, skipped in self._prefetched(self.batches):
                 self.state, metrics = self.train_step(self.state, batch)

@@ -164,7 +164,7 @@ class Progress:
         self._mode = mode
         self._task = task
         self._total = total_steps
-        self._bar = None
+        self._bar, self._first = None, True
         if mode == 'bar':
             self._bar = tqdm.tqdm(
                 initial=step,
@@ -182,9 +182,21 @@ class Progress:
         elif self._mode == 'lines':
             print(text, flush=True)
 
+    def compiling(self) -> None:
+        """Announces the first step, which takes longer than the others."""
+        self.say('compiling the training step')
+
     def advance(self) -> None:
-        """Counts one step."""
-        if self._bar is not None:
+        """Counts one step; the time of the first, which is compiled, does not count."""
+        if self._bar is None:
+            return
+        if self._first:
+            self._first = False
+            self._bar.n += 1
+            self._bar.initial = self._bar.last_print_n = self._bar.n
+            self._bar.unpause()
+            self._bar.refresh()
+        else:
             self._bar.update()
 
     def report(self, step: int, epoch: float, values: Mapping[str, float], rate: float) -> None:

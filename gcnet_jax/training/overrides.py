@@ -11,6 +11,7 @@ import functools
 import operator
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -20,8 +21,8 @@ from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.models.options import check_options, module_options
 from gcnet_jax.models.placement import parse_context
 from gcnet_jax.models.registry import model_entry
-from gcnet_jax.stored import read_model_description
 from gcnet_jax.training.config import default_config, leaves, name_network, name_task
+from gcnet_jax.training.initial import read_initial_description
 
 # What follows the checkpoint of `training.init_from` where the command line does not set it.
 FOLLOWING = (
@@ -34,7 +35,9 @@ FOLLOWING = (
 )
 
 
-def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+def override(
+    config: ConfigDict, overrides: Sequence[str], workdir: Path | None = None
+) -> ConfigDict:
     """Applies `--config.GROUP.KEY=VALUE` flags to a config.
 
     A network that is named here comes without the options that the config set for another one. With
@@ -44,6 +47,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     Args:
       config: As the config file returns it; it may be changed.
       overrides: The flags, with their dashes.
+      workdir: Where the run is or will be, see `read_initial_description`.
 
     Returns:
       The config with the flags applied.
@@ -72,7 +76,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     ordinary = [text for text, path, _ in given if not path.startswith('model.') or path in closed]
     config = _set_ordinary(config, ordinary)
     if options:
-        network = _Network(config)
+        network = _Network(config, workdir)
         for path, value in options:
             network.set(path, value)
     return config
@@ -125,7 +129,7 @@ def _set_ordinary(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 class _Network:
     """Sets options of the network that a config names."""
 
-    def __init__(self, config: ConfigDict) -> None:
+    def __init__(self, config: ConfigDict, workdir: Path | None) -> None:
         self._model = config.model
         self._name, stored = config.model.name, {}
         if self._name is None:
@@ -134,7 +138,7 @@ class _Network:
                     'config.model.name is not set; give --config.model.name=NAME, or the '
                     'checkpoint of a network as --config.training.init_from=DIR'
                 )
-            description = read_model_description(config.training.init_from, 'best')
+            description = read_initial_description(config, workdir)
             self._name, stored = description.name, description.options
         module = model_entry(self._name).module
         self._module = module.func

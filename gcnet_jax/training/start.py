@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 
 from gcnet_jax.errors import CheckpointError
-from gcnet_jax.stored import load_variables
+from gcnet_jax.files import as_place, explain_bucket
+from gcnet_jax.stored import find_checkpoint, load_variables, step_directories
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.experiment import Experiment
 from gcnet_jax.training.freezing import frozen_paths, split
@@ -37,12 +39,30 @@ class Start:
     best: dict | None = None
 
 
-def read_initial(experiment: Experiment) -> dict | None:
-    """Reads the checkpoint to start from, and refuses one that does not fit."""
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """The weights that a run starts from.
+
+    Attributes:
+      variables: {'params', 'batch_stats'}.
+      text: Which checkpoint they are of, in one line for the user.
+    """
+
+    variables: dict
+    text: str
+
+
+def read_initial(experiment: Experiment, workdir: Path) -> Initial | None:
+    """Reads the checkpoint to start from, and refuses one that does not fit.
+
+    A run that has checkpoints of its own goes on from those: None, as where `init_from` is unset.
+    """
     place = experiment.config.training.init_from
-    if place is None:
-        return None
-    there, variables = load_variables(place, choose='best')
+    with explain_bucket(workdir, CheckpointError, '--workdir'):
+        if place is None or step_directories(workdir):
+            return None
+    checkpoint = find_checkpoint(place, choose='best')
+    there, variables = load_variables(checkpoint)
     fresh = jax.eval_shape(experiment.initialize, jax.random.key(0))
     fresh = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
     try:
@@ -50,13 +70,28 @@ def read_initial(experiment: Experiment) -> dict | None:
     except CheckpointError as error:
         raise explain_other_network(error, experiment.description, there, place) from error
     plan_classifier(experiment.description, there, experiment.config.training.new_classifier, place)
-    return variables
+    return Initial(variables, _explain_choice(place, there.name, checkpoint))
+
+
+def _explain_choice(place: str, name: str, chosen: Path) -> str:
+    """Says which checkpoint `training.init_from` led to, and how another one is named."""
+    text = f'weights from {place} ({name})'
+    steps = [] if chosen == as_place(place) else list(step_directories(place))
+    if len(steps) < 2:
+        # What was ported has the step 0, which says nothing.
+        return text if chosen.name == '0' else f'{text}, step {chosen.name}'
+    setting = f'--config.training.init_from={chosen.parent}'
+    if chosen.name == str(steps[-1]):
+        text += f', step {chosen.name}, the best and the newest; any other is chosen by '
+        return f'{text}{setting}/STEP'
+    text += f', step {chosen.name}, the best; the newest is of step {steps[-1]} '
+    return f'{text}({setting}/{steps[-1]})'
 
 
 def find_start(
     experiment: Experiment,
     store: CheckpointStore,
-    initial: dict | None,
+    initial: Initial | None,
     say: Callable[[str], None],
 ) -> Start:
     """Restores the newest intact checkpoint, or makes the state of step 0.
@@ -64,7 +99,7 @@ def find_start(
     Args:
       experiment: What the run is made of.
       store: Its checkpoints.
-      initial: The variables that a new run starts from, as `read_initial` returns them.
+      initial: The weights that a new run starts from, as `read_initial` returns them.
       say: Called with each line for the user.
 
     Raises:
@@ -121,7 +156,7 @@ def _fill(
     experiment: Experiment,
     state: TrainState,
     shardings: TrainState,
-    initial: dict,
+    initial: Initial,
     say: Callable[[str], None],
 ) -> TrainState:
     """Puts a checkpoint's variables in the place of the random ones."""
@@ -131,11 +166,11 @@ def _fill(
     )
     merged, context = merge_initial(
         {'params': state.params, 'batch_stats': state.batch_stats},
-        initial,
+        initial.variables,
         kept=plan.kept,
         place=place,
     )
-    say(f'weights from {place} ({experiment.initial.name})')
+    say(initial.text)
     if context:
         say(f'{len(context)} context parameters are new, first {context[0]}, last {context[-1]}')
     say(plan.text)

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 
 from gcnet_jax.compilation_cache import compilation_cache, user_directory
-from gcnet_jax.errors import CheckpointError, ConfigError, one_line
+from gcnet_jax.errors import CheckpointError, ConfigError, changed_names, one_line
 from gcnet_jax.files import is_bucket, reason, write_whole
 from gcnet_jax.stored import ModelDescription, read_item, step_directories
-from gcnet_jax.training.config import EXTENDABLE, changed_keys
+from gcnet_jax.training.config import EXTENDABLE, changed_keys, leaves
 
 CONFIG_FILE = 'config.json'
 COMPILATION_CACHE = 'compilation_cache'
@@ -34,28 +34,18 @@ def check_workdir(
     """
     if workdir.exists() and not workdir.is_dir():
         raise CheckpointError(f'--workdir {workdir} is a file; name a directory')
-    checkpoints = list(step_directories(workdir).values())
-    for checkpoint in reversed(checkpoints):
-        try:
-            there = ModelDescription.from_json(read_item(checkpoint, 'description'), checkpoint)
-        except CheckpointError:  # A damaged one is the restore's business.
-            continue
+    there, before = read_own_description(workdir), read_own_config(workdir)
+    if before is not None:
+        _check_data_set(workdir, before, config)
+    if there is not None:
         _check_description(workdir, there, description)
-        break
-    path = workdir / CONFIG_FILE
-    if not path.exists():
-        if checkpoints:
+    if before is None:
+        if step_directories(workdir):
             raise CheckpointError(
                 f'--workdir {workdir} holds checkpoints but no {CONFIG_FILE}; choose another '
                 '--workdir, and name this one in config.training.init_from to start from it'
             )
         return
-    try:
-        before = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f'{path} cannot be read: {error}; choose another --workdir'
-        ) from error
     changed = changed_keys(before, config)
     longer = [key for key in changed if key in EXTENDABLE]
     if longer and (extend or changed == longer):
@@ -67,6 +57,36 @@ def check_workdir(
             f'--workdir {workdir} holds a run with another config ({keys}); choose another '
             '--workdir, or give the same settings to continue that run'
         )
+
+
+def read_own_description(workdir: Path) -> ModelDescription | None:
+    """Returns the description in the newest intact checkpoint of a run; None where it has none."""
+    for checkpoint in reversed(step_directories(workdir).values()):
+        try:
+            return ModelDescription.from_json(read_item(checkpoint, 'description'), checkpoint)
+        except CheckpointError:  # A damaged one is the restore's business.
+            continue
+    return None
+
+
+def read_own_config(workdir: Path) -> dict | None:
+    """Returns the config that a run began with; None where the directory holds none.
+
+    Raises:
+      CheckpointError: It cannot be read.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f'{path} cannot be read: {error}; choose another --workdir'
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f'{path} is damaged: it holds no settings; choose another --workdir')
+    return config
 
 
 def _check_extension(workdir: Path, key: str, extend: bool, total_steps: int | None) -> None:
@@ -86,6 +106,18 @@ def _check_extension(workdir: Path, key: str, extend: bool, total_steps: int | N
         )
 
 
+def _check_data_set(workdir: Path, before: dict, config: dict) -> None:
+    """Refuses another data set by its name, before what differs in it is looked at."""
+    old, new = (dict(leaves(tree)).get('data.name') for tree in (before, config))
+    if old is not None and old != new:
+        raise CheckpointError(
+            f'--workdir {workdir} holds a run on data set {one_line(old)!r}, and config.data.name '
+            f'is {one_line(new)!r}; choose another --workdir, where '
+            'config.training.init_from can name this one, or give '
+            f'--config.data.name={one_line(old)} to continue that run'
+        )
+
+
 def _check_description(workdir: Path, there: ModelDescription, here: ModelDescription) -> None:
     """Refuses to continue a network under another name, with other labels or other images."""
     if there.name != here.name:
@@ -101,14 +133,20 @@ def _check_description(workdir: Path, there: ModelDescription, here: ModelDescri
     if theirs and len(ours) != len(theirs):
         raise CheckpointError(
             f'--workdir {workdir} holds a run on {len(theirs)} labels, and the data set now has '
-            f'{len(ours)}; {advice}'
+            f'{len(ours)}: {changed_names(theirs, ours)}; {advice}'
+        )
+    changed = changed_names(theirs, ours) if theirs else ''
+    if changed:
+        raise CheckpointError(
+            f'--workdir {workdir} holds a run on other labels: the data set is now {changed}; '
+            f'{advice}'
         )
     for index, (new, old) in enumerate(zip(ours, theirs, strict=False)):
         if new != old:
-            order = ', in another order' if sorted(ours) == sorted(theirs) else ''
             raise CheckpointError(
-                f'--workdir {workdir} holds a run on other labels{order}: label {index} was '
-                f'{one_line(old, 60)!r}, and the data set now has {one_line(new, 60)!r}; {advice}'
+                f'--workdir {workdir} holds a run on other labels, in another order: '
+                f'label {index} was {one_line(old, 60)!r}, and the data set now has '
+                f'{one_line(new, 60)!r}; {advice}'
             )
     old, new = (dataclasses.asdict(side.preprocessing) for side in (there, here))
     changed = [key for key in old if old[key] != new[key]]

@@ -164,3 +164,33 @@ def test_watching_ends_with_an_error_inside(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), watch_curves([tmp_path / 'a']):
         raise KeyboardInterrupt
     assert threading.active_count() == before
+
+
+def test_labels_of_a_short_range_differ(tmp_path):
+    lines = [
+        dict(LINES[0], **{'train/accuracy': 0.952}),
+        dict(LINES[1], **{'train/accuracy': 0.9565}),
+    ]
+    figure = draw_curves([run(tmp_path / 'a', lines[:2])])
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert len(labels) == len(set(labels)) > 2
+    assert all(label.endswith('%') for label in labels)
+
+
+def test_runs_of_another_task_have_its_best_metric(tmp_path):
+    lines = [
+        {'step': 10, 'epoch': 0.5, 'train/loss': 2.0},
+        {'step': 20, 'epoch': 1.0, 'eval/loss': 1.5, 'eval/mAP': 0.375},
+    ]
+    panels = draw_curves([run(tmp_path / 'a', lines)]).axes
+    assert [panel.get_title() for panel in panels] == ['loss', 'mAP']
+    assert [(list(x), list(y)) for x, y in curves(panels[1])] == [([1.0], [0.375])]
+    both = draw_curves([tmp_path / 'a', run(tmp_path / 'b')])
+    assert [panel.get_title() for panel in both.axes] == ['loss', 'accuracy', 'mAP']
+    assert both.get_size_inches()[0] == 15
+
+
+def test_a_run_that_has_only_a_loss_yet_is_drawn(tmp_path):
+    panels = draw_curves([run(tmp_path / 'a', [{'step': 1, 'epoch': 0.5, 'train/loss': 2.0}])]).axes
+    assert [panel.get_title() for panel in panels] == ['loss']

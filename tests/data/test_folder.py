@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from gcnet_jax.data import records
-from gcnet_jax.data.folder import prepare_folder
+from gcnet_jax.data.folder import PreparedFolder, prepare_folder
 from gcnet_jax.data.sources import default_split, load_source
 from gcnet_jax.errors import ConfigError, DataError
 
@@ -320,9 +321,28 @@ def test_ninety_images_with_validation_are_trained_on_with_the_settings(fill, da
     counts = {f'{split}/{label}': n for split, n in (('train', 24), ('val', 6)) for label in 'abc'}
     result = prepare_folder(fill(counts), 'letters', data_dir)
     assert result.split_sizes == {'train': 72, 'validation': 18}
-    assert result.train_settings() == ('data.name=letters', 'data.evaluation_split=validation')
+    assert result.train_settings() == ('data.name=letters',)
     assert default_split('letters', data_dir, purpose='selection') == 'validation'
     assert load_source('letters', None, data_dir).split == 'validation'
+
+
+@pytest.mark.parametrize(
+    ('images', 'batch_size', 'fitting'),
+    [
+        *((64, 64, None), (63, 64, 8), (72, 64, None), (60, 64, 8), (33, 64, 8), (31, 64, 4)),
+        *((60, 16, None), (15, 16, 2), (7, 64, 2), (2, 64, 2), (1, 64, 1)),
+    ],
+)
+def test_few_images_get_a_batch_size_that_fits(images, batch_size, fitting):
+    prepared = PreparedFolder('x', Path(), (), {'train': images, 'test': 1}, ())
+    expected = () if fitting is None else (f'training.batch_size={fitting}',)
+    assert prepared.train_settings(batch_size) == ('data.name=x', *expected)
+
+
+def test_the_batch_size_is_that_for_the_part_that_is_trained_on():
+    prepared = PreparedFolder('x', Path(), (), {'train': 70}, ())  # Of which 63 are trained on.
+    assert prepared.train_settings(64)[-1] == 'training.batch_size=8'
+    assert prepared.train_settings(63)[-1] == 'data.evaluation_split=train[90%:]'
 
 
 def test_settings_name_splits_that_exist(fill, data_dir):

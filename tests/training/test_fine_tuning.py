@@ -1,6 +1,8 @@
 """Whole runs that start from a checkpoint, are extended, or find another data set than before."""
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +107,7 @@ def head(place):
     ('labels', 'message'),
     [
         (('dark', 'black', 'light', 'white'), "in another order: label 0 was 'black', .* 'dark'"),
-        (('black', 'dark', 'grey', 'white'), "other labels: label 2 was 'light', .* 'grey'"),
+        (('black', 'dark', 'grey', 'white'), "other labels: .* without 'light', with 'grey'"),
         ((*LABELS, 'x'), r'a run on 4 labels, and the data set now has 5'),
     ],
 )
@@ -127,6 +129,7 @@ def test_a_run_does_not_go_on_with_other_preprocessing(finished):
 def test_a_checkpoint_alone_gives_network_and_preprocessing(finished, tmp_path, capsys):
     train(follow(finished), tmp_path / 'next')
     printed = capsys.readouterr().out
+    assert printed.index('compiling the training step\n') < printed.index('\nstep 1/1 ')
     assert f'weights from {finished} (gccnn)' in printed
     assert 'the classifier is kept: all 4 labels are the same' in printed
     there, before = load_variables(finished)
@@ -135,6 +138,99 @@ def test_a_checkpoint_alone_gives_network_and_preprocessing(finished, tmp_path, 
     assert here.build().widths == there.build().widths
     kernel = after['params']['stage1_0']['conv1']['kernel']
     np.testing.assert_array_equal(kernel, before['params']['stage1_0']['conv1']['kernel'])
+
+
+def test_a_run_goes_on_where_the_checkpoint_it_began_from_is_gone(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """From the command line, with an option of the checkpoint's network that is changed."""
+    start = shutil.copytree(finished, tmp_path / 'start')
+    words = [
+        'train.py', f'--config.training.init_from={start}', '--config.model.dropout_rate=0.1',
+        '--config.training.batch_size=16', '--config.data.num_threads=0',
+        '--config.runtime.progress=lines', '--config.runtime.tensorboard=false',
+        f'--workdir={tmp_path / "next"}',
+    ]  # fmt: skip
+
+    def run(steps, *more):
+        config, _, workdir = config_files.read_flags(
+            [*words, f'--config.training.total_steps={steps}', *more], CONFIG
+        )
+        return train(config, workdir)
+
+    run(1)
+    there = load_variables(start)[0]
+    shutil.rmtree(start)
+    assert run(2, '--config.training.extend')['step'] == 2
+    assert 'continuing from step 1' in capsys.readouterr().out
+    here = load_variables(tmp_path / 'next')[0]
+    assert here.preprocessing == there.preprocessing
+    assert here.options == {**there.options, 'dropout_rate': 0.1}
+    words[-1] = f'--workdir={tmp_path / "another"}'
+    with pytest.raises(CheckpointError, match=r'start: no such directory'):
+        run(1)
+    words[-1] = f'--workdir={tmp_path / "next"}'
+    words[1] += '2'
+    with pytest.raises(CheckpointError, match=r'start2: no such directory'):
+        run(1)
+
+
+def test_a_run_goes_on_in_the_default_workdir_too(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = shutil.copytree(finished, tmp_path / 'start')
+    train(follow(start), tmp_path / 'runs' / 'finetune')
+    shutil.rmtree(start)
+    words = ['train.py', f'--config.training.init_from={start}', '--config.model.dropout_rate=0.1']
+    assert config_files.read_flags(words, CONFIG)[0].model.dropout_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ('name', 'what'),
+    [
+        ('net.pth', 'a PyTorch file'),
+        ('my net.safetensors', 'a PyTorch file'),
+        ('hf-hub:timm/gcresnet50t.ra2_in1k', 'a repository of PyTorch weights'),
+    ],
+)
+def test_weights_of_pytorch_are_to_be_ported_first(tmp_path, monkeypatch, name, what):
+    monkeypatch.chdir(tmp_path)
+    if ':' not in name:
+        Path(name).write_bytes(b'x')
+    message = (
+        rf'config.training.init_from: {name} is {what}; port it first: '
+        rf"python -m gcnet_jax port '?{name}'? --out DIR, and give "
+        '--config.training.init_from=DIR'
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(follow(name), tmp_path / 'next')
+    words = ['train.py', f'--config.training.init_from={name}', '--config.model.dropout_rate=0.1']
+    with pytest.raises(ConfigError, match=message):
+        config_files.read_flags(words, CONFIG)
+
+
+def test_the_checkpoint_that_a_run_starts_from_is_named(finished, tmp_path, capsys):
+    start = shutil.copytree(finished, tmp_path / 'start')
+    shutil.rmtree(start / 'checkpoints' / '2')
+    train(follow(start), tmp_path / 'single')
+    assert f'weights from {start} (gccnn), step 4\n' in capsys.readouterr().out
+    shutil.copytree(finished / 'checkpoints' / '2', start / 'checkpoints' / '2')
+    for step, accuracy in ((2, 0.75), (4, 0.5)):
+        metrics = start / 'checkpoints' / str(step) / 'metrics' / 'metrics'
+        metrics.write_text(json.dumps({'eval/accuracy': accuracy}))
+    capsys.readouterr()
+    train(follow(start), tmp_path / 'best')
+    assert (
+        f'weights from {start} (gccnn), step 2, the best; the newest is of step 4 '
+        f'(--config.training.init_from={start}/checkpoints/4)\n'
+    ) in capsys.readouterr().out
+    train(follow(start / 'checkpoints' / '4'), tmp_path / 'newest')
+    assert f'weights from {start}/checkpoints/4 (gccnn), step 4\n' in capsys.readouterr().out
+    metrics.write_text(json.dumps({'eval/accuracy': 1.0}))
+    train(follow(start), tmp_path / 'last')
+    assert (
+        f'weights from {start} (gccnn), step 4, the best and the newest; any other is chosen by '
+        f'--config.training.init_from={start}/checkpoints/STEP\n'
+    ) in capsys.readouterr().out
 
 
 def test_the_classifier_follows_the_names_of_the_labels(finished, tmp_path, monkeypatch, capsys):

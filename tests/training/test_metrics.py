@@ -107,6 +107,31 @@ def test_a_bar_has_the_time_left_and_the_last_values(capsys, monkeypatch):
     )
 
 
+def test_the_time_left_leaves_out_the_first_step(capsys, monkeypatch):
+    """Because that one is compiled: here for 100 s, and a step takes 2 s."""
+    now = [1000.0]
+    monkeypatch.setattr('tqdm.std.time', lambda: now[0])
+    monkeypatch.setenv('COLUMNS', '100')
+    progress = Progress('bar', 5, 20, TASK)
+    for seconds in (100, 2, 2):
+        now[0] += seconds
+        progress.advance()
+    progress.close()
+    lines = capsys.readouterr().err.replace('\r', '\n').splitlines()
+    assert '6/20 ? left' in ' '.join(lines)
+    assert '7/20 00:26 left' in ' '.join(lines)
+    assert '8/20 00:24 left' in lines[-1]
+
+
+@pytest.mark.parametrize('mode', ['bar', 'lines', 'none'])
+def test_compiling_is_announced(mode, capsys):
+    progress = Progress(mode, 0, 2, TASK)
+    progress.compiling()
+    progress.close()
+    expected = '' if mode == 'none' else 'compiling the training step\n'
+    assert capsys.readouterr().out == expected
+
+
 @pytest.mark.parametrize('mode', ['bar', 'lines'])
 def test_a_name_cannot_control_the_terminal(mode, capsys):
     progress = Progress(mode, 0, 2, TASK)
