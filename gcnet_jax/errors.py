@@ -2,8 +2,10 @@
 
 import collections
 import difflib
+import importlib
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -20,6 +22,25 @@ class DataError(UserError, ValueError):
 
 class CheckpointError(UserError, ValueError):
     """A checkpoint or a working directory that cannot be used."""
+
+
+def import_optional(name: str, needed_for: str, advice: str) -> Any:
+    """Imports a library that only some functions need.
+
+    Args:
+      name: Of the module.
+      needed_for: What cannot be done without it, for the error.
+      advice: How to install it, for the error.
+
+    Raises:
+      ConfigError: It cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f'{needed_for} needs {name}, which cannot be imported ({error}); {advice}'
+        ) from error
 
 
 def one_line(text: object, limit: int = 200) -> str:

@@ -5,7 +5,6 @@ normalisation is inside. Beside FILE lies FILE.json with the label names and how
 and cropped, which is not inside.
 """
 
-import importlib
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from jax import export
 from jaxtyping import Array, Float, UInt8
 
 from gcnet_jax.data.sizes import Size
-from gcnet_jax.errors import CheckpointError, ConfigError, UserError
+from gcnet_jax.errors import CheckpointError, UserError, import_optional
 from gcnet_jax.files import as_path, write_whole
 from gcnet_jax.inference.classifier import LOGITS, Classifier
 from gcnet_jax.ops.primitives import standard_primitives
@@ -222,13 +221,8 @@ def _compare(
 
 
 def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f'an ONNX file needs {name}, which cannot be imported ({error}); install what the '
-            "extra 'onnx' names, in the directory of gcnet_jax: pip install '.[onnx]'"
-        ) from error
+    advice = "install what the extra 'onnx' names, in the directory of gcnet_jax: "
+    return import_optional(name, 'an ONNX file', advice + "pip install '.[onnx]'")
 
 
 def _write(out: Path, data: bytes, description: ModelDescription) -> None:

@@ -1,13 +1,11 @@
 """The same weights in timm's network and in ours, compared on the same images."""
 
-import importlib
 import os
-from typing import Any
 
 import jax
 import numpy as np
 
-from gcnet_jax.errors import CheckpointError, ConfigError
+from gcnet_jax.errors import CheckpointError, import_optional
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.porting.files import read_checkpoint
 from gcnet_jax.porting.load import find_pretrained, load_named
@@ -33,7 +31,9 @@ def compare_with_timm(
       ConfigError: torch or timm is not installed.
       CheckpointError: The weights cannot be read, or are not of a network of timm's.
     """
-    torch, timm = _import('torch'), _import('timm')
+    torch, timm = (
+        import_optional(name, 'the comparison', f'pip install {name}') for name in ('torch', 'timm')
+    )
     found = find_pretrained(source)
     path, name = found.path, found.name
     loaded = load_named(path, name)
@@ -52,12 +52,3 @@ def compare_with_timm(
     apply = jax.jit(lambda variables, images: loaded.network.apply(variables, images, train=False))
     found = np.asarray(apply(loaded.variables, images))
     return float(np.abs(found - expected).max() / np.abs(expected).max())
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f'the comparison needs {name}, which cannot be imported ({error}); pip install {name}'
-        ) from error

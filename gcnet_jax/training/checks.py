@@ -76,6 +76,19 @@ def _check_together(given: Mapping) -> None:
             f'config.data.randaugment_magnitude is {data["randaugment_magnitude"]} but '
             'config.data.randaugment_ops is 0; set it to the number of operations, such as 2'
         )
+    schedule = given['schedule']
+    if schedule['decay_epochs'] is None and schedule['decay_factor'] is not None:
+        raise ConfigError(
+            f'config.schedule.decay_factor is {schedule["decay_factor"]} but '
+            'config.schedule.decay_epochs is not set; set it to the epochs after which the rate '
+            'drops, such as (8, 11)'
+        )
+    if schedule['decay_epochs'] is not None and schedule['end_factor']:
+        raise ConfigError(
+            f'config.schedule.end_factor is {schedule["end_factor"]} but '
+            'config.schedule.decay_epochs is set: the rate drops by decay_factor and ends where '
+            'that leaves it; set end_factor to 0, or leave decay_epochs unset'
+        )
     if training['new_classifier'] is not None and training['init_from'] is None:
         raise ConfigError(
             f'config.training.new_classifier is {training["new_classifier"]} but '

@@ -187,10 +187,13 @@ def _schedule() -> dict:
     return {
         # Highest learning rate, for the whole batch: not scaled by its size.
         'peak_learning_rate': 0.1,
-        # Linear warm-up, then half a cosine down to `end_factor` times the peak.
+        # Linear warm-up, then half a cosine down to `end_factor` times the peak; or, where
+        # `decay_epochs` is set, such as (8, 11), a drop by `decay_factor` (None: 0.1) after each.
         'warmup_epochs': 0.0,
         'warmup_steps': placeholder(int),
         'end_factor': 0.0,
+        'decay_epochs': placeholder(tuple),
+        'decay_factor': placeholder(float),
     }
 
 

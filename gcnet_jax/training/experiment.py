@@ -27,7 +27,7 @@ from gcnet_jax.training.config import plain, steps
 from gcnet_jax.training.freezing import parse_patterns
 from gcnet_jax.training.initial import preprocessing, read_initial_description, take_network
 from gcnet_jax.training.mesh import batch_parts, make_mesh
-from gcnet_jax.training.optimizers import make_optimizer, warmup_cosine
+from gcnet_jax.training.optimizers import make_optimizer, warmup_cosine, warmup_milestones
 from gcnet_jax.training.processes import check_connected
 from gcnet_jax.training.state import state_initializer
 from gcnet_jax.training.steps import StepOptions
@@ -151,15 +151,14 @@ def build(
     train_source, evaluation_source = _open_sources(config) if sources is None else sources
     description = _describe(config, train_source, evaluation_source, initial)
     _check_sizes(config, description, mesh)
+    task = find_task(config.task.name).build(config.task, train_source, description.preprocessing)
     durations = _durations(config, len(train_source))
     schedule, notes = _schedule(config, len(train_source), durations.total)
     experiment = Experiment(
         config=config,
         description=description,
         model=description.build(),
-        task=find_task(config.task.name).build(
-            config.task, train_source, description.preprocessing
-        ),
+        task=task,
         train_source=train_source,
         evaluation_source=evaluation_source,
         train_batches=functools.partial(
@@ -342,20 +341,23 @@ def _schedule(
     config: ConfigDict, examples: int, total_steps: int
 ) -> tuple[Callable[[Any], Any], list[str]]:
     """Returns the learning rate as a function of the step, and what to tell the user about it."""
-    warmup = round(steps(config.schedule, 'warmup', examples / config.training.batch_size))
+    settings, per_epoch = config.schedule, examples / config.training.batch_size
+    warmup = round(steps(settings, 'warmup', per_epoch))
     notes, longest = [], total_steps // 2
     if warmup > longest:
         notes.append(
             f'the warm-up of {warmup} steps is shortened to {longest}, half of the '
             f'{total_steps} steps of this run'
         )
-    schedule = warmup_cosine(
-        config.schedule.peak_learning_rate,
-        warmup_steps=min(warmup, longest),
-        total_steps=total_steps,
-        end_factor=config.schedule.end_factor,
-    )
-    return schedule, notes
+    peak, warmup = settings.peak_learning_rate, min(warmup, longest)
+    if settings.decay_epochs is None:
+        end = settings.end_factor
+        return warmup_cosine(
+            peak, warmup_steps=warmup, total_steps=total_steps, end_factor=end
+        ), notes
+    factor = 0.1 if settings.decay_factor is None else settings.decay_factor
+    milestones = [round(epoch * per_epoch) for epoch in settings.decay_epochs]
+    return warmup_milestones(peak, warmup_steps=warmup, milestones=milestones, factor=factor), notes
 
 
 def state_bytes(experiment: Experiment) -> int:

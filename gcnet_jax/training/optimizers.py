@@ -1,6 +1,6 @@
 """Learning-rate schedules and optimizers, each a row in a table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,23 @@ def warmup_cosine(
         return jax.numpy.where(
             step < warmup_steps, warm, peak * (end_factor + (1.0 - end_factor) * cosine)
         )
+
+    return schedule
+
+
+def warmup_milestones(
+    peak: float, *, warmup_steps: int, milestones: Sequence[int], factor: float
+) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step: a line up, then level with drops.
+
+    The warm-up is that of `warmup_cosine`. From each milestone on, a step, the rate is multiplied
+    by `factor`.
+    """
+
+    def schedule(step):
+        warm = peak * (step + 1) / (warmup_steps + 1)
+        passed = sum(jax.numpy.where(step >= milestone, 1, 0) for milestone in milestones)
+        return jax.numpy.where(step < warmup_steps, warm, peak) * factor**passed
 
     return schedule
 

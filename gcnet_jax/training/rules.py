@@ -1,5 +1,6 @@
 """What each setting may be: a test, and the words for it."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -42,6 +43,15 @@ def _is_scale(value: Any) -> bool:
 def _is_size(value: Any) -> bool:
     sides = value if isinstance(value, (tuple, list)) else (value, value)
     return len(sides) == 2 and all(map(_whole(1)[0], sides))
+
+
+def _is_rising(value: Any) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) > 0
+        and all(_ABOVE_0[0](item) for item in value)
+        and all(first < second for first, second in itertools.pairwise(value))
+    )
 
 
 def _is_triple(value: Any) -> bool:
@@ -133,6 +143,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'schedule.warmup_epochs': _FROM_0,
     'schedule.warmup_steps': _whole(0),
     'schedule.end_factor': _number(0, 1),
+    'schedule.decay_epochs': (_is_rising, 'rising numbers above 0, such as (8, 11)'),
+    'schedule.decay_factor': _number(0, 1, open_low=True, open_high=True),
     'training.total_epochs': _ABOVE_0,
     'training.total_steps': _COUNT,
     'training.batch_size': _COUNT,

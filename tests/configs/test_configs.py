@@ -131,6 +131,7 @@ def other(key, value):
         'data.augmentation': 'none' if value != 'none' else 'pad_crop',
         'data.randaugment_magnitude': 7,
         'optimizer.name': 'lars',
+        'schedule.decay_epochs': (1.5, 2.5),
         'optimizer.frozen': ('bias',),
         'task.class_weights': 'balanced',
         'task.name': 'classification' if value == 'multilabel' else 'multilabel',
@@ -165,6 +166,7 @@ def other(key, value):
 # Settings that are refused unless another one has a certain value.
 NEEDS = {
     'data.randaugment_magnitude': ('data.randaugment_ops', 2),
+    'schedule.decay_factor': ('schedule.decay_epochs', (1.5, 2.5)),
     'model.norm.channel_groups': ('model.norm.kind', 'group'),
     'runtime.coordinator_address': ('runtime.distributed', True),
     'runtime.num_processes': ('runtime.distributed', True),

@@ -5,7 +5,13 @@ import optax
 import pytest
 
 from gcnet_jax.errors import ConfigError
-from gcnet_jax.training.optimizers import OPTIMIZERS, decay_mask, make_optimizer, warmup_cosine
+from gcnet_jax.training.optimizers import (
+    OPTIMIZERS,
+    decay_mask,
+    make_optimizer,
+    warmup_cosine,
+    warmup_milestones,
+)
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -41,6 +47,19 @@ def test_schedule_is_a_line_and_half_a_cosine():
     assert schedule(0) > 0
     np.testing.assert_allclose(schedule(4), 0.4)
     np.testing.assert_allclose(schedule(20), 0.04, rtol=1e-5)
+
+
+def test_milestones_are_optaxs_piecewise_constant_schedule_after_the_warm_up():
+    schedule = warmup_milestones(0.02, warmup_steps=4, milestones=(8, 11), factor=0.1)
+    expected = optax.piecewise_constant_schedule(0.02, {8: 0.1, 11: 0.1})
+    rates = [float(schedule(step)) for step in range(15)]
+    np.testing.assert_allclose(rates[:4], [0.02 * (step + 1) / 5 for step in range(4)], rtol=1e-6)
+    np.testing.assert_allclose(
+        rates[4:], [float(expected(step)) for step in range(4, 15)], rtol=1e-6
+    )
+    assert rates[7] == pytest.approx(0.02)
+    assert rates[8] == pytest.approx(0.002)
+    assert rates[11] == pytest.approx(0.0002)
 
 
 def test_decay_spares_norms_and_biases_but_not_context_kernels():
