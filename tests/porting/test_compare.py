@@ -1,6 +1,7 @@
 """The comparison of timm's network with ours, by timm itself."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -33,9 +34,8 @@ def weights(tmp_path):
 def test_the_same_weights_give_the_same_logits_and_others_do_not(weights, monkeypatch):
     assert compare_with_timm(weights, size=64) < 1e-4
     # Ours sees other images.
-    monkeypatch.setattr(
-        'gcnet_jax.porting.compare.jax.jit', lambda apply: lambda v, x: apply(v, -x)
-    )
+    on_others = types.SimpleNamespace(jit=lambda apply: lambda v, x: apply(v, -x))
+    monkeypatch.setattr('gcnet_jax.porting.compare.jax', on_others)
     assert compare_with_timm(weights, size=64) > 1e-2
 
 

@@ -320,7 +320,8 @@ def test_preprocessing_is_timm_s(name, crop, photographs):
     import timm
     import torch
 
-    from gcnet_jax.data.preprocess import decode, resize_and_crop
+    from gcnet_jax.data.decode import decode
+    from gcnet_jax.data.preprocess import resize_and_crop
     from gcnet_jax.models import model_entry
 
     network = timm.create_model(name)
