@@ -5,6 +5,7 @@ What a user would write without this package: `nn.Conv`, `nn.BatchNorm`, `nn.max
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -102,6 +103,10 @@ class PlainResNet(nn.Module):
                 images = Block(widths, sizes, stride, contexts, norm, self.dtype)(images)
         logits = nn.Dense(self.num_classes, dtype=self.dtype)(images.mean((1, 2)))
         return logits.astype(jnp.float32)
+
+    def outputs(self, images: Features, *, train: bool) -> dict[str, Any]:
+        """Returns what the training step asks of a network."""
+        return {'logits': self(images, train=train)}
 
 
 _resnet50 = partial(

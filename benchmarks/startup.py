@@ -89,12 +89,12 @@ class _FirstStepDone(BaseException):
 def train_once(watch: Stopwatch, arguments: Sequence[str]) -> None:
     """Does what train.py does until the metrics of the first step are there."""
     from gcnet_jax.commands.train import run
-    from gcnet_jax.training import loop
+    from gcnet_jax.training import loop, start
 
     watch.mark('imports')
     watch.listen()
     loop.build = watch.after(loop.build, 'data and checks')
-    loop.create_state = watch.after(loop.create_state, 'weights')
+    start.create_state = watch.after(start.create_state, 'weights')
 
     def stop(*_: Any) -> None:
         watch.mark('first result')
