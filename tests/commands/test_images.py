@@ -61,7 +61,8 @@ def test_a_checkpoint_that_is_not_the_newest_is_named(run, stored, folder, tmp_p
     code, out, err = run(*arguments, checkpoint=tmp_path / 'run')
     assert (code, len(out)) == (0, 1)
     assert err == [
-        'checkpoint of step 10, the best by its evaluation; the newest is of step 20 (--choose newest)'
+        'checkpoint of step 10, the best by its evaluation; the newest is of step 20 '
+        '(--choose newest)'
     ]
     _, _, err = run(*arguments, '--choose', 'newest', checkpoint=tmp_path / 'run')
     assert err == []

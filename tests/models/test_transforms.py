@@ -29,6 +29,14 @@ NETWORKS = {
 }
 IMAGES = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype(np.float32)
 every_network = pytest.mark.parametrize('name', NETWORKS)
+# What takes the compiler long: one network in the ordinary tests, the others in the long ones.
+every_network_slowly = pytest.mark.parametrize(
+    'name',
+    [
+        name if name == 'resnet50' else pytest.param(name, marks=pytest.mark.slow)
+        for name in NETWORKS
+    ],
+)
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +90,7 @@ def test_forward_mode_and_reverse_mode_agree(name, train, network):
     assert_close(inner(backward, moved), inner(weights, tangent), 1e-3)
 
 
-@every_network
+@every_network_slowly
 def test_second_derivatives_agree_in_both_orders(name, network):
     logits, params = network(name, True)
     moved = direction(params, 1)
@@ -100,6 +108,7 @@ def test_second_derivatives_agree_in_both_orders(name, network):
     assert_close(reverse_over_reverse(params), forward_over_reverse(params))
 
 
+@pytest.mark.slow
 def test_a_hessian(network):
     logits, params = network('resnet50')
     bias = params['classifier']['bias']
@@ -116,7 +125,7 @@ def test_a_hessian(network):
     assert_close(found, found.T)
 
 
-@every_network
+@every_network_slowly
 def test_images_and_parameters_can_be_mapped(name, network):
     logits, params = network(name)
     one_by_one = jax.vmap(lambda image: logits(params, image[None])[0])(IMAGES)
@@ -135,7 +144,7 @@ def test_images_and_parameters_can_be_mapped(name, network):
     assert_close(last, gradient(params, IMAGES[-1]))
 
 
-@every_network
+@every_network_slowly
 def test_rematerialised_and_sharded_gradients_are_the_same(name, network):
     logits, params = network(name, True)
 
@@ -150,7 +159,7 @@ def test_rematerialised_and_sharded_gradients_are_the_same(name, network):
     assert_close(gradient(logits)(whole, placed), expected)
 
 
-@every_network
+@every_network_slowly
 def test_one_export_serves_all_platforms_with_its_gradient(name, network):
     logits, params = network(name)
     batch = export.symbolic_shape('batch')
