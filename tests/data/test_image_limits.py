@@ -244,7 +244,7 @@ sys.path.insert(0, sys.argv[1])
 
 import crafted_images as crafted
 import numpy as np
-from gcnet_jax.data import preprocess
+from gcnet_jax.data import decode, preprocess
 from gcnet_jax.errors import DataError
 
 def memory(kind):

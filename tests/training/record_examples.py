@@ -16,6 +16,8 @@ def recorded(make, kind):
 
     def batches(*arguments, **options):
         made = make(*arguments, **options)
+        if kind == 'train' and 'start_step' not in options:
+            return made  # For the norms' statistics, which are no steps.
         workdir = next(text for text in sys.argv if text.startswith('--workdir=')).split('=')[1]
         made._iterator = watched(made._iterator, f'{workdir}-{kind}-{jax.process_index()}.jsonl')
         return made
