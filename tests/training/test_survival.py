@@ -155,8 +155,9 @@ def test_a_disk_that_fills_up_is_one_line(place):
     finally:
         subprocess.run(['umount', str(disk)], check=True)
     lines = [line for line in run.printed().splitlines() if not line.startswith('step ')]
-    assert len(lines) == 2, lines
-    assert lines[1].startswith('train.py: no space left on the device of ')
+    assert len(lines) == 3, lines
+    assert lines[1] == 'compiling the training step'
+    assert lines[2].startswith('train.py: no space left on the device of ')
 
 
 @pytest.mark.parametrize('damage', ['truncated', 'missing', 'flipped', 'emptied'])
