@@ -10,7 +10,7 @@ from jaxtyping import Float
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, unknown_name
 from gcnet_jax.inference.images import LeftOut, list_images
 from gcnet_jax.inference.stored_network import Images, StoredNetwork
-from gcnet_jax.tasks import Task, find_task
+from gcnet_jax.tasks import LabelTask, find_task
 from gcnet_jax.tasks.prediction import Prediction
 
 LOGITS, POOLED = 'logits', 'pooled'
@@ -35,7 +35,7 @@ class Classifier(StoredNetwork):
       ConfigError: An option that cannot be.
     """
 
-    task: type[Task]
+    task: type[LabelTask]
     num_classes: int
 
     def __call__(self, images: Any, *, top_k: int = 5) -> Prediction | list[Prediction]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from gcnet_jax.data import on_device
 from gcnet_jax.errors import ConfigError
+from gcnet_jax.tasks.label_task import LabelTask
 from gcnet_jax.tasks.losses import (
     balanced_weights,
     cross_entropy,
@@ -18,16 +19,14 @@ from gcnet_jax.tasks.losses import (
     is_highest,
     smooth_labels,
 )
-from gcnet_jax.tasks.task import Batch, Sums, Task
+from gcnet_jax.tasks.task import Batch, Sums
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification(Task):
-    """A batch is {'image': uint8 [batch, height, width, 3], 'label': int32 [batch]}.
+class Classification(LabelTask):
+    """One label for each image.
 
     Attributes:
-      num_classes: Number of labels.
-      mean, std: Of each channel, on the scale where 255 is 1.
       label_smoothing: Share of each label that is spread over all classes.
       mixup_alpha, cutmix_alpha: Parameters of the Beta distributions of the mixing weights; 0 is
         off.
@@ -35,9 +34,6 @@ class Classification(Task):
       class_weights: What an example of each class counts in the loss; None is 1 for all.
     """
 
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     label_smoothing: float = 0.0
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
@@ -64,25 +60,10 @@ class Classification(Task):
     def build(
         cls, settings: Mapping[str, Any], source: Any, preprocessing: Any
     ) -> 'Classification':
-        if source.is_multilabel:
-            raise ConfigError(
-                f'data set {source.name} has several labels per image; train on it with '
-                "config.task.name='multilabel'"
-            )
+        cls.check_source(source)
         options = {name: settings[name] for name in cls.settings}
         options['class_weights'] = _class_weights(settings['class_weights'], source)
         return cls(source.num_classes, preprocessing.mean, preprocessing.std, **options)
-
-    def batch_spec(self) -> dict[str, tuple[str, ...]]:
-        return {'image': ('batch', 'height'), 'label': ('batch',)}
-
-    def batch_shapes(
-        self, batch_size: int, height: int, width: int
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            'image': jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.uint8),
-            'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-        }
 
     def prepare(self, batch: Batch, key: Array | None) -> dict[str, Array]:
         """Normalises, erases and mixes; the labels become distributions over the classes."""
@@ -118,9 +99,6 @@ class Classification(Task):
             'loss': sums['loss'] / sums['weight'] if sums['weight'] else 0.0,
             'accuracy': sums['correct'] / sums['count'],
         }
-
-    def results(self, outputs: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
-        return {'logits': outputs['logits'], 'label': batch['label'], 'mask': batch['mask']}
 
     @staticmethod
     def probabilities(logits: Any, numpy: Any = jnp) -> Any:

@@ -13,26 +13,21 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gcnet_jax.data import on_device
-from gcnet_jax.errors import ConfigError
-from gcnet_jax.tasks.task import Batch, Sums, Task
+from gcnet_jax.tasks.label_task import LabelTask
+from gcnet_jax.tasks.task import Batch, Sums
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiLabel(Task):
-    """A batch is {'image': uint8 [batch, height, width, 3], 'label': int32 [batch, classes]}.
+class MultiLabel(LabelTask):
+    """Any number of labels for each image.
 
     A label is 1 for each class that is in the image, else 0. The loss is the sigmoid cross-entropy,
     averaged over the classes.
 
     Attributes:
-      num_classes: Number of labels.
-      mean, std: Of each channel, on the scale where 255 is 1.
       erasing_probability: Share of the images in which a rectangle is erased.
     """
 
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     erasing_probability: float = 0.0
 
     name: ClassVar[str] = 'multilabel'
@@ -43,24 +38,9 @@ class MultiLabel(Task):
 
     @classmethod
     def build(cls, settings: Mapping[str, Any], source: Any, preprocessing: Any) -> 'MultiLabel':
-        if not source.is_multilabel:
-            raise ConfigError(
-                f'data set {source.name} has one label per image; train on it with '
-                "config.task.name='classification'"
-            )
+        cls.check_source(source)
         probability = settings['erasing_probability']
         return cls(source.num_classes, preprocessing.mean, preprocessing.std, probability)
-
-    def batch_spec(self) -> dict[str, tuple[str, ...]]:
-        return {'image': ('batch', 'height'), 'label': ('batch',)}
-
-    def batch_shapes(
-        self, batch_size: int, height: int, width: int
-    ) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            'image': jax.ShapeDtypeStruct((batch_size, height, width, 3), jnp.uint8),
-            'label': jax.ShapeDtypeStruct((batch_size, self.num_classes), jnp.int32),
-        }
 
     def prepare(self, batch: Batch, key: Array | None) -> dict[str, Array]:
         images = on_device.normalize(batch['image'], self.mean, self.std)
@@ -79,9 +59,6 @@ class MultiLabel(Task):
 
     def training_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {'loss': sums['loss'] / sums['weight']}
-
-    def results(self, outputs: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
-        return {'logits': outputs['logits'], 'label': batch['label'], 'mask': batch['mask']}
 
     @staticmethod
     def probabilities(logits: Any, numpy: Any = jnp) -> Any:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -36,14 +35,12 @@ class Task(abc.ABC):
       best: The metric of an evaluation whose highest value marks the best checkpoint.
       percentages: Metrics that are shown in per cent.
       settings: Every setting of the group `config.task` beside `name`, with its default.
-      is_multilabel: Whether an example has any number of labels.
     """
 
     name: ClassVar[str]
     best: ClassVar[str]
     percentages: ClassVar[frozenset[str]]
     settings: ClassVar[Mapping[str, Any]]
-    is_multilabel: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
@@ -114,16 +111,6 @@ class Task(abc.ABC):
         Args:
           outputs: Of the network in evaluation, by name.
           batch: As the loader made it, with 'mask'.
-        """
-
-    @staticmethod
-    @abc.abstractmethod
-    def probabilities(logits: Any, numpy: Any = jnp) -> Any:
-        """Returns the probability of each label.
-
-        Args:
-          logits: `[*batch, classes]`.
-          numpy: The module that computes: `jax.numpy`, or `numpy` on the host.
         """
 
     @classmethod
