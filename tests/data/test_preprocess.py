@@ -437,6 +437,9 @@ def test_evaluation_equals_timms_transform(scene):
         (224, 0.875, 'bicubic'),
         (96, 0.95, 'bilinear'),
         (64, 1.0, 'bicubic'),
+        ((96, 160), 0.875, 'bicubic'),
+        ((160, 96), 0.95, 'bilinear'),
+        ((64, 80), 1.0, 'bicubic'),
     ]:
         transform = create_transform(
             size, interpolation=name, crop_pct=fraction, mean=(0, 0, 0), std=(1, 1, 1)

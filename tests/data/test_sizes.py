@@ -39,24 +39,6 @@ def test_evaluation_covers_the_size_and_crops_the_middle(
     assert result.shape == (*size, 3)
 
 
-@pytest.mark.torch
-def test_evaluation_equals_timms_transform(scene):
-    from timm.data import create_transform
-
-    for size, fraction, name in [
-        ((96, 160), 0.875, 'bicubic'),
-        ((160, 96), 0.95, 'bilinear'),
-        ((64, 80), 1.0, 'bicubic'),
-    ]:
-        transform = create_transform(
-            size, interpolation=name, crop_pct=fraction, mean=(0, 0, 0), std=(1, 1, 1)
-        )
-        for image in (scene, np.swapaxes(scene, 0, 1).copy(), scene[:101, :99].copy()):
-            expected = np.round(transform(Image.fromarray(image)).numpy() * 255)
-            result = preprocess.resize_and_crop(image, size, fraction, name)
-            np.testing.assert_array_equal(result, expected.transpose(1, 2, 0))
-
-
 def test_a_line_is_refused_before_it_takes_gigabytes():
     for shape in ((1, 65_535, 3), (65_535, 1, 3)):
         with pytest.raises(DataError, match='too elongated'):
