@@ -1,6 +1,7 @@
 """Multi-label classification against its definition, and a whole run of it from files to mAP."""
 
 import io
+import json
 
 import jax
 import jax.numpy as jnp
@@ -130,12 +131,25 @@ def test_a_network_learns_several_labels_by_the_same_loop(data_dir, tmp_path, ca
     final = train(small_config(data_dir), tmp_path / 'run')
     assert final['eval/mAP'] > 0.9
     assert final['eval/examples'] == 21
-    first = next(line for line in read_metrics(tmp_path / 'run') if 'eval/mAP' in line)
-    assert first['eval/loss'] > final['eval/loss']
+    evaluations = [line for line in read_metrics(tmp_path / 'run') if 'eval/mAP' in line]
+    assert evaluations[0]['eval/loss'] > final['eval/loss']
     out = capsys.readouterr().out
     assert f'eval/mAP {final["eval/mAP"]:.2%}' in out
-    assert find_checkpoint(tmp_path / 'run', 'best').is_dir()
+    best = max(evaluations, key=lambda line: (line['eval/mAP'], -line['step']))
+    assert f'(best {best["eval/mAP"]:.2%} at step {best["step"]})' in out or best['step'] == 48
     assert train(small_config(data_dir), tmp_path / 'run')['step'] == 48  # It was complete.
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_map(tmp_path):
+    for step, score in ((1, 0.5), (2, 0.75), (3, 0.25)):
+        place = tmp_path / 'checkpoints' / str(step)
+        for item, file, content in (
+            ('metrics', 'metrics', {'eval/mAP': score, 'eval/accuracy': step / 10}),
+            ('description', 'metadata', {'task': 'multilabel'}),
+        ):
+            (place / item).mkdir(parents=True)
+            (place / item / file).write_text(json.dumps(content))
+    assert find_checkpoint(tmp_path, 'best').name == '2'
 
 
 def test_a_task_refuses_the_other_kind_of_data(data_dir, tmp_path):
