@@ -78,7 +78,7 @@ def random_variables():
 def stored(tmp_path_factory, random_variables):
     """A checkpoint of a small network with context blocks."""
     # Here, because most tests need neither.
-    from gcnet_jax.models.registry import Preprocessing
+    from gcnet_jax.data.preprocessing import Preprocessing
     from gcnet_jax.stored import ModelDescription, write_ported
 
     preprocessing = Preprocessing(

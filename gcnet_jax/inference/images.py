@@ -26,8 +26,8 @@ from gcnet_jax.data.image_limits import (
     image_file,
     image_format,
 )
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import ConfigError, DataError, one_line
-from gcnet_jax.models.registry import Preprocessing
 
 # Taken from a folder whatever is in them, so that damaged ones are reported. Other files are taken
 # if they begin as an image does. A file that is named itself may be anything.

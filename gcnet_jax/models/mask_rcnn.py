@@ -3,12 +3,16 @@
 The rules are those of mmdetection from version 2.13 on.
 """
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from gcnet_jax.data.sizes import format_size
+from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.fpn import FeaturePyramid
 from gcnet_jax.models.roi_heads import (
     BOX_SIZE,
@@ -28,10 +32,11 @@ STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.06
 
 
 class MaskRCNN(nn.Module):
-    """A detector with masks over any backbone of four stages at strides 4 to 32.
+    """A detector with masks over any backbone with maps at strides 4, 8, 16 and 32.
 
     Attributes:
-      backbone: Has a method `outputs` that returns 'stage1' to 'stage4'.
+      backbone: Has a method `outputs` that returns 'stage1', 'stage2', ...; the last map of each
+        stride is read.
       num_classes: Without the background.
       cascade: Three box heads, each on the boxes of the one before, and three mask heads.
       channels: Width of the pyramid, of the proposal network and of the mask heads.
@@ -58,36 +63,60 @@ class MaskRCNN(nn.Module):
             MaskHead(self.num_classes, self.channels, dtype=self.dtype) for _ in range(stages)
         ]
 
-    def __call__(
+    def outputs(
         self,
         images: Float[Array, 'batch height width 3'],
-        image_sizes: Float[Array, 'batch 2'],
+        image_sizes: Float[Array, 'batch 2'] | None = None,
         *,
         train: bool,
-    ) -> tuple[Detections, Float[Array, 'batch n 28 28']]:
-        """Finds objects.
+    ) -> dict[str, Array]:
+        """Returns every output by its name. Under `jax.jit` only those that are used are computed.
 
         Args:
           images: Normalised, then padded with zeros on the right and at the bottom to multiples of
             32 pixels. Global context sees the padding.
-          image_sizes: Height and width without padding, in pixels.
+          image_sizes: Height and width without padding, in pixels; None where nothing is padded.
           train: Whether the backbone's norms use the statistics of the batch.
 
         Returns:
-          The detections, and for each the probability of every pixel of a 28 x 28 grid over its box
-          to be of the object.
+          The backbone's outputs; the pyramid's maps 'p2' to 'p6', at strides 4 to 64; 'proposals',
+          the boxes of the proposal network; of each detection, best first, 'boxes' (corners in
+          pixels of `images`), 'scores', 'labels', 'valid' (False where there are fewer detections
+          than places) and 'masks', the probability of every pixel of a 28 x 28 grid over its box to
+          be of the object.
         """
-        pyramid = self.pyramid(images, train=train)
+        if image_sizes is None:
+            size = jnp.asarray(images.shape[1:3], jnp.float32)
+            image_sizes = jnp.broadcast_to(size, (images.shape[0], 2))
+        outputs = self.backbone.outputs(images, train=train)
+        pyramid = self.neck(_maps_by_stride(outputs, images.shape[1:3]))
         proposals = self.propose(pyramid, image_sizes)
         detections = self.detect(pyramid, proposals, image_sizes)
-        return detections, self.masks(pyramid, detections)
+        return {
+            **outputs,
+            **{f'p{level}': features for level, features in enumerate(pyramid, start=2)},
+            'proposals': proposals.boxes,
+            **detections._asdict(),
+            'masks': self.masks(pyramid, detections),
+        }
+
+    def __call__(
+        self,
+        images: Float[Array, 'batch height width 3'],
+        image_sizes: Float[Array, 'batch 2'] | None = None,
+        *,
+        train: bool,
+    ) -> tuple[Detections, Float[Array, 'batch n 28 28']]:
+        """Returns the detections and their masks; see `outputs`."""
+        outputs = self.outputs(images, image_sizes, train=train)
+        return Detections(*(outputs[name] for name in Detections._fields)), outputs['masks']
 
     def pyramid(
         self, images: Float[Array, 'batch height width 3'], *, train: bool
     ) -> list[Float[Array, 'batch _ _ channel']]:
         """Returns the five maps of the neck, at strides 4 to 64."""
-        maps = self.backbone.outputs(images, train=train)
-        return self.neck([maps[f'stage{stage}'] for stage in (1, 2, 3, 4)])
+        outputs = self.backbone.outputs(images, train=train)
+        return self.neck(_maps_by_stride(outputs, images.shape[1:3]))
 
     def propose(self, pyramid, image_sizes: Float[Array, 'batch 2']) -> Proposals:
         """Returns the proposals of every image."""
@@ -127,3 +156,23 @@ class MaskRCNN(nn.Module):
         batch, count, _ = boxes.shape
         images = jnp.repeat(jnp.arange(batch), count)
         return roi_align(pyramid[:4], STRIDES[:4], boxes.reshape(-1, 4), images, size)
+
+
+def _maps_by_stride(outputs: Mapping[str, Array], size: tuple[int, int]) -> list[Array]:
+    """Returns the backbone's last map at each of the strides 4, 8, 16 and 32.
+
+    Raises:
+      ConfigError: It has none at one of them.
+    """
+    stages = {name: value for name, value in outputs.items() if name.startswith('stage')}
+    shapes = {value.shape[1:3]: value for value in stages.values()}
+    maps = [shapes.get(tuple(-(-side // stride) for side in size)) for stride in STRIDES[:4]]
+    if any(features is None for features in maps):
+        found = ', '.join(
+            f'{name} {value.shape[1]}x{value.shape[2]}' for name, value in stages.items()
+        )
+        raise ConfigError(
+            f'a detector needs a backbone with maps at strides {STRIDES[:4]}; this one makes of an '
+            f'image of {format_size(size)} pixels {found}'
+        )
+    return maps

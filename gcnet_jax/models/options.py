@@ -77,6 +77,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'head_width': _between(0, MAX_WIDTH),
     'groups': _between(1, MAX_WIDTH),
     'base_width': _between(1, MAX_WIDTH),
+    'channels': _between(1, MAX_WIDTH),
+    'box_channels': _between(1, MAX_WIDTH),
     'group_size': _between(0, MAX_WIDTH),
     'hidden_channels': (
         lambda value: value is None or 1 <= value <= MAX_WIDTH,

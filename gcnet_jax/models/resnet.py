@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from gcnet_jax.context.common import check_choice
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.backbone import Backbone, Features, Map, stage_strides
+from gcnet_jax.models.deformable import DeformableConv
 from gcnet_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -81,6 +82,7 @@ class BottleneckBlock(nn.Module):
     dilation: int = 1
     groups: int = 1
     base_width: int = 64
+    deformable: bool = False
     context: tuple[Placement, ...] = ()
     stochastic_depth_rate: float = 0.0
     zero_init_residual: bool = False
@@ -101,9 +103,11 @@ class BottleneckBlock(nn.Module):
         branch = Conv(inner, 1, dtype=self.dtype, name='conv1')(features)
         branch = nn.relu(self.norm(dtype=self.dtype, name='norm1')(branch, train=train))
         branch = place(branch, 'after_conv1')
-        conv2 = Conv(
-            inner, 3, self.stride, self.groups, self.dilation, dtype=self.dtype, name='conv2'
-        )
+        geometry = (inner, 3, self.stride, self.groups)
+        if self.deformable:
+            conv2 = DeformableConv(*geometry, dtype=self.dtype, name='conv2')
+        else:
+            conv2 = Conv(*geometry, self.dilation, dtype=self.dtype, name='conv2')
         branch = conv2(branch)
         branch = nn.relu(self.norm(dtype=self.dtype, name='norm2')(branch, train=train))
         branch = place(branch, 'after_conv2')
@@ -184,6 +188,8 @@ class ResNet(Backbone):
       output_stride: Size of the image over that of the last map, where that is less than the
         strides make it: 8 or 16 for segmentation, see `stage_strides`. None leaves the strides.
       groups, base_width: ResNeXt's cardinality and width: 32 and 4 for 32x4d.
+      deformable_stages: Stages, from 1, whose blocks have a deformable 3x3 convolution (bottlenecks
+        only, without dilation).
       context: Context blocks, see Placement.
       dropout_rate: Before the classifier.
       stochastic_depth_rate: Of the last block; it grows linearly from 0 at the first.
@@ -202,6 +208,7 @@ class ResNet(Backbone):
     output_stride: int | None = None
     groups: int = 1
     base_width: int = 64
+    deformable_stages: Sequence[int] = ()
     context: tuple[Placement, ...] = ()
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
@@ -214,7 +221,22 @@ class ResNet(Backbone):
         check_choice('stem', self.stem, STEMS)
         check_choice('shortcut', self.shortcut, SHORTCUTS)
         check_placements(self.context, self.stage_sizes, self.block.positions)
+        self._check_deformable()
         super().__post_init__()
+
+    def _check_deformable(self) -> None:
+        if not self.deformable_stages:
+            return
+        if not set(self.deformable_stages) <= set(range(1, len(self.stage_sizes) + 1)):
+            raise ConfigError(
+                f'deformable_stages must be among 1 to {len(self.stage_sizes)}, got '
+                f'{tuple(self.deformable_stages)}'
+            )
+        if not issubclass(self.block, BottleneckBlock) or self.output_stride is not None:
+            raise ConfigError(
+                f'deformable_stages is {tuple(self.deformable_stages)}; only networks of '
+                'bottlenecks without an output_stride have deformable convolutions'
+            )
 
     def setup(self):
         if self.stem == 'deep':
@@ -247,7 +269,11 @@ class ResNet(Backbone):
     ) -> nn.Module:
         size, grouped = self.stage_sizes[stage - 1], {}
         if issubclass(self.block, BottleneckBlock):
-            grouped = {'groups': self.groups, 'base_width': self.base_width}
+            grouped = {
+                'groups': self.groups,
+                'base_width': self.base_width,
+                'deformable': stage in self.deformable_stages,
+            }
         return self.block(
             width=self.widths[stage - 1],
             stride=stride if index == 0 else 1,

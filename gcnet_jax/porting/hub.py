@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import read_json, write_whole
-from gcnet_jax.models.registry import Preprocessing
 
 CONFIG_FILE = 'config.json'
 # What timm resizes and crops in evaluation; its other modes are for other networks.

@@ -7,8 +7,9 @@ from typing import Any
 
 from flax import linen as nn
 
+from gcnet_jax.data.preprocessing import IMAGENET, Preprocessing
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
-from gcnet_jax.models.registry import IMAGENET, Preprocessing, create_model
+from gcnet_jax.models.registry import create_model
 from gcnet_jax.tasks import TASKS
 
 # Version 2 has a task, and sizes that are not square.

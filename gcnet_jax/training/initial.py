@@ -16,9 +16,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import as_place, explain_bucket
-from gcnet_jax.models.registry import Preprocessing, model_entry
+from gcnet_jax.models.registry import model_entry
 from gcnet_jax.stored import ModelDescription, read_model_description
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.workdir import read_own_config, read_own_description

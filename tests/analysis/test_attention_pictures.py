@@ -7,7 +7,7 @@ from PIL import Image
 from gcnet_jax.__main__ import main
 from gcnet_jax.analysis import attention_maps, attention_pictures, query_distances
 from gcnet_jax.analysis.attention_pictures import write_pictures
-from gcnet_jax.models.registry import Preprocessing
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.stored import ModelDescription, write_ported
 
 PREPROCESSING = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), test_size=16)

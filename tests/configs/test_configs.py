@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gcnet_jax.commands.config_files import load_config
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import UserError
-from gcnet_jax.models.registry import Preprocessing
 from gcnet_jax.stored import ModelDescription
 from gcnet_jax.training import experiment, initial
 from gcnet_jax.training.config import leaves, plain

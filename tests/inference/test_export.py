@@ -14,10 +14,10 @@ from jax import export as jax_export
 from safetensors.numpy import load_file
 
 from gcnet_jax.__main__ import main
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import UserError
 from gcnet_jax.inference import export
 from gcnet_jax.inference.stored_network import StoredNetwork
-from gcnet_jax.models.registry import Preprocessing
 from gcnet_jax.porting import to_torch
 from gcnet_jax.stored import ModelDescription, write_ported
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.data import preprocess
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.inference.images import LeftOut, find_images, list_images, load_ahead, load_image
-from gcnet_jax.models.registry import Preprocessing
 
 PREPROCESSING = Preprocessing(interpolation='bicubic', crop_fraction=0.75, test_size=12)
 

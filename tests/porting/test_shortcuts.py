@@ -6,9 +6,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gcnet_jax.__main__ import main
+from gcnet_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models import create_model, model_entry
-from gcnet_jax.models.registry import IMAGENET_MEAN, IMAGENET_STD
 from gcnet_jax.porting import load_torch, port, to_torch
 from gcnet_jax.porting.architectures import check_architecture
 from gcnet_jax.stored import load_variables

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gcnet_jax.models.registry import Preprocessing
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.stored import ModelDescription, write_ported
 
 PLACE = {'stages': (1,), 'position': 'after_conv2', 'ratio': 1 / 2}

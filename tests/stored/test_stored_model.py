@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import CheckpointError, ConfigError
-from gcnet_jax.models.registry import Preprocessing
 from gcnet_jax.stored import (
     ModelDescription,
     find_checkpoint,

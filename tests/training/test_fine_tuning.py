@@ -11,10 +11,11 @@ from PIL import Image
 
 from gcnet_jax.commands import config_files
 from gcnet_jax.data.folder import prepare_folder
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.data.sources import load_source
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.inference.classifier import Classifier
-from gcnet_jax.models.registry import Preprocessing, create_model
+from gcnet_jax.models.registry import create_model
 from gcnet_jax.stored import ModelDescription, load_variables, write_ported
 from gcnet_jax.training import experiment
 from gcnet_jax.training.config import default_config

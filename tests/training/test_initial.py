@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import CheckpointError
-from gcnet_jax.models.registry import Preprocessing
 from gcnet_jax.stored import ModelDescription
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.initial import (
