@@ -14,19 +14,19 @@ import numpy as np
 
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import as_path, reason, write_whole
-from gcnet_jax.models.registry import create_model, list_models
+from gcnet_jax.models.registry import create_model, list_models, model_entry
 from gcnet_jax.porting.architectures import (
     check_architecture,
     check_settings,
     told_architectures,
 )
 from gcnet_jax.porting.convert import Report, from_torch, to_torch_arrays
-from gcnet_jax.porting.families import is_classifier
 from gcnet_jax.porting.families.rules import Family
 from gcnet_jax.porting.files import TorchFile, read_checkpoint
 from gcnet_jax.porting.hub import CONFIG_FILE, HubConfig, read_hub_config
 from gcnet_jax.porting.recognise import (
     check_shortcuts,
+    class_count,
     family_of,
     recognise_block,
     recognise_family,
@@ -97,6 +97,7 @@ class Loaded:
         for a context block.
       variables: `{'params', 'batch_stats'}` as numpy arrays.
       report: What became of every tensor.
+      metadata: What else the file says, see `TorchFile`.
     """
 
     network: nn.Module
@@ -104,6 +105,7 @@ class Loaded:
     options: Mapping[str, Any]
     variables: dict[str, Any]
     report: Report
+    metadata: Mapping[str, Any]
 
 
 def load_named(
@@ -121,7 +123,7 @@ def load_named(
     """Does what `load_torch` does, and tells the network's name and options too."""
     _suggest_hub(path)
     file = read_checkpoint(path, weights=weights)
-    names = recognise_family(file.tensors, family)
+    names = recognise_family(file.tensors, family, _module_class(model))
     channels = 3
     if isinstance(model, nn.Module):
         _refuse(options, 'a module has its options already')
@@ -156,7 +158,13 @@ def load_named(
     except CheckpointError as error:
         raise CheckpointError(f'{file.path}: {error}') from None
     report = dataclasses.replace(report, wrapper=file.wrapper)
-    return Loaded(network, name, options, variables, report)
+    return Loaded(network, name, options, variables, report, file.metadata)
+
+
+def _module_class(model: str | nn.Module | None) -> type[nn.Module] | None:
+    if isinstance(model, str):
+        return model_entry(model).module.func
+    return None if model is None else type(model)
 
 
 def _told_beside(path: Path) -> str:
@@ -179,8 +187,8 @@ def _named_options(
 ) -> tuple[str, dict[str, Any]]:
     """The name, and the options that are not the row's: those given, then those of the file."""
     if model is not None:
-        classes = [shape[0] for key, shape in file.tensors.shapes.items() if is_classifier(key)]
-        found = {'num_classes': classes[0]} if classes and not drop_classifier else {}
+        classes = class_count(file.tensors.shapes, family)
+        found = {'num_classes': classes} if classes and not drop_classifier else {}
         return model, found | dict(options)
     name, found = recognise_model(file.tensors.shapes, family)
     classes = options.get('num_classes', found['num_classes'])

@@ -45,6 +45,26 @@ KINDS: dict[str, tuple[Leaf, ...]] = {
         _BIAS,
     ),
     'linear': (Leaf('params/kernel', 'weight', np.transpose, np.transpose), _BIAS),
+    # A dense layer over a flattened 7x7 map: [out, channel * 7 * 7] there, [7 * 7 * channel, out].
+    'linear_of_7x7': (
+        Leaf(
+            'params/kernel',
+            'weight',
+            lambda array: _channels_last(array).T,
+            lambda array: _channels_first(array.T),
+        ),
+        _BIAS,
+    ),
+    # [in, out, height, width] there, [height, width, in, out] here.
+    'transposed_convolution': (
+        Leaf(
+            'params/kernel',
+            'weight',
+            lambda array: array.transpose(2, 3, 0, 1),
+            lambda array: array.transpose(2, 3, 0, 1),
+        ),
+        _BIAS,
+    ),
     # A 1x1 convolution there, a dense layer here.
     'pointwise': (
         Leaf(
@@ -75,6 +95,14 @@ KINDS: dict[str, tuple[Leaf, ...]] = {
 def _drop_last_ones(array: np.ndarray) -> np.ndarray:
     # squeeze raises where the sizes are not 1, so a wrong shape is never reshaped into a right one
     return array.squeeze((-2, -1))
+
+
+def _channels_last(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), -1, 49).swapaxes(1, 2).reshape(array.shape)
+
+
+def _channels_first(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), 49, -1).swapaxes(1, 2).reshape(array.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +152,8 @@ def _apply(rule: Rule, pattern: re.Pattern, path: str, modules: set[str]) -> Pai
     match = pattern.fullmatch(module)
     if match is None:
         return None
-    if rule.beside and f'{module.rpartition("/")[0]}/{rule.beside}' not in modules:
+    block = '' if rule.beside.startswith('/') else f'{module.rpartition("/")[0]}/'
+    if rule.beside and f'{block}{rule.beside.removeprefix("/")}' not in modules:
         return None
     numbers = {key: int(value) for key, value in match.groupdict().items()}
     theirs = re.sub(

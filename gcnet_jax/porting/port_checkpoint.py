@@ -146,7 +146,8 @@ def _description(
     source: Source, loaded: Loaded, labels: tuple[str, ...] | None, checkpoint: object
 ) -> ModelDescription:
     """The network's own settings with those of the config; labels of None are the config's too."""
-    preprocessing = model_entry(loaded.name).preprocessing
+    entry = model_entry(loaded.name)
+    preprocessing = entry.preprocessing
     if source.config is not None:
         preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
         if labels is None:
@@ -156,6 +157,7 @@ def _description(
         options=dict(loaded.options),
         label_names=labels or (),
         preprocessing=preprocessing,
+        task=entry.task,
         source=f'ported from {Path(checkpoint).name} ({loaded.report.family})',
     )
 

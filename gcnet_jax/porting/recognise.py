@@ -15,20 +15,28 @@ from gcnet_jax.porting.families.resnet import SHORTCUTS, plain_network, shortcut
 from gcnet_jax.porting.families.rules import Family, Shapes
 
 
-def recognise_family(names: Iterable[str], library: str | None = None) -> Family:
+def recognise_family(
+    names: Iterable[str], library: str | None = None, module: type[nn.Module] | None = None
+) -> Family:
     """Returns the family whose names these are.
 
     Args:
       names: Of the tensors in a file.
       library: Whose names they must be; None for whoever's they are.
+      module: What is to be read. A file may hold several: a detector, and its backbone in it.
 
     Raises:
       CheckpointError: Nobody's, or not that library's.
     """
     names = list(names)
-    for family in families(library):
-        if all(any(re.fullmatch(p, name) for name in names) for p in family.recognise):
-            return family
+    found = [
+        family
+        for family in families(library)
+        if all(any(re.fullmatch(p, name) for name in names) for p in family.recognise)
+    ]
+    if found:
+        fitting = (family for family in found if module and issubclass(module, family.module))
+        return next(fitting, found[0])
     whose = f'{library} does not use' if library else 'no known library uses'
     raise CheckpointError(
         f'{whose} the names in this file: {", ".join(names[:4])}, ...; '
@@ -71,8 +79,15 @@ def recognise_model(shapes: Shapes, family: Family) -> tuple[str, dict[str, Any]
     name, options = family.network(shapes)
     if options:
         name, options = _row_with(name, options)
-    classes = [shape for key, shape in shapes.items() if is_classifier(key)]
-    return name, options | {'num_classes': classes[0][0] if classes else 0}
+    return name, options | {'num_classes': class_count(shapes, family)}
+
+
+def class_count(shapes: Shapes, family: Family) -> int:
+    """Returns the number of classes that a file has; 0 without a classifier."""
+    if family.num_classes is not None:
+        return family.num_classes(shapes)
+    classes = [shape for name, shape in shapes.items() if is_classifier(name)]
+    return classes[0][0] if classes else 0
 
 
 def check_shortcuts(shapes: Shapes, family: Family, model: nn.Module, name: str | None) -> None:

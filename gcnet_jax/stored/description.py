@@ -7,16 +7,18 @@ from typing import Any
 
 from flax import linen as nn
 
-from gcnet_jax.data.preprocessing import IMAGENET, Preprocessing
+from gcnet_jax.data.preprocessing import IMAGENET, KeepRatio, Preprocessing
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.models.registry import create_model
-from gcnet_jax.tasks import TASKS
+from gcnet_jax.tasks import STORED_TASKS
 
 # Version 2 has a task, and sizes that are not square.
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)
 # What descriptions of earlier versions lack, which then has its default.
 ADDED = {1: {'task'}}
+# What the preprocessing of a task's networks is; of all others it is `Preprocessing`.
+PREPROCESSING = {'detection': KeepRatio}
 # Longest label and longest note on the source.
 MAX_TEXT = 10_000
 
@@ -37,7 +39,7 @@ class ModelDescription:
     name: str
     options: Mapping[str, Any]
     label_names: tuple[str, ...] = ()
-    preprocessing: Preprocessing = IMAGENET
+    preprocessing: Preprocessing | KeepRatio = IMAGENET
     source: str = ''
     task: str = 'classification'
 
@@ -50,9 +52,9 @@ class ModelDescription:
                 and all(isinstance(option, str) for option in self.options),
                 'label_names': isinstance(self.label_names, tuple)
                 and all(isinstance(n, str) and len(n) <= MAX_TEXT for n in self.label_names),
-                'preprocessing': isinstance(self.preprocessing, Preprocessing),
+                'preprocessing': isinstance(self.preprocessing, _preprocessing_of(self.task)),
                 'source': isinstance(self.source, str) and len(self.source) <= MAX_TEXT,
-                'task': isinstance(self.task, str) and self.task in TASKS,
+                'task': isinstance(self.task, str) and self.task in STORED_TASKS,
             }.items()
             if not is_right
         ]
@@ -93,14 +95,14 @@ class ModelDescription:
                 f'{place}: damaged or incomplete model description: missing or unknown {different}'
             )
         task = fields.get('task')
-        if isinstance(task, str) and task not in TASKS:
+        if isinstance(task, str) and task not in STORED_TASKS:
             raise CheckpointError(
                 f'{place}: its task is {one_line(task, 40)}; this package knows '
-                f'{", ".join(TASKS)}: use the version of gcnet_jax that wrote it'
+                f'{", ".join(STORED_TASKS)}: use the version of gcnet_jax that wrote it'
             )
         try:
             preprocessing = {k: _tuple(v) for k, v in dict(fields['preprocessing']).items()}
-            fields['preprocessing'] = Preprocessing(**preprocessing)
+            fields['preprocessing'] = _preprocessing_of(task)(**preprocessing)
             fields['label_names'] = _tuple(fields['label_names'])
             description = cls(**fields)
             description.build()  # Checks the name and every option.
@@ -109,6 +111,10 @@ class ModelDescription:
                 f'{place}: damaged model description: {one_line(error)}'
             ) from error
         return description
+
+
+def _preprocessing_of(task: Any) -> type[Preprocessing] | type[KeepRatio]:
+    return PREPROCESSING.get(task if isinstance(task, str) else '', Preprocessing)
 
 
 def _tuple(value: Any) -> Any:

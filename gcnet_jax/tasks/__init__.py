@@ -6,9 +6,20 @@ from gcnet_jax.tasks.label_task import LabelTask
 from gcnet_jax.tasks.multilabel import MultiLabel
 from gcnet_jax.tasks.task import Evaluation, Task
 
-__all__ = ['TASKS', 'Classification', 'Evaluation', 'LabelTask', 'MultiLabel', 'Task', 'find_task']
+__all__ = [
+    'STORED_TASKS',
+    'TASKS',
+    'Classification',
+    'Evaluation',
+    'LabelTask',
+    'MultiLabel',
+    'Task',
+    'find_task',
+]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, MultiLabel)}
+# What stored networks are for; detectors are not trained here yet.
+STORED_TASKS = (*TASKS, 'detection')
 
 
 def find_task(name: object) -> type[Task]:

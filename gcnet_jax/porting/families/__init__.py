@@ -7,6 +7,7 @@ from gcnet_jax.porting.families import (
     cifar,
     gccnn,
     mmdetection,
+    mmdetection_detector,
     mmsegmentation,
     timm_byobnet,
     timm_efficientnet,
@@ -17,6 +18,7 @@ from gcnet_jax.porting.families import (
 FAMILIES = (
     gccnn.FAMILY,
     mmsegmentation.FAMILY,
+    mmdetection_detector.FAMILY,
     mmdetection.FAMILY,
     timm_byobnet.FAMILY,
     timm_efficientnet.FAMILY,

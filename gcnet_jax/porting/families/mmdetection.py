@@ -1,6 +1,7 @@
 """mmdetection's and the official repository's GCNet backbones: torchvision's names, and blocks.
 
-The detector's neck and heads are left. The backbone of a detector has no classifier: it is not
+Deformable convolutions are mmdetection's since version 2. Where only a backbone is wanted, the
+detector's neck and heads are left. The backbone of a detector has no classifier: it is not
 written, and newly initialised where the network here has one. Each residual block can hold one
 context block.
 """
@@ -11,13 +12,18 @@ from typing import Any
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models.resnet import ResNet
 from gcnet_jax.porting.families import mmcv_context, resnet, torchvision
-from gcnet_jax.porting.families.rules import BOOKKEEPING, Family, Rules, Shapes
+from gcnet_jax.porting.families.rules import BOOKKEEPING, Family, Rules, Shapes, under
 
 
 def rules(ours: str, theirs: str) -> Rules:
     """The table of a backbone."""
     return (
         *torchvision.rules(ours, theirs),
+        *under(
+            f'{ours}stage{{stage}}_{{block}}/',
+            f'{theirs}layer{{stage}}.{{block}}.',
+            (('conv{i}/offset', 'conv{i}.conv_offset', 'convolution'),),
+        ),
         *mmcv_context.rules(
             f'{ours}stage{{stage}}_{{block}}/context_after_conv{{i}}_0/',
             f'{theirs}layer{{stage}}.{{block}}.context_block.',
@@ -26,8 +32,13 @@ def rules(ours: str, theirs: str) -> Rules:
 
 
 def network(shapes: Shapes) -> tuple[str, dict[str, Any]]:
-    """The registered ResNet, and its `context` where the file has context blocks."""
-    return resnet.plain_network(shapes), _context_options(shapes)
+    """The registered ResNet, and its options where the file has context or deformable blocks."""
+    options = _context_options(shapes)
+    pattern = r'layer(\d+)\.\d+\.conv2\.conv_offset\.weight'
+    deformable = sorted({int(m[1]) for name in shapes if (m := re.fullmatch(pattern, name))})
+    if deformable:
+        options['deformable_stages'] = tuple(deformable)
+    return resnet.plain_network(shapes), options
 
 
 def _context_options(shapes: Shapes) -> dict[str, Any]:
@@ -75,5 +86,11 @@ FAMILY = Family(
     may_be_new=r'params/classifier/.*',
     may_be_lost=r'params/classifier/.*',
     unsupported=resnet.SE_RESNET
-    | {'offset': 'it uses deformable convolutions (DCN), which are not supported'},
+    | {
+        'conv2_offset': (
+            'its deformable convolutions are those of mmdetection 1, which read the offsets of a '
+            'file of 2019'
+        ),
+        'conv_offset': 'it has deformable convolutions: name a network with deformable_stages',
+    },
 )

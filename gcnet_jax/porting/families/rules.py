@@ -29,7 +29,8 @@ class Rule:
       ours: The module's path here, with '/' between its parts.
       theirs: Its name in the file.
       kind: What the module is, a key of `porting.names.KINDS`; it decides the arrays and layouts.
-      beside: A module that must be in the same block here for the rule to apply.
+      beside: A module that must be in the same block here for the rule to apply; with a '/' in
+        front, anywhere in the network, by its whole path.
     """
 
     ours: str
@@ -63,7 +64,8 @@ class Family:
       recognise: Patterns. A file is of this family if each of them matches one of its names.
       network: Returns the registered network that a file holds, from the names (without `prefix`)
         and shapes of its tensors, and the options that the file tells; None for a single block.
-      classifier: Pattern of the classifier's name.
+      num_classes: Returns the number of classes from the same; None counts the classifier's rows.
+      classifier: Pattern of the names of what depends on the classes.
       context: Pattern of the part of a name that stands for a context block.
       prefix: What precedes the names where the network is part of something larger.
       left: Patterns of names that do not belong to the network, and what they are.
@@ -77,6 +79,7 @@ class Family:
     rules: Callable[[str, str], Rules]
     recognise: tuple[str, ...]
     network: Callable[[Shapes], tuple[str, dict[str, Any]]] | None
+    num_classes: Callable[[Shapes], int] | None = None
     classifier: str = NOTHING
     context: str = NOTHING
     prefix: str = ''
