@@ -224,6 +224,7 @@ class ResNet(Backbone):
         self._check_deformable()
         super().__post_init__()
 
+    @nn.nowrap
     def _check_deformable(self) -> None:
         if not self.deformable_stages:
             return

@@ -159,13 +159,13 @@ def _plan(
     nameless = [path for path in nameless if path not in new]
     dropped = []
     for name, pairing in list(wanted.items()):
-        is_dropped = drop_classifier and is_classifier(name.removeprefix(prefix))
+        is_dropped = drop_classifier and family.is_classifier(name.removeprefix(prefix))
         if is_dropped or (name not in shapes and re.fullmatch(family.may_be_new, pairing.ours)):
             del wanted[name]
             new.append(pairing.ours)
             dropped += [name] if is_dropped and name in shapes else []
-    if drop_classifier and not any(map(is_classifier, (p.theirs for p in pairings))):
-        dropped += [name for name in shapes if is_classifier(name)]
+    if drop_classifier and not any(family.is_classifier(p.theirs) for p in pairings):
+        dropped += [name for name in shapes if family.is_classifier(name)]
     left = _left(family, [name for name in shapes if name not in wanted], dropped)
     known = {name for names in left.values() for name in names}
     expected = {name: _their_shape(pair, targets[pair.ours].shape) for name, pair in wanted.items()}

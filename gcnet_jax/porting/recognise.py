@@ -10,7 +10,7 @@ from gcnet_jax.context.global_context import GlobalContext
 from gcnet_jax.errors import CheckpointError, ConfigError, unknown_name
 from gcnet_jax.models.registry import list_models, model_entry
 from gcnet_jax.models.resnet import ResNet
-from gcnet_jax.porting.families import FAMILIES, LIBRARIES, is_classifier, mmcv_context
+from gcnet_jax.porting.families import FAMILIES, LIBRARIES, mmcv_context
 from gcnet_jax.porting.families.resnet import SHORTCUTS, plain_network, shortcuts
 from gcnet_jax.porting.families.rules import Family, Shapes
 
@@ -86,7 +86,7 @@ def class_count(shapes: Shapes, family: Family) -> int:
     """Returns the number of classes that a file has; 0 without a classifier."""
     if family.num_classes is not None:
         return family.num_classes(shapes)
-    classes = [shape for name, shape in shapes.items() if is_classifier(name)]
+    classes = [shape for name, shape in shapes.items() if family.is_classifier(name)]
     return classes[0][0] if classes else 0
 
 

@@ -5,6 +5,7 @@ the file, such as 'backbone.'. Tables of parts therefore add up to the table of 
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -87,3 +88,7 @@ class Family:
     may_be_new: str = NOTHING
     may_be_lost: str = NOTHING
     unsupported: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def is_classifier(self, name: str) -> bool:
+        """Whether a name, without `prefix`, is that of a tensor that depends on the classes."""
+        return re.fullmatch(rf'({self.classifier})\.(weight|bias)', name) is not None
