@@ -17,6 +17,18 @@ FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM')
 # Pixels that are copied at once from an image into an array.
 BAND_PIXELS = 4_000_000
 
+# EXIF's orientations and what undoes them.
+ORIENTATION_TAG = 0x0112
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
 RGB = UInt8[np.ndarray, 'height width 3']
 
 Image.init()  # Registers the decoders; Pillow would do it at the first call of Image.open.
@@ -98,6 +110,31 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> RGB:
     """
     with opened(data, max_pixels) as image:
         return to_array(to_rgb(image))
+
+
+def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> RGB:
+    """Decodes as `decode` does, and turns the image as its EXIF orientation says.
+
+    OpenCV does so, and mmdetection with it: boxes are in pixels of what a viewer shows.
+
+    Raises:
+      DataError: As `decode`.
+    """
+    with opened(data, max_pixels) as image:
+        pixels = to_rgb(image)
+        return to_array(upright(pixels, image))
+
+
+def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
+    """Turns decoded pixels as the EXIF orientation of the image that they come from says."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # Damaged metadata: the pixels are intact, and viewers show them as they are.
+        return pixels
+    if orientation not in ORIENTATIONS:
+        return pixels
+    with DECODING_MEMORY.hold(4 * pixels.width * pixels.height):
+        return pixels.transpose(ORIENTATIONS[orientation])
 
 
 def to_array(image: Image.Image) -> RGB:

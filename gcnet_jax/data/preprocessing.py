@@ -56,6 +56,10 @@ class Preprocessing:
                 # One way to say it, so that descriptions of the same images are equal.
                 object.__setattr__(self, name, size[0])
 
+    def with_size(self, size: Size) -> 'Preprocessing':
+        """Returns the same with other sizes of images at inference."""
+        return dataclasses.replace(self, test_size=size)
+
     @property
     def train_shape(self) -> tuple[int, int]:
         """Height and width of training images in pixels."""
@@ -100,6 +104,15 @@ class KeepRatio:
                 f'short_side is {self.short_side} and long_side {self.long_side}; '
                 'the short side cannot be the longer one'
             )
+
+    def with_size(self, size: Size) -> 'KeepRatio':
+        """Returns the same with other limits: of the short side, or of the short and the long one.
+
+        With one number the long side keeps its ratio to the short one.
+        """
+        if isinstance(size, int):
+            size = (size, round(size * self.long_side / self.short_side))
+        return dataclasses.replace(self, short_side=size[0], long_side=size[1])
 
     @property
     def test_shape(self) -> tuple[int, int]:

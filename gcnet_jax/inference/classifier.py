@@ -10,10 +10,10 @@ from jaxtyping import Float
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, unknown_name
 from gcnet_jax.inference.images import LeftOut, list_images
 from gcnet_jax.inference.stored_network import Images, StoredNetwork
-from gcnet_jax.tasks import LabelTask, find_task
+from gcnet_jax.tasks import TASKS, LabelTask, find_task
 from gcnet_jax.tasks.prediction import Prediction
 
-LOGITS, POOLED = 'logits', 'pooled'
+LOGITS = 'logits'
 
 
 class Classifier(StoredNetwork):
@@ -97,51 +97,17 @@ class Classifier(StoredNetwork):
             for path, row in rows:
                 yield path, row if isinstance(row, DataError) else self._prediction(row, top_k)
 
-    def features(
-        self, images: Any, layer: str = POOLED
-    ) -> Float[np.ndarray, '*features'] | Float[np.ndarray, 'batch *features']:
-        """Computes the features of one image or several.
-
-        Args:
-          images: As in a call.
-          layer: 'pooled' (the vector before the classifier), a feature map such as 'stage4',
-            `[height, width, channel]`, or 'logits'; `layers` lists them.
-
-        Returns:
-          Features in float32; with a batch dimension unless one image was given.
-
-        Raises:
-          DataError: An image cannot be read.
-          ConfigError: There is no such layer.
-        """
-        listed, single = list_images(images)
-        rows = self.compute_all(listed, layer)
-        if single:
-            return rows[0]
-        return np.stack(rows) if rows else np.zeros((0, *self.layers[layer]), np.float32)
-
-    def stream_features(
-        self,
-        source: Any,
-        layer: str = POOLED,
-        *,
-        num_threads: int | None = None,
-        left_out: LeftOut | None = None,
-    ) -> Iterator[tuple[Any, Float[np.ndarray, '*features'] | DataError]]:
-        """Computes the features of a folder of any size, as `stream` classifies it."""
-        return self.stream_outputs(source, layer, num_threads=num_threads, left_out=left_out)
-
     def dispatch(self, images: Images, outputs: str | Sequence[str] = LOGITS) -> Any:
         """Starts to compute outputs, the logits by default; see `StoredNetwork.dispatch`."""
         return super().dispatch(images, outputs)
 
-    @property
-    def layers(self) -> dict[str, tuple[int, ...]]:
-        """The shape of what `features` returns of one image, by the name of the layer."""
-        return self.output_shapes
-
     def _check(self, variables: Mapping[str, Any]) -> None:
         """Finds the number of classes; refuses variables and label names that do not fit."""
+        if self.description.task not in TASKS:
+            raise CheckpointError(
+                f'{self.description.name} is for {self.description.task}, not for classification: '
+                'load it with gcnet_jax.Detector'
+            )
         super()._check(variables)
         self.task = find_task(self.description.task)
         self.num_classes = self.output_shapes.get(LOGITS, (0,))[-1]

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from gcnet_jax import files
-from gcnet_jax.data import decode, preprocess
+from gcnet_jax.data import decode, keep_ratio, preprocess
 from gcnet_jax.data.image_limits import (
     DECODING_MEMORY,
     MAX_FILE_BYTES,
@@ -26,7 +26,7 @@ from gcnet_jax.data.image_limits import (
     image_file,
     image_format,
 )
-from gcnet_jax.data.preprocessing import Preprocessing
+from gcnet_jax.data.preprocessing import KeepRatio, Preprocessing
 from gcnet_jax.errors import ConfigError, DataError, one_line
 
 # Taken from a folder whatever is in them, so that damaged ones are reported. Other files are taken
@@ -158,18 +158,47 @@ def load_image(image: Any, preprocessing: Preprocessing, name: object = None) ->
     Raises:
       DataError: It cannot be read; in one line, which begins with its name.
     """
-    if isinstance(image, (str, os.PathLike)):
-        name = image
     options = (
         preprocessing.test_size,
         preprocessing.crop_fraction,
         preprocessing.interpolation,
     )
-    try:
+    with _errors_named(image, name), _encoded(image) as data:
+        if data is not None:
+            return preprocess.decode_and_crop(data, *options)
+        return preprocess.resize_and_crop(_pixels(image), *options)
+
+
+def load_keeping_ratio(
+    image: Any, preprocessing: KeepRatio, name: object = None
+) -> tuple[decode.RGB, tuple[int, int]]:
+    """Reads one image as a detector does: whole, upright, resized in its own ratio, not padded.
+
+    Args:
+      image, name: See `load_image`.
+      preprocessing: Of the network.
+
+    Returns:
+      The resized image, and height and width of the original.
+
+    Raises:
+      DataError: It cannot be read or is too elongated; in one line, which begins with its name.
+    """
+    with _errors_named(image, name):
         with _encoded(image) as data:
-            if data is not None:
-                return preprocess.decode_and_crop(data, *options)
-            return preprocess.resize_and_crop(_pixels(image), *options)
+            pixels = _pixels(image, upright=True) if data is None else decode.decode_upright(data)
+        size = keep_ratio.resized_shape(*pixels.shape[:2], preprocessing)
+        return keep_ratio.resize(pixels, size), pixels.shape[:2]
+
+
+@contextlib.contextmanager
+def _errors_named(image: Any, name: object) -> Iterator[None]:
+    """Makes a DataError that begins with an image's name of what is wrong with it."""
+    if isinstance(image, (str, os.PathLike)):
+        name = image
+    try:
+        yield
+        return
     except DataError as error:
         reason = str(error)
     except MemoryError:
@@ -199,9 +228,9 @@ def _encoded(image: Any) -> Iterator[bytes | None]:
         yield None
 
 
-def _pixels(image: Any) -> decode.RGB:
+def _pixels(image: Any, upright: bool = False) -> decode.RGB:
     if isinstance(image, Image.Image):
-        return _from_pillow(image)
+        return _from_pillow(image, upright)
     if _is_array(image):
         return _from_array(np.asarray(image))
     raise DataError(
@@ -217,17 +246,18 @@ def _refuse_folder(path: Path) -> None:
     raise DataError(f'a folder that holds no image itself (files ending in {SUFFIXES[0]}, ...)')
 
 
-def _from_pillow(image: Image.Image) -> decode.RGB:
+def _from_pillow(image: Image.Image, upright: bool) -> decode.RGB:
     check_size(*image.size)
     # Its copy (up to 4 bytes a pixel), the pixels in RGB (4), and their array (3).
     with DECODING_MEMORY.hold(11 * image.width * image.height):
         try:
-            image = image.copy()  # The conversion must not change the caller's.
+            copied = image.copy()  # The conversion must not change the caller's.
         except MemoryError:
             raise
         except Exception as error:  # Not decoded before: damage makes errors of any kind.
             raise DataError(f'damaged image: {error}') from error
-        return decode.to_array(decode.to_rgb(image))
+        pixels = decode.to_rgb(copied)
+        return decode.to_array(decode.upright(pixels, image) if upright else pixels)
 
 
 def _is_file(value: Any) -> bool:

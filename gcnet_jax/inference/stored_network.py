@@ -1,6 +1,6 @@
 """A stored network on the devices: images in, named outputs out. It knows no labels.
 
-What reads the outputs is built on it: `Classifier`.
+What reads the outputs is built on it: `Classifier` and `Detector`.
 """
 
 import contextlib
@@ -15,22 +15,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from gcnet_jax.data.on_device import normalize
 from gcnet_jax.data.sizes import Size, format_size
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, unknown_name
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
-from gcnet_jax.inference.images import LeftOut, find_images, load_ahead, load_image
+from gcnet_jax.inference.images import (
+    LeftOut,
+    find_images,
+    list_images,
+    load_ahead,
+    load_image,
+)
 from gcnet_jax.inference.quantize import WEIGHTS, dequantize_kernels, quantize_kernels
 from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
 from gcnet_jax.stored.checks import check_dtype, check_weights
 
 CHOICES = ('best', 'newest')
-# Each image size is compiled for itself, for every batch size that it is met with.
-MAX_IMAGE_SIZES = 8
+POOLED = 'pooled'
 
 Images = UInt8[np.ndarray, 'batch height width 3']
+# What the network reads of one image or of a batch: an array, or arrays by their names.
+Inputs = Any
 # One output of one image, or of several outputs a dict by their names.
 Row = Any
 
@@ -69,6 +76,9 @@ class StoredNetwork:
         `dtype` too.
       ConfigError: An option that cannot be.
     """
+
+    # Each image size is compiled for itself, for every batch size that it is met with.
+    max_image_sizes = 8
 
     def __init__(
         self,
@@ -127,8 +137,8 @@ class StoredNetwork:
           checkpoint: A workdir of train.py, one of its checkpoints, or a ported directory.
           choose: 'best' by what the run was evaluated on (the newest where none was evaluated), or
             'newest'.
-          size: Size that images get, in pixels: one number for a square, or height and width; None
-            for the network's own.
+          size: Size that images get, in pixels: one number for a square, or height and width; for a
+            detector the limits of the short and the long side. None for the network's own.
           **options: See the class.
 
         Raises:
@@ -142,7 +152,7 @@ class StoredNetwork:
         place = find_checkpoint(checkpoint, choose)
         description, variables = load_variables(place, check=False)  # The constructor does.
         if size is not None:
-            preprocessing = dataclasses.replace(description.preprocessing, test_size=size)
+            preprocessing = description.preprocessing.with_size(size)
             description = dataclasses.replace(description, preprocessing=preprocessing)
         try:
             return cls(description, variables, **options)
@@ -168,18 +178,21 @@ class StoredNetwork:
           that are used are computed.
         """
         preprocessing = self.description.preprocessing
-        images = normalize(images, preprocessing.mean, preprocessing.std)
+        return self._apply(variables, normalize(images, preprocessing.mean, preprocessing.std))
+
+    def _apply(self, variables: Mapping[str, Any], *inputs: Array) -> dict[str, Array]:
+        """Returns every output of what the module itself reads."""
         variables = dequantize_kernels(variables)
         with folded_batch_norm() if self._fold else contextlib.nullcontext():
-            outputs = self.model.apply(variables, images, train=False, method='outputs')
+            outputs = self.model.apply(variables, *inputs, train=False, method='outputs')
         return jax.tree.map(_float32, outputs)
 
-    def dispatch(self, images: Images, outputs: str | Sequence[str]) -> Any:
+    def dispatch(self, images: Inputs, outputs: str | Sequence[str]) -> Any:
         """Starts to compute outputs of images that are resized and cropped already.
 
         Args:
-          images: At most `batch_size` of them, all of one size; of up to `MAX_IMAGE_SIZES` sizes in
-            all calls.
+          images: At most `batch_size` of them, all of one size, as `load_image` makes them, with a
+            batch dimension in front; of up to `max_image_sizes` sizes in all calls.
           outputs: The name of one output, or several names.
 
         Returns:
@@ -190,14 +203,18 @@ class StoredNetwork:
           ConfigError: There are more images or more sizes, or there is no such output.
         """
         names = self._names(outputs)
-        self._check_images(images)
-        bucket = next(size for size in self.buckets if size >= len(images))
-        padding = ((0, bucket - len(images)), *((0, 0),) * 3)
-        batch = jax.device_put(np.pad(images, padding), self._by_batch)
+        count = self._check_images(images)
+        missing = next(size for size in self.buckets if size >= count) - count
+        batch = jax.device_put(
+            jax.tree.map(
+                lambda array: np.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1))), images
+            ),
+            self._by_batch,
+        )
         computed = self._compiled(names)(self.variables, batch)
         return computed[outputs] if isinstance(outputs, str) else computed
 
-    def load_image(self, image: Any, name: object = None) -> UInt8[np.ndarray, 'height width 3']:
+    def load_image(self, image: Any, name: object = None) -> Inputs:
         """Reads one image of any kind as the network takes it; see `gcnet_jax.inference.images`.
 
         Raises:
@@ -259,6 +276,51 @@ class StoredNetwork:
         self._names(outputs)
         return self._rows(find_images(source, left_out), outputs, num_threads, self.load_image)
 
+    @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """The shape of what `features` returns of one image, by the name of the layer."""
+        return self.output_shapes
+
+    def features(
+        self, images: Any, layer: str = POOLED
+    ) -> Float[np.ndarray, '*features'] | Float[np.ndarray, 'batch *features']:
+        """Computes the features of one image or several.
+
+        Args:
+          images: As in a call.
+          layer: 'pooled' (the vector before the classifier), a feature map such as 'stage4' or a
+            detector's 'p3', `[height, width, channel]`, or 'logits'; `layers` lists them.
+
+        Returns:
+          Features in float32; with a batch dimension unless one image was given.
+
+        Raises:
+          DataError: An image cannot be read.
+          ConfigError: There is no such layer, or images of different sizes give different maps.
+        """
+        listed, single = list_images(images)
+        rows = self.compute_all(listed, layer)
+        if single:
+            return rows[0]
+        shapes = {row.shape for row in rows}
+        if len(shapes) > 1:
+            raise ConfigError(
+                f'{layer} has another shape for each size of image ({len(shapes)} here): give '
+                'images one by one, or of one size'
+            )
+        return np.stack(rows) if rows else np.zeros((0, *self.layers[layer]), np.float32)
+
+    def stream_features(
+        self,
+        source: Any,
+        layer: str = POOLED,
+        *,
+        num_threads: int | None = None,
+        left_out: LeftOut | None = None,
+    ) -> Iterator[tuple[Any, Float[np.ndarray, '*features'] | DataError]]:
+        """Computes the features of a folder of any size, as `stream_outputs` does."""
+        return self.stream_outputs(source, layer, num_threads=num_threads, left_out=left_out)
+
     def _check(self, variables: Mapping[str, Any]) -> None:
         """Finds the shapes of the outputs; refuses variables that do not fit the network."""
         names: list[str] = []
@@ -289,20 +351,25 @@ class StoredNetwork:
             raise ConfigError(unknown_name(what, name, self.output_shapes))
         return tuple(sorted(names))
 
-    def _check_images(self, images: Images) -> None:
+    def _check_images(self, images: Inputs) -> int:
+        """Returns the number of images; refuses what cannot be a batch."""
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ConfigError(
                 'a batch must be uint8 [batch, height, width, 3], got '
                 f'{images.dtype} of shape {images.shape}'
             )
+        self._check_size(images)
+        return len(images)
+
+    def _check_size(self, images: Images) -> None:
         if len(images) > self.batch_size:
             raise ConfigError(f'at most batch_size={self.batch_size} images, got {len(images)}')
         size = images.shape[1:3]
-        if size not in self._image_sizes and len(self._image_sizes) == MAX_IMAGE_SIZES:
+        if size not in self._image_sizes and len(self._image_sizes) == self.max_image_sizes:
             known = ', '.join(map(format_size, sorted(self._image_sizes)))
             raise ConfigError(
                 f'images of {format_size(size)} pixels: a network is compiled for at most '
-                f'{MAX_IMAGE_SIZES} sizes, and this one was for {known}: resize to one of these'
+                f'{self.max_image_sizes} sizes, and this one was for {known}: resize to one of these'
             )
         self._image_sizes.add(size)
 
@@ -353,12 +420,21 @@ class StoredNetwork:
         Returns:
           For each size the positions of its images, and their outputs.
         """
-        by_size: dict[tuple[int, ...], list[int]] = {}
+        by_size: dict[tuple, list[int]] = {}
         for position, (_, image) in enumerate(entries):
             if not isinstance(image, DataError):
-                by_size.setdefault(image.shape, []).append(position)
+                shapes = tuple(leaf.shape for leaf in jax.tree.leaves(image))
+                by_size.setdefault(shapes, []).append(position)
         return [
-            (positions, self.dispatch(np.stack([entries[i][1] for i in positions]), outputs))
+            (
+                positions,
+                self.dispatch(
+                    jax.tree.map(
+                        lambda *leaves: np.stack(leaves), *(entries[i][1] for i in positions)
+                    ),
+                    outputs,
+                ),
+            )
             for positions in by_size.values()
         ]
 
