@@ -1,7 +1,7 @@
 """What a detector says about one image: objects with their boxes, scores, labels and masks."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,11 @@ class Instances:
         keep = self.scores >= threshold
         if classes is not None:
             keep &= np.array([label in classes for label in self.labels], bool)
-        kept = np.flatnonzero(keep)
+        return self.take(np.flatnonzero(keep).tolist())
+
+    def take(self, kept: Sequence[int]) -> 'Instances':
+        """Returns some of the objects, by their places in falling order of scores."""
+        kept = np.array(kept, int)
         return dataclasses.replace(
             self,
             boxes=self.boxes[kept],
