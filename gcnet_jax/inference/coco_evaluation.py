@@ -344,7 +344,7 @@ def draw_precision(evaluation: CocoEvaluation) -> Any:
             panel.plot(recalls, curve, color=color, label=f'{name}: {area}', linewidth=1.8)
         panel.set(xlabel='recall', xlim=(0, 1), ylim=(0, 1.02), title=kind)
         panel.grid(alpha=0.3)
-        panel.legend(loc='lower left', title='average precision', framealpha=0.9)
+        panel.legend(title='average precision', framealpha=0.9)
     panels[0].set_ylabel('precision, mean over classes')
     figure.suptitle(
         f'{one_line(evaluation.data, 60)} {one_line(evaluation.split, 30)}: '
