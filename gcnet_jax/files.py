@@ -174,13 +174,16 @@ def read_json(
     path: str | os.PathLike, error: type[UserError], max_bytes: int = MAX_JSON_BYTES
 ) -> Any:
     """Reads a JSON file; see `read_bytes`. What is in it is for the caller to check."""
+    return parse_json(read_text(path, max_bytes, error), path, error)
+
+
+def parse_json(text: str, path: str | os.PathLike, error: type[UserError]) -> Any:
+    """Parses the text of a JSON file; `path` is for errors."""
     try:
-        return json.loads(read_text(path, max_bytes, error))
+        return json.loads(text)
     except RecursionError as problem:
         raise error(f'{one_line(path)} is damaged JSON: it is nested too deeply') from problem
     except ValueError as problem:
-        if isinstance(problem, UserError):
-            raise
         raise error(f'{one_line(path)} is damaged JSON: {reason(problem)}') from problem
 
 

@@ -1,0 +1,376 @@
+"""How good a detector is on a set in COCO's format: average precision and recall by pycocotools."""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from gcnet_jax.data.coco import CocoSet
+from gcnet_jax.errors import ConfigError, DataError, one_line
+from gcnet_jax.files import as_path, reason, write_whole
+from gcnet_jax.inference.average_precision import CURVES, METRICS, average_precision
+from gcnet_jax.tasks.instances import Instances
+
+REPORT_FILE = 'evaluation.json'
+PICTURE_FILE = 'precision_recall.png'
+# Classes that are listed as text, and names in a note.
+MAX_LISTED = 20
+MAX_NAMED = 5
+COLORS = ('tab:blue', 'tab:orange', 'black')
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassResult:
+    """How well one class is found.
+
+    Attributes:
+      label: Its name.
+      objects: Number of its objects, without crowds.
+      metrics: 'AP' and 'AP50' by kind, 'box' or 'mask'; NaN for a class without objects.
+    """
+
+    label: str
+    objects: int
+    metrics: Mapping[str, Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CocoEvaluation:
+    """The result of `evaluate_instances`.
+
+    Attributes:
+      data, split: What was evaluated on.
+      examples: Images that counted.
+      skipped: Images of the set that did not: missing, or without a result.
+      objects: Annotated objects that counted, without crowds.
+      detections: Instances that counted.
+      metrics: By kind, 'box' and 'mask', then by the names in `METRICS`, from 0 to 1; NaN where
+        there is nothing to find, such as no small object. Small is an area below 32 x 32 pixels,
+        large one from 96 x 96 on. AP is the mean over classes and over ten overlaps, 0.50 to 0.95.
+      classes: The classes that counted, in the order of the annotations.
+      precision: By kind, the mean over classes of the precision at recalls from 0 to 1 in steps of
+        a hundredth, for each of `CURVES`.
+      notes: What the figures leave out, and what is unusual about the set; a line each.
+    """
+
+    data: str
+    split: str
+    examples: int
+    skipped: int
+    objects: int
+    detections: int
+    metrics: Mapping[str, Mapping[str, float]]
+    classes: tuple[ClassResult, ...]
+    precision: Mapping[str, Float[np.ndarray, 'curves recalls']]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything as plain values, with None in place of NaN."""
+        return {
+            'data': self.data,
+            'split': self.split,
+            'examples': self.examples,
+            'skipped': self.skipped,
+            'objects': self.objects,
+            'detections': self.detections,
+            **{kind: _plain(metrics) for kind, metrics in self.metrics.items()},
+            'classes': [
+                {'label': result.label, 'objects': result.objects}
+                | {kind: _plain(metrics) for kind, metrics in result.metrics.items()}
+                for result in self.classes
+            ],
+            'precision': {
+                kind: dict(zip(CURVES, curves.tolist(), strict=True))
+                for kind, curves in self.precision.items()
+                if not np.isnan(curves).any()
+            },
+            'notes': list(self.notes),
+        }
+
+
+class CocoEvaluator:
+    """Collects a detector's instances image by image, and evaluates them at the end.
+
+    Of each instance it keeps box, score and run lengths, some hundred bytes.
+
+    Categories and labels are paired by their names, and only those on both sides count, as in
+    mmdetection: objects of a category that the detector has no label for are left out, and so are
+    instances of a label that is no category. The result notes both. Only images that were added
+    count: leave out those that cannot be read.
+    """
+
+    def __init__(self, data: CocoSet, label_names: Sequence[str]):
+        """Prepares an evaluation.
+
+        Args:
+          data: The images and their annotations.
+          label_names: The detector's labels, by class.
+
+        Raises:
+          ConfigError: The detector's labels have no names.
+          DataError: None of them is a category of the set.
+        """
+        if not label_names:
+            raise ConfigError(
+                'the detector has no label names, and categories are told apart by their names; '
+                'port it with its labels'
+            )
+        self.data = data
+        self.label_names = tuple(label_names)
+        self._category_of = {
+            self.label_names.index(name): number
+            for number, name in data.categories.items()
+            if name in self.label_names
+        }
+        if not self._category_of:
+            raise DataError(
+                f'no category of {one_line(data.file)} is a label of the detector: the categories '
+                f'are {_listed(data.categories.values())}, and the labels {_listed(label_names)}'
+            )
+        self._sizes = {image.id: image.size for image in data.images}
+        # Masks count where every object has one.
+        self._has_masks = all('segmentation' in item for item in self._objects())
+        self._sizes_added: dict[int, tuple[int, int]] = {}
+        self._results: list[dict[str, Any]] = []
+
+    def add(self, image_id: int, instances: Instances) -> None:
+        """Adds the instances of one image, which may be none.
+
+        Raises:
+          DataError: The set has no such image, it was added before, or it is not of the size that
+            the annotations say.
+        """
+        if image_id not in self._sizes:
+            raise DataError(f'{one_line(self.data.file)} has no image {image_id}')
+        if image_id in self._sizes_added:
+            raise DataError(f'image {image_id} was evaluated before')
+        if tuple(instances.size) != self._sizes[image_id]:
+            theirs = ' x '.join(map(str, self._sizes[image_id]))
+            raise DataError(
+                f'image {image_id} is {" x ".join(map(str, instances.size))} pixels high and wide, '
+                f'and {theirs} by {one_line(self.data.file)}'
+            )
+        self._sizes_added[image_id] = self._sizes[image_id]
+        self._has_masks &= instances.has_masks
+        kept = [
+            index for index, label in enumerate(instances.classes) if label in self._category_of
+        ]
+        instances = instances.take(kept)
+        masks = instances.rle() if self._has_masks else [None] * len(instances)
+        for label, score, box, mask in zip(
+            instances.classes, instances.scores, instances.boxes.tolist(), masks, strict=True
+        ):
+            left, top, right, bottom = box
+            self._results.append(
+                {
+                    'image_id': image_id,
+                    'category_id': self._category_of[int(label)],
+                    'score': float(score),
+                    'bbox': [left, top, right - left, bottom - top],
+                    'segmentation': mask,
+                }
+            )
+
+    def results(self) -> list[dict[str, Any]]:
+        """Returns what was added as COCO's results, such as its evaluation server takes as JSON."""
+        return [
+            {key: value for key, value in result.items() if value is not None}
+            for result in self._results
+        ]
+
+    def evaluation(self) -> CocoEvaluation:
+        """Evaluates what was added so far.
+
+        Raises:
+          DataError: No image was added.
+        """
+        if not self._sizes_added:
+            raise DataError(f'no image of {one_line(self.data.name)} was evaluated')
+        categories = sorted(self._category_of.values())
+        objects = [item for item in self._objects() if item['image_id'] in self._sizes_added]
+        counts = collections.Counter(item['category_id'] for item in objects if not item['iscrowd'])
+        found = {
+            kind: average_precision(kind, self._sizes_added, categories, objects, self._results)
+            for kind in (('box', 'mask') if self._has_masks else ('box',))
+        }
+        images = len(self.data.images) + len(self.data.missing)
+        return CocoEvaluation(
+            data=self.data.name,
+            split=self.data.split,
+            examples=len(self._sizes_added),
+            skipped=images - len(self._sizes_added),
+            objects=sum(counts.values()),
+            detections=len(self._results),
+            metrics={kind: result.metrics for kind, result in found.items()},
+            classes=tuple(
+                ClassResult(
+                    name,
+                    counts[number],
+                    {kind: result.by_category[number] for kind, result in found.items()},
+                )
+                for number, name in self.data.categories.items()
+                if number in categories
+            ),
+            precision={kind: result.precision for kind, result in found.items()},
+            notes=(*self._notes(), *self.data.notes),
+        )
+
+    def _objects(self) -> list[dict[str, Any]]:
+        """Returns the annotations of the categories that count."""
+        counted = set(self._category_of.values())
+        return [item for item in self.data.objects if item['category_id'] in counted]
+
+    def _notes(self) -> list[str]:
+        """Returns what the figures leave out."""
+        notes = []
+        unknown = [name for name in self.data.categories.values() if name not in self.label_names]
+        if unknown:
+            objects = len(self.data.objects) - len(self._objects())
+            notes.append(
+                f'left out: {_count(unknown, "category", "categories")} that the detector does not '
+                f'know, with {objects:,} objects: {_listed(unknown)}'
+            )
+        absent = [name for name in self.label_names if name not in self.data.categories.values()]
+        if absent:
+            notes.append(
+                f'left out: {_count(absent, "label", "labels")} of the detector that the set has '
+                f'no category for: {_listed(absent)}'
+            )
+        bare = sum('segmentation' not in item for item in self._objects())
+        if bare:
+            notes.append(f'masks are not evaluated: {bare:,} objects have no segmentation')
+        elif not self._has_masks:
+            notes.append('masks are not evaluated: the detector gives none')
+        return notes
+
+
+def evaluate_instances(
+    data: CocoSet, label_names: Sequence[str], predictions: Iterable[tuple[int, Instances]]
+) -> CocoEvaluation:
+    """Evaluates a detector's instances, given image by image; see `CocoEvaluator`.
+
+    Args:
+      data: The images and their annotations.
+      label_names: The detector's labels, by class.
+      predictions: Id of an image, and what the detector says about it.
+
+    Raises:
+      ConfigError, DataError: See `CocoEvaluator`.
+    """
+    evaluator = CocoEvaluator(data, label_names)
+    for image_id, instances in predictions:
+        evaluator.add(image_id, instances)
+    return evaluator.evaluation()
+
+
+def format_coco_evaluation(evaluation: CocoEvaluation) -> str:
+    """Lays a result out as text: the figures, and the classes from the worst to the best."""
+    skipped = f' ({evaluation.skipped:,} left out)' if evaluation.skipped else ''
+    lines = [
+        f'{evaluation.data} {evaluation.split}: {evaluation.examples:,} images{skipped}, '
+        f'{evaluation.objects:,} objects, {evaluation.detections:,} detections',
+        _row('', 9, evaluation.metrics),
+        *(
+            _row(name, 9, [_percent(metrics[name]) for metrics in evaluation.metrics.values()])
+            for name in METRICS
+        ),
+        '',
+    ]
+    results = [result for result in evaluation.classes if result.objects]
+    # By masks, where there are any.
+    results.sort(key=lambda result: [*result.metrics.values()][-1]['AP'])
+    listed = results[:MAX_LISTED]
+    width = max((len(one_line(result.label, 60)) for result in listed), default=0)
+    if listed:
+        lines.append(_row('AP', width, evaluation.metrics) + ' of objects')
+    for result in listed:
+        figures = [_percent(metrics['AP']) for metrics in result.metrics.values()]
+        label = one_line(result.label, 60)
+        lines.append(f'{_row(label, width, figures)} of {result.objects:,}')
+    if len(results) > MAX_LISTED:
+        lines.append(f'  ... and {len(results) - MAX_LISTED} classes better than these')
+    lines += [f'note: {note}' for note in evaluation.notes]
+    return '\n'.join(lines)
+
+
+def write_coco_evaluation(evaluation: CocoEvaluation, directory: str | os.PathLike) -> list[Path]:
+    """Writes `evaluation.json`, and `precision_recall.png` where any object was annotated.
+
+    Args:
+      evaluation: The result.
+      directory: Made if it does not exist; files of these names are replaced.
+
+    Returns:
+      The files, each of which is complete.
+
+    Raises:
+      DataError: It cannot be written.
+    """
+    directory = as_path(directory, '--out')
+    files = [directory / REPORT_FILE]
+    figure = draw_precision(evaluation) if evaluation.objects else None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f'cannot write into {one_line(directory)}: {reason(error)}') from error
+    with write_whole(files[0], DataError) as aside:
+        aside.write_text(json.dumps(evaluation.to_json(), indent=1) + '\n')
+    if figure is not None:
+        files.append(directory / PICTURE_FILE)
+        with write_whole(files[1], DataError) as aside:
+            figure.savefig(aside, format='png', dpi=120)
+    return files
+
+
+def draw_precision(evaluation: CocoEvaluation) -> Any:
+    """Draws precision over recall, a panel for boxes and one for masks, as a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    kinds = list(evaluation.precision)
+    figure = Figure(figsize=(4.6 * len(kinds) + 0.4, 4.8), layout='constrained')
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for panel, kind in zip(panels, kinds, strict=True):
+        curves = evaluation.precision[kind]
+        recalls = np.linspace(0, 1, curves.shape[1])
+        for name, curve, color in zip(CURVES, curves, COLORS, strict=True):
+            area = f'{curve.mean():.1%}'
+            panel.plot(recalls, curve, color=color, label=f'{name}: {area}', linewidth=1.8)
+        panel.set(xlabel='recall', xlim=(0, 1), ylim=(0, 1.02), title=kind)
+        panel.grid(alpha=0.3)
+        panel.legend(title='average precision', framealpha=0.9)
+    panels[0].set_ylabel('precision, mean over classes')
+    figure.suptitle(
+        f'{one_line(evaluation.data, 60)} {one_line(evaluation.split, 30)}: '
+        f'{evaluation.examples:,} images, {evaluation.objects:,} objects',
+        parse_math=False,
+    )
+    return figure
+
+
+def _row(name: str, width: int, figures: Iterable[str]) -> str:
+    return f'  {name:<{width}}' + ''.join(f'  {figure:>8}' for figure in figures)
+
+
+def _percent(value: float) -> str:
+    return '-' if math.isnan(value) else f'{value:.2%}'
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in metrics.items()}
+
+
+def _count(names: Sequence[str], one: str, many: str) -> str:
+    return f'{len(names):,} {one if len(names) == 1 else many}'
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f' and {len(names) - MAX_NAMED} more' if len(names) > MAX_NAMED else ''
+    return ', '.join(repr(one_line(name, 60)) for name in names[:MAX_NAMED]) + more
