@@ -1,10 +1,10 @@
 """A detector from a checkpoint: images in, objects with boxes, labels and masks out."""
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -14,12 +14,13 @@ from gcnet_jax.data.on_device import normalize
 from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.data.sizes import Size, format_size, height_and_width
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, one_line, unknown_name
+from gcnet_jax.inference.batches import Inputs
 from gcnet_jax.inference.images import LeftOut, list_images, load_keeping_ratio
-from gcnet_jax.inference.stored_network import Inputs, StoredNetwork
+from gcnet_jax.inference.stored_network import StoredNetwork
 from gcnet_jax.tasks.instances import Instances
 
 # What makes the Instances of an image.
-DETECTIONS = ('boxes', 'scores', 'labels', 'valid', 'masks', 'original_size')
+DETECTIONS = ('boxes', 'scores', 'labels', 'valid', 'masks', 'original_size', 'finite')
 # Below it the network itself drops what it finds.
 LOWEST_SCORE = 0.05
 
@@ -155,19 +156,23 @@ class Detector(StoredNetwork):
           inputs: As `load_image` makes them, with a batch dimension in front.
 
         Returns:
-          The outputs of `MaskRCNN.outputs`, with 'boxes' in pixels of the original image, and
-          'original_size'.
+          The outputs of `MaskRCNN.outputs`, with 'boxes' in pixels of the original image;
+          'original_size'; and 'finite', whether all of the pyramid is.
         """
-        preprocessing, images, size = self.description.preprocessing, inputs['image'], inputs['size']
-        images = normalize(images, preprocessing.mean, preprocessing.std)
+        preprocessing, size = self.description.preprocessing, inputs['size']
+        images = normalize(inputs['image'], preprocessing.mean, preprocessing.std)
         # The padding is zero after the normalisation, not before.
-        rows, columns = (jnp.arange(length) < size[:, axis, None] for axis, length in enumerate(images.shape[1:3]))
-        inside = rows[:, :, None] & columns[:, None, :]
-        outputs = self._apply(variables, jnp.where(inside[..., None], images, 0), size)
+        rows = jnp.arange(images.shape[1]) < size[:, :1]
+        columns = jnp.arange(images.shape[2]) < size[:, 1:]
+        inside = rows[:, :, None, None] & columns[:, None, :, None]
+        outputs = self._apply(variables, jnp.where(inside, images, 0), size)
+        pyramid = (value for name, value in outputs.items() if re.fullmatch(r'p\d', name))
+        finite = jnp.stack([jnp.isfinite(values).all(axis=(1, 2, 3)) for values in pyramid])
         scale = jnp.tile(inputs['scale'], 2)[:, None]
         return {
             **outputs,
             'boxes': outputs['boxes'] / scale,
+            'finite': finite.all(axis=0),
             'original_size': inputs['original_size'],
         }
 
@@ -181,7 +186,7 @@ class Detector(StoredNetwork):
         names, classes = len(self.description.label_names), self.model.num_classes
         if names not in (0, classes):
             raise CheckpointError(f'it has {names} label names and {classes} classes')
-        self.output_shapes['original_size'] = (2,)
+        self.output_shapes |= {'original_size': (2,), 'finite': ()}
 
     def _check_images(self, images: Inputs) -> int:
         super()._check_images(images['image'])
@@ -223,12 +228,12 @@ class Detector(StoredNetwork):
     def _instances(
         self, row: Mapping[str, np.ndarray], threshold: float, classes: Collection[str] | None
     ) -> Instances:
-        found = np.flatnonzero(row['valid'])
-        if not (np.isfinite(row['boxes']).all() and np.isfinite(row['scores']).all()):
+        if not row['finite']:
             raise CheckpointError(
-                'the network gives boxes that are not finite: its training went wrong, or its dtype '
-                'is too small for it; choose another checkpoint, or dtype float32'
+                'the network gives features that are not finite: its training went wrong, or its '
+                'dtype is too small for it; choose another checkpoint, or dtype float32'
             )
+        found = np.flatnonzero(row['valid'])
         labels = row['labels'][found]
         names = self.label_names
         height, width = map(int, row['original_size'])

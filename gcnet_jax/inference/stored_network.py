@@ -6,7 +6,6 @@ What reads the outputs is built on it: `Classifier` and `Detector`.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -20,12 +19,12 @@ from jaxtyping import Array, Float, UInt8
 from gcnet_jax.data.on_device import normalize
 from gcnet_jax.data.sizes import Size, format_size
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, unknown_name
+from gcnet_jax.inference.batches import Inputs, Row, batch_buckets, pad_batch, stream_rows
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
 from gcnet_jax.inference.images import (
     LeftOut,
     find_images,
     list_images,
-    load_ahead,
     load_image,
 )
 from gcnet_jax.inference.quantize import WEIGHTS, dequantize_kernels, quantize_kernels
@@ -36,10 +35,6 @@ CHOICES = ('best', 'newest')
 POOLED = 'pooled'
 
 Images = UInt8[np.ndarray, 'batch height width 3']
-# What the network reads of one image or of a batch: an array, or arrays by their names.
-Inputs = Any
-# One output of one image, or of several outputs a dict by their names.
-Row = Any
 
 
 class StoredNetwork:
@@ -204,13 +199,8 @@ class StoredNetwork:
         """
         names = self._names(outputs)
         count = self._check_images(images)
-        missing = next(size for size in self.buckets if size >= count) - count
-        batch = jax.device_put(
-            jax.tree.map(
-                lambda array: np.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1))), images
-            ),
-            self._by_batch,
-        )
+        bucket = next(size for size in self.buckets if size >= count)
+        batch = jax.device_put(pad_batch(images, bucket), self._by_batch)
         computed = self._compiled(names)(self.variables, batch)
         return computed[outputs] if isinstance(outputs, str) else computed
 
@@ -369,7 +359,7 @@ class StoredNetwork:
             known = ', '.join(map(format_size, sorted(self._image_sizes)))
             raise ConfigError(
                 f'images of {format_size(size)} pixels: a network is compiled for at most '
-                f'{self.max_image_sizes} sizes, and this one was for {known}: resize to one of these'
+                f'{self.max_image_sizes} sizes, and this one was for {known}: resize to these'
             )
         self._image_sizes.add(size)
 
@@ -391,77 +381,13 @@ class StoredNetwork:
         items: Iterable[Any],
         outputs: str | Sequence[str],
         num_threads: int | None,
-        load: Callable[[Any], Any],
+        load: Callable[[Any], Inputs],
     ) -> Iterator[tuple[Any, Row | DataError]]:
-        """Yields every item with its row of the outputs; one batch is computed ahead."""
+        def dispatch(batch: Inputs) -> Any:
+            return self.dispatch(batch, outputs)
 
-        def load_or_say(item: Any) -> Any:
-            try:
-                return load(item)
-            except DataError as error:
-                return error
-
-        ahead = 2 * self.batch_size
-        with contextlib.closing(load_ahead(load_or_say, items, num_threads, ahead)) as loaded:
-            pending = None
-            while entries := list(itertools.islice(loaded, self.batch_size)):
-                started = entries, self._start(entries, outputs)
-                if pending is not None:
-                    yield from _fetch(*pending)
-                pending = started
-            if pending is not None:
-                yield from _fetch(*pending)
-
-    def _start(
-        self, entries: Sequence[tuple[Any, Any]], outputs: str | Sequence[str]
-    ) -> list[tuple[list[int], Any]]:
-        """Dispatches the images among the entries, those of each size together.
-
-        Returns:
-          For each size the positions of its images, and their outputs.
-        """
-        by_size: dict[tuple, list[int]] = {}
-        for position, (_, image) in enumerate(entries):
-            if not isinstance(image, DataError):
-                shapes = tuple(leaf.shape for leaf in jax.tree.leaves(image))
-                by_size.setdefault(shapes, []).append(position)
-        return [
-            (
-                positions,
-                self.dispatch(
-                    jax.tree.map(
-                        lambda *leaves: np.stack(leaves), *(entries[i][1] for i in positions)
-                    ),
-                    outputs,
-                ),
-            )
-            for positions in by_size.values()
-        ]
-
-
-def batch_buckets(batch_size: int, device_count: int) -> tuple[int, ...]:
-    """Returns the batch sizes that are compiled: powers of two times the devices, and the largest.
-
-    Args:
-      batch_size: Most images at once; rounded up to a multiple of the devices.
-      device_count: Number of parts that a batch is split into.
-    """
-    largest = -(-batch_size // device_count)
-    sizes = [2**power for power in range(largest.bit_length()) if 2**power < largest]
-    return tuple(size * device_count for size in (*sizes, largest))
+        return stream_rows(items, load, dispatch, self.batch_size, num_threads)
 
 
 def _float32(values: Array) -> Array:
     return values.astype(jnp.float32) if jnp.issubdtype(values.dtype, jnp.floating) else values
-
-
-def _fetch(
-    entries: Sequence[tuple[Any, Any]], started: Sequence[tuple[list[int], Any]]
-) -> Iterator[tuple[Any, Row | DataError]]:
-    """Yields the entries with a row of the outputs in the place of each image."""
-    results = [result for _, result in entries]
-    for positions, outputs in started:
-        arrays = jax.tree.map(np.asarray, outputs)
-        for row, position in enumerate(positions):
-            results[position] = jax.tree.map(lambda array, row=row: array[row], arrays)
-    yield from zip((item for item, _ in entries), results, strict=True)

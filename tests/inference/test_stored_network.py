@@ -10,7 +10,8 @@ import pytest
 
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError
 from gcnet_jax.inference import stored_network
-from gcnet_jax.inference.stored_network import MAX_IMAGE_SIZES, StoredNetwork, batch_buckets
+from gcnet_jax.inference.batches import batch_buckets
+from gcnet_jax.inference.stored_network import StoredNetwork
 from gcnet_jax.stored import ModelDescription
 
 
@@ -186,9 +187,9 @@ def test_every_image_size_is_compiled_once_and_they_are_limited(stored, monkeypa
     shapes = count_traces(monkeypatch)
     network = StoredNetwork.load(stored.directory, batch_size=2, devices=stored.one_device)
     for _ in range(2):
-        for height in range(5, 5 + MAX_IMAGE_SIZES):
+        for height in range(5, 5 + StoredNetwork.max_image_sizes):
             assert network.dispatch(blank(1, height, 9), 'stage1').shape == (1, height, 9, 8)
-    assert len(shapes) == MAX_IMAGE_SIZES
+    assert len(shapes) == StoredNetwork.max_image_sizes
     with pytest.raises(ConfigError, match=r'images of 9x5 pixels: .* at most 8 sizes, .* 5x9, 6x9'):
         network.dispatch(blank(1, 9, 5), 'stage1')
     network.dispatch(blank(2, 5, 9), 'stage1')  # Another batch size of a known one.
