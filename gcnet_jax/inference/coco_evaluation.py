@@ -159,8 +159,9 @@ class CocoEvaluator:
                 f'and {theirs} by {one_line(self.data.file)}'
             )
         self._added[image_id] = self._sizes[image_id]
-        if len(instances):
-            self._has_masks &= instances.has_masks
+        if not len(instances):
+            return
+        self._has_masks &= instances.has_masks
         kept = [
             index for index, label in enumerate(instances.classes) if label in self._category_of
         ]
