@@ -162,7 +162,7 @@ def test_it_is_cocoeval_on_files(kind, tmp_path, capsys):
     images = [{'id': number, 'height': h, 'width': w} for number, (h, w) in IMAGES.items()]
     categories = [{'id': number, 'name': str(number)} for number in (9, 5, 7)]
     (tmp_path / 'truth.json').write_text(
-        json.dumps({'images': images, 'annotations': objects, 'categories': categories})
+        json.dumps({'info': {}, 'images': images, 'annotations': objects, 'categories': categories})
     )
     # As mmdetection writes them: results for masks have no boxes, which give other areas.
     unused = 'segmentation' if kind == 'box' else 'bbox'
