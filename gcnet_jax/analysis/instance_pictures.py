@@ -222,8 +222,10 @@ def _free_place(
         (right - width, top),
         (left, bottom - height),  # inside at its bottom,
         (right - width, bottom - height),
-        (right, top),  # and beside it.
+        (right, top),  # beside it,
         (left - width, top),
+        (left, top - 2 * height),  # and farther above or below.
+        (left, bottom + height),
     ):
         x = max(0, min(x, size[0] - 1 - width))
         y = max(0, min(y, size[1] - 1 - height))

@@ -19,7 +19,7 @@ from gcnet_jax.files import as_path, parse_json, read_text
 MAX_ANNOTATION_BYTES = 500_000_000
 MAX_PARSED_BYTES = 4_000_000_000
 # What Python takes for one value of JSON, by the character that it cannot do without.
-PARSED_BYTES = {'{': 240, '[': 64, ',': 32, '"': 30}
+PARSED_BYTES = {'{': 240, '[': 100, ',': 32, '"': 30}
 FILE_PATTERN = re.compile(r'instances_(.+)\.json')
 PLAIN_FILE = 'instances.json'
 FOLDERS = ('annotations', '')

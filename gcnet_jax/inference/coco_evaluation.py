@@ -52,8 +52,9 @@ class CocoEvaluation:
       objects: Annotated objects that counted, without crowds.
       detections: Instances that counted.
       metrics: By kind, 'box' and 'mask', then by the names in `METRICS`, from 0 to 1; NaN where
-        there is nothing to find, such as no small object. Small is an area below 32 x 32 pixels,
-        large one from 96 x 96 on. AP is the mean over classes and over ten overlaps, 0.50 to 0.95.
+        there is nothing to find, such as no small object. Small is an area of up to 32 x 32 pixels,
+        large one of 96 x 96 or more. AP is the mean over classes and over ten overlaps, from 0.50
+        to 0.95.
       classes: The classes that counted, in the order of the annotations.
       precision: By kind, the mean over classes of the precision at recalls from 0 to 1 in steps of
         a hundredth, for each of `CURVES`.
@@ -137,7 +138,7 @@ class CocoEvaluator:
         self._sizes = {image.id: image.size for image in data.images}
         # Masks count where every object has one.
         self._has_masks = all('segmentation' in item for item in self._objects())
-        self._sizes_added: dict[int, tuple[int, int]] = {}
+        self._added: dict[int, tuple[int, int]] = {}
         self._results: list[dict[str, Any]] = []
 
     def add(self, image_id: int, instances: Instances) -> None:
@@ -149,7 +150,7 @@ class CocoEvaluator:
         """
         if image_id not in self._sizes:
             raise DataError(f'{one_line(self.data.file)} has no image {image_id}')
-        if image_id in self._sizes_added:
+        if image_id in self._added:
             raise DataError(f'image {image_id} was evaluated before')
         if tuple(instances.size) != self._sizes[image_id]:
             theirs = ' x '.join(map(str, self._sizes[image_id]))
@@ -157,7 +158,9 @@ class CocoEvaluator:
                 f'image {image_id} is {" x ".join(map(str, instances.size))} pixels high and wide, '
                 f'and {theirs} by {one_line(self.data.file)}'
             )
-        self._sizes_added[image_id] = self._sizes[image_id]
+        self._added[image_id] = self._sizes[image_id]
+        if not len(instances):
+            return
         self._has_masks &= instances.has_masks
         kept = [
             index for index, label in enumerate(instances.classes) if label in self._category_of
@@ -191,21 +194,21 @@ class CocoEvaluator:
         Raises:
           DataError: No image was added.
         """
-        if not self._sizes_added:
+        if not self._added:
             raise DataError(f'no image of {one_line(self.data.name)} was evaluated')
         categories = sorted(self._category_of.values())
-        objects = [item for item in self._objects() if item['image_id'] in self._sizes_added]
+        objects = [item for item in self._objects() if item['image_id'] in self._added]
         counts = collections.Counter(item['category_id'] for item in objects if not item['iscrowd'])
         found = {
-            kind: average_precision(kind, self._sizes_added, categories, objects, self._results)
+            kind: average_precision(kind, self._added, categories, objects, self._results)
             for kind in (('box', 'mask') if self._has_masks else ('box',))
         }
         images = len(self.data.images) + len(self.data.missing)
         return CocoEvaluation(
             data=self.data.name,
             split=self.data.split,
-            examples=len(self._sizes_added),
-            skipped=images - len(self._sizes_added),
+            examples=len(self._added),
+            skipped=images - len(self._added),
             objects=sum(counts.values()),
             detections=len(self._results),
             metrics={kind: result.metrics for kind, result in found.items()},
