@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         insert,
     )
     from gcnet_jax.inference.classifier import Classifier
+    from gcnet_jax.inference.detector import Detector
     from gcnet_jax.models import create_model, list_models
     from gcnet_jax.porting import load_pretrained, load_torch
 
@@ -19,6 +20,7 @@ __version__ = '0.1.0'
 
 __all__ = [
     'Classifier',
+    'Detector',
     'GlobalContext',
     'NonLocal',
     'SimplifiedNonLocal',
@@ -38,6 +40,8 @@ def __getattr__(name: str) -> Any:
     place = 'gcnet_jax.context'
     if name == 'Classifier':
         place = 'gcnet_jax.inference.classifier'
+    elif name == 'Detector':
+        place = 'gcnet_jax.inference.detector'
     elif name in ('create_model', 'list_models'):
         place = 'gcnet_jax.models'
     elif name in ('load_pretrained', 'load_torch'):

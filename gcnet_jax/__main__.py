@@ -15,7 +15,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gcnet_jax import __version__
-from gcnet_jax.commands import conversion, curves, images, networks, plan, prepare, train
+from gcnet_jax.commands import (
+    attention,
+    conversion,
+    curves,
+    evaluate,
+    features,
+    networks,
+    plan,
+    predict,
+    prepare,
+    train,
+)
 from gcnet_jax.commands.common import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED
 from gcnet_jax.errors import UserError, make_output_safe, one_line, print_error
 
@@ -26,10 +37,10 @@ COMMANDS = (
     prepare.add_prepare,
     train.add_train,
     conversion.add_port,
-    images.add_predict,
-    images.add_evaluate,
-    images.add_features,
-    images.add_attention,
+    predict.add_predict,
+    evaluate.add_evaluate,
+    features.add_features,
+    attention.add_attention,
     curves.add_curves,
     plan.add_plan,
     conversion.add_export,

@@ -210,6 +210,33 @@ def write_whole(path: str | os.PathLike, error: type[UserError]) -> Iterator[Pat
             partial.unlink(missing_ok=True)
 
 
+def make_directory(place: str | os.PathLike, what: str) -> Path:
+    """Makes a directory if need be, and returns its path.
+
+    Args:
+      place: The directory.
+      what: The flag that named it, for errors.
+
+    Raises:
+      UserError: It cannot be made.
+    """
+    path = as_path(place, what)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot make the directory {one_line(path)}: {reason(error)}') from error
+    return path
+
+
+def unique_name(name: str, taken: set[str]) -> str:
+    """Returns a name that is not among those taken, and takes it: 'a', then 'a_2', 'a_3', ..."""
+    found, number = name, 2
+    while found in taken:
+        found, number = f'{name}_{number}', number + 1
+    taken.add(found)
+    return found
+
+
 def reason(problem: BaseException) -> str:
     """Returns why something failed, in a few words on one line."""
     text = getattr(problem, 'strerror', None) or str(problem) or type(problem).__name__

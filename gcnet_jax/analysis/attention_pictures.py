@@ -21,8 +21,8 @@ from gcnet_jax.analysis.pictures import (
 from gcnet_jax.analysis.query_distances import SOWN, QueryDistances, distances_of
 from gcnet_jax.data.on_device import normalize
 from gcnet_jax.data.sizes import Size
-from gcnet_jax.errors import DataError, UserError, one_line
-from gcnet_jax.files import as_path, reason
+from gcnet_jax.errors import DataError, one_line
+from gcnet_jax.files import make_directory, unique_name
 from gcnet_jax.inference.images import LeftOut, find_images
 from gcnet_jax.inference.stored_network import StoredNetwork
 from gcnet_jax.stored import ModelDescription
@@ -84,12 +84,9 @@ def write_pictures(
         checkpoint, choose=choose, size=size, fold=False, devices=one_device
     )
     observe = _observer(network)
-    out = as_path(out, '--out')
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot make the directory {one_line(out)}: {reason(error)}') from error
-    for path, name in _named(find_images(images, left_out)):
+    out, taken = make_directory(out, '--out'), set()
+    for path in find_images(images, left_out):
+        name = unique_name(path.stem, taken)
         try:
             pixels = network.load_image(path)
         except DataError as error:
@@ -163,14 +160,3 @@ def _prediction(description: ModelDescription, logits: np.ndarray) -> str:
         return ''
     probabilities = find_task(description.task).probabilities(logits.astype(np.float64), np)
     return str(Prediction.highest(probabilities, logits, description.label_names, 1))
-
-
-def _named(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """Gives every image a name of its own: two files may be called alike."""
-    taken: set[str] = set()
-    for path in paths:
-        name, number = path.stem, 2
-        while name in taken:
-            name, number = f'{path.stem}_{number}', number + 1
-        taken.add(name)
-        yield path, name

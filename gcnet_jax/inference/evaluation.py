@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gcnet_jax.data.loader import Batches, evaluation_batches
 from gcnet_jax.data.sources import Source
 from gcnet_jax.errors import DataError, changed_names, one_line
-from gcnet_jax.files import as_path, reason, write_whole
+from gcnet_jax.files import make_directory, write_whole
 from gcnet_jax.inference.classifier import LOGITS, Classifier, check_finite
 
 REPORT_FILE = 'evaluation.json'
@@ -242,13 +242,9 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> li
     Raises:
       DataError: It cannot be written.
     """
-    directory = as_path(directory, '--out')
+    directory = make_directory(directory, '--out')
     report, picture = directory / REPORT_FILE, directory / PICTURE_FILE
     figure = None if evaluation.confusion is None else draw_confusion(evaluation)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f'cannot write into {one_line(directory)}: {reason(error)}') from error
     with write_whole(report, DataError) as aside:
         aside.write_text(json.dumps(evaluation.to_json(), indent=1) + '\n')
     if figure is None:

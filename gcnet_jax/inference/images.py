@@ -184,11 +184,16 @@ def load_keeping_ratio(
     Raises:
       DataError: It cannot be read or is too elongated; in one line, which begins with its name.
     """
+    pixels = load_upright(image, name)
     with _errors_named(image, name):
-        with _encoded(image) as data:
-            pixels = _pixels(image, upright=True) if data is None else decode.decode_upright(data)
         size = keep_ratio.resized_shape(*pixels.shape[:2], preprocessing)
         return keep_ratio.resize(pixels, size), pixels.shape[:2]
+
+
+def load_upright(image: Any, name: object = None) -> decode.RGB:
+    """Reads one image as `load_keeping_ratio` does, in its own size."""
+    with _errors_named(image, name), _encoded(image) as data:
+        return _pixels(image, upright=True) if data is None else decode.decode_upright(data)
 
 
 @contextlib.contextmanager

@@ -249,7 +249,7 @@ def test_evaluate_is_not_folded_unless_asked(run, source, monkeypatch):
     load = Classifier.load.__func__
 
     def spy(cls, *arguments, **options):
-        seen.append((options['fold'], options['dtype'], options['weights'], options['batch_size']))
+        seen.append((options['fold'], options['dtype'], options['weights'], options.get('batch_size')))
         return load(cls, *arguments, **options)
 
     monkeypatch.setattr(Classifier, 'load', classmethod(spy))
@@ -258,7 +258,7 @@ def test_evaluate_is_not_folded_unless_asked(run, source, monkeypatch):
         *('evaluate', '--data', 'pictures', '--fold', '--dtype', 'bfloat16'),
         *('--weights', 'int8', '--batch-size', '16'),
     )
-    assert seen == [(False, None, None, 64), (True, 'bfloat16', 'int8', 16)]
+    assert seen == [(False, None, None, None), (True, 'bfloat16', 'int8', 16)]
 
 
 def test_a_reader_that_stops_early_is_no_error():
