@@ -250,8 +250,6 @@ def test_evaluate_is_not_folded_unless_asked(run, source, monkeypatch):
 
     def spy(cls, *arguments, **options):
         seen.append(tuple(map(options.get, ('fold', 'dtype', 'weights', 'batch_size'))))
-            (options['fold'], options['dtype'], options['weights'], options.get('batch_size'))
-        )
         return load(cls, *arguments, **options)
 
     monkeypatch.setattr(Classifier, 'load', classmethod(spy))
