@@ -249,7 +249,9 @@ def test_evaluate_is_not_folded_unless_asked(run, source, monkeypatch):
     load = Classifier.load.__func__
 
     def spy(cls, *arguments, **options):
-        seen.append((options['fold'], options['dtype'], options['weights'], options.get('batch_size')))
+        seen.append(
+            (options['fold'], options['dtype'], options['weights'], options.get('batch_size'))
+        )
         return load(cls, *arguments, **options)
 
     monkeypatch.setattr(Classifier, 'load', classmethod(spy))

@@ -134,7 +134,7 @@ def test_only_categories_of_both_sides_count(load, annotations):
     assert evaluation.detections == evaluation.objects == 5
     assert [result.label for result in evaluation.classes] == ['dog', 'person']
     assert evaluation.notes[0] == (
-        "left out: 1 category that the detector does not know, with 1 objects: 'unicorn'"
+        "left out: 1 category that the detector does not know: 'unicorn'; annotations of these: 1"
     )
     assert evaluate_instances(data, labels, predictions).objects == 6
 
@@ -187,7 +187,7 @@ def test_without_segmentations_only_boxes_count(load, annotations):
     data = load()
     evaluation = evaluate_instances(data, LABELS, perfect(data))
     assert list(evaluation.metrics) == ['box']
-    assert 'masks are not evaluated: 1 objects have no segmentation' in evaluation.notes
+    assert 'masks are not evaluated: 1 of 5 annotations have no segmentation' in evaluation.notes
     assert 'mask' not in format_coco_evaluation(evaluation).splitlines()[1]
 
 
