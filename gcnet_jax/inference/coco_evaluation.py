@@ -238,7 +238,7 @@ class CocoEvaluator:
             objects = len(self.data.objects) - len(self._objects())
             notes.append(
                 f'left out: {_count(unknown, "category", "categories")} that the detector does not '
-                f'know, with {objects:,} objects: {_listed(unknown)}'
+                f'know: {_listed(unknown)}; annotations of these: {objects:,}'
             )
         absent = [name for name in self.label_names if name not in self.data.categories.values()]
         if absent:
@@ -246,9 +246,13 @@ class CocoEvaluator:
                 f'left out: {_count(absent, "label", "labels")} of the detector that the set has '
                 f'no category for: {_listed(absent)}'
             )
-        bare = sum('segmentation' not in item for item in self._objects())
+        objects = self._objects()
+        bare = sum('segmentation' not in item for item in objects)
         if bare:
-            notes.append(f'masks are not evaluated: {bare:,} objects have no segmentation')
+            notes.append(
+                f'masks are not evaluated: {bare:,} of {len(objects):,} annotations have no '
+                'segmentation'
+            )
         elif not self._has_masks:
             notes.append('masks are not evaluated: the detector gives none')
         return notes

@@ -134,7 +134,7 @@ def test_only_categories_of_both_sides_count(load, annotations):
     assert evaluation.detections == evaluation.objects == 5
     assert [result.label for result in evaluation.classes] == ['dog', 'person']
     assert evaluation.notes[0] == (
-        "left out: 1 category that the detector does not know, with 1 objects: 'unicorn'"
+        "left out: 1 category that the detector does not know: 'unicorn'; annotations of these: 1"
     )
     assert evaluate_instances(data, labels, predictions).objects == 6
 
@@ -187,7 +187,7 @@ def test_without_segmentations_only_boxes_count(load, annotations):
     data = load()
     evaluation = evaluate_instances(data, LABELS, perfect(data))
     assert list(evaluation.metrics) == ['box']
-    assert 'masks are not evaluated: 1 objects have no segmentation' in evaluation.notes
+    assert 'masks are not evaluated: 1 of 5 annotations have no segmentation' in evaluation.notes
     assert 'mask' not in format_coco_evaluation(evaluation).splitlines()[1]
 
 
@@ -223,6 +223,52 @@ def test_results_are_those_of_cocos_server(load):
         'bbox': [60, 20, 50, 30],
         'segmentation': dict(perfect(data))[4].rle()[1],
     }
+
+
+JUNK = (
+    *(None, True, -1, 0, 2, 0.5, 1e300, float('nan'), float('inf'), -(10**30)),
+    *('', 'x', '1' * 50, [], {}, [[]], [1, 2, 3, 4], {'size': [90, 120], 'counts': 'o'}),
+)
+
+
+def leaves(value, path=()):
+    """Yields the path of every value inside a value out of JSON."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, (dict, list)) and key not in (1, 2, 3):  # The others are alike.
+            yield from leaves(inner, (*path, key))
+
+
+@pytest.mark.slow
+def test_any_value_is_refused_in_one_line_or_can_be_evaluated(load, annotations):
+    annotations['annotations'][0]['segmentation'] = {'size': [90, 120], 'counts': [10_000, 800]}
+    original = json.dumps(annotations)
+    found = [
+        (number, Instances(np.float32([[5, 5, 40, 40]]), np.float32([0.5]), ('dog',),
+                           np.array([2]), size, np.ones((1, 28, 28), np.float32)))
+        for number, size in SIZES.items()
+    ]  # fmt: skip
+    refused, evaluated = [], 0
+    for path in leaves(json.loads(original)):
+        for junk in JUNK:
+            annotations.clear()
+            annotations.update(json.loads(original))
+            place = annotations
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = junk
+            try:
+                data = load()
+                counted = {image.id: image.size for image in data.images}
+                predictions = [item for item in found if counted.get(item[0]) == item[1].size]
+                evaluate_instances(data, LABELS, predictions)
+                evaluated += 1
+            except DataError as error:
+                refused.append(str(error))
+    assert len(refused) > 300
+    assert not any('\n' in message for message in refused)
+    assert evaluated > 30
 
 
 def test_text_shows_the_worst_classes_first(load):
