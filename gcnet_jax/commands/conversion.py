@@ -12,7 +12,7 @@ from gcnet_jax.commands.common import (
 )
 from gcnet_jax.errors import UserError
 
-EXPORT_FORMATS = ('jaxexport', 'onnx', 'safetensors')
+EXPORT_FORMATS = ('jaxexport', 'onnx', 'safetensors', 'pth')
 
 
 def add_port(commands: argparse._SubParsersAction) -> None:
@@ -26,7 +26,8 @@ def add_port(commands: argparse._SubParsersAction) -> None:
     port.add_argument(
         '--out',
         required=True,
-        help="the directory; with --reverse a .safetensors file, or a directory of the hub's form",
+        help='the directory; with --reverse a .safetensors or .pth file, or a directory of the '
+        "hub's form",
     )
     port.add_argument(
         '--weights',
@@ -61,7 +62,10 @@ def add_export(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser('export', help='write a network as one file that runs elsewhere')
     export.add_argument('--checkpoint', required=True, metavar='DIR', help='trained or ported')
     export.add_argument(
-        '--out', required=True, metavar='FILE', help='ends in .jaxexport, .onnx or .safetensors'
+        '--out',
+        required=True,
+        metavar='FILE',
+        help='ends in .jaxexport, .onnx, .safetensors or .pth',
     )
     export.add_argument(
         '--format', choices=EXPORT_FORMATS, help="default: what the file's name ends in"
@@ -76,7 +80,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         help="of the images, such as 224 or 96x160 (height first); default: the network's",
     )
     export.add_argument(
-        '--family', help='with .safetensors: whose names, such as torchvision; default: timm'
+        '--family',
+        help='with .safetensors or .pth: whose names, such as torchvision; default: timm',
     )
     export.add_argument('--overwrite', action='store_true', help='replace a file of that name')
     export.set_defaults(run=_export)
@@ -115,10 +120,10 @@ def _export(options: argparse.Namespace) -> None:
     common = {'choose': options.choose, 'overwrite': options.overwrite}
     if kind in EXPORT_FORMATS:
         report_choice(options.checkpoint, options.choose)
-    if kind == 'safetensors':
+    if kind in ('safetensors', 'pth'):
         from gcnet_jax import porting
 
-        refuse_flags(options, '.safetensors', ('size',))
+        refuse_flags(options, f'.{kind}', ('size',))
         report = porting.port_reverse(
             options.checkpoint, options.family or 'timm', options.out, **common
         )

@@ -24,6 +24,12 @@ from gcnet_jax.porting.convert import Report, from_torch, to_torch_arrays
 from gcnet_jax.porting.families.rules import Family
 from gcnet_jax.porting.files import TorchFile, read_checkpoint
 from gcnet_jax.porting.hub import CONFIG_FILE, HubConfig, read_hub_config
+from gcnet_jax.porting.published import (
+    check_told,
+    choose_norm,
+    refuse_superseded,
+    refuse_withdrawn_name,
+)
 from gcnet_jax.porting.recognise import (
     check_shortcuts,
     class_count,
@@ -122,8 +128,10 @@ def load_named(
 ) -> Loaded:
     """Does what `load_torch` does, and tells the network's name and options too."""
     _suggest_hub(path)
+    refuse_withdrawn_name(Path(path))
     file = read_checkpoint(path, weights=weights)
     names = recognise_family(file.tensors, family, _module_class(model))
+    refuse_superseded(file, names)
     channels = 3
     if isinstance(model, nn.Module):
         _refuse(options, 'a module has its options already')
@@ -133,8 +141,14 @@ def load_named(
         network, channels = recognise_block(file.tensors.shapes, names)
         name = None
     else:
+        is_named = model is not None
         name, options = _named_options(file, names, model, drop_classifier, options)
+        is_detector = model_entry(name).task == 'detection'
+        if is_detector and not is_named:
+            name, options = choose_norm(file, name, options)
         if not ignore_architecture:
+            if is_detector:
+                check_told(file, name, options)
             check_settings(file.metadata, name, one_line(file.path))
             for told in (*told_architectures(file.metadata), _told_beside(file.path)):
                 check_architecture(told, name, one_line(file.path))

@@ -3,20 +3,23 @@
 import contextlib
 import dataclasses
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
+from gcnet_jax.data.coco_labels import COCO_LABELS
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import as_path, read_text, reason
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.porting.architectures import check_architecture
 from gcnet_jax.porting.convert import Report, to_torch_arrays
-from gcnet_jax.porting.hub import HubConfig, check_label, write_hub_config
+from gcnet_jax.porting.hub import check_label, write_hub_config
 from gcnet_jax.porting.load import (
     HUB_FILES,
     Loaded,
@@ -26,10 +29,13 @@ from gcnet_jax.porting.load import (
     write_safetensors,
 )
 from gcnet_jax.porting.recognise import family_of
+from gcnet_jax.porting.torch_writer import write_torch
 from gcnet_jax.stored import ModelDescription, load_variables, write_ported
 from gcnet_jax.stored.places import CHECKPOINTS
 
 MAX_LABEL_BYTES = 10_000_000
+# What a checkpoint goes back to, in the order in which errors name them.
+FILE_SUFFIXES = ('.safetensors', '.pth')
 
 
 def port(
@@ -53,7 +59,8 @@ def port(
       out: The directory; new, unless `overwrite`.
       model: The network's name; None takes it from the file.
       label_names: A text file with the name of a class on each line, in the order of the logits;
-        None takes those of a `config.json` beside the weights (PyTorch's files hold none).
+        None takes those of a `config.json` beside the weights, or of a file of mmdetection, and
+        those of COCO for a detector of 80 classes whose file names none.
       overwrite: Replace a directory of that name, if it holds a checkpoint.
       **options: See `load_torch`.
 
@@ -104,8 +111,9 @@ def port_reverse(
       directory: A workdir, one of its checkpoints or a ported directory.
       family: Whose names: 'timm', 'torchvision', 'mmdetection', 'gccnn' or
         'pytorch_resnet_cifar10'.
-      out: A file that ends in `.safetensors`, or a directory, which gets the hub's form:
-        `model.safetensors` and `config.json`; new, unless `overwrite`.
+      out: A file that ends in `.safetensors` or `.pth`, or a directory, which gets the hub's form:
+        `model.safetensors` and `config.json`; new, unless `overwrite`. A `.pth` file for
+        mmdetection has the label names in its `meta`. mmdetection reads no directory of a detector.
       choose: 'newest' or 'best', where there are several checkpoints.
       overwrite: Replace a file of that name.
 
@@ -114,18 +122,26 @@ def port_reverse(
         cannot be written.
     """
     out = as_path(out)
-    is_file = out.suffix == '.safetensors'
+    is_file = out.suffix in FILE_SUFFIXES
     if not is_file and out.suffix:
-        raise CheckpointError(f'the file to write must end in .safetensors, got {one_line(out)}')
+        raise CheckpointError(
+            f'the file to write must end in {" or ".join(FILE_SUFFIXES)}, got {one_line(out)}'
+        )
     if out.exists() and (not overwrite or out.is_dir() == is_file):
         raise CheckpointError(
             f'{one_line(out)} exists; name a new file or replace it with --overwrite'
         )
     description, variables = load_variables(directory, choose)
     network = description.build()
-    arrays, report = to_torch_arrays(variables, family_of(network, family))
+    names = family_of(network, family)
+    if not is_file and description.task == 'detection':
+        raise CheckpointError(
+            f'{names.library} reads a detector from one file: end --out in .pth, got '
+            f'{one_line(out)}'
+        )
+    arrays, report = to_torch_arrays(variables, names)
     if is_file:
-        write_safetensors(out, arrays)
+        _write_file(out, arrays, description, family)
         return report
     if out.exists() and any(out.iterdir()) and not (out / HUB_FILES[0]).is_file():
         raise CheckpointError(f'{one_line(out)} holds something else; name a new directory')
@@ -142,6 +158,18 @@ def port_reverse(
     return report
 
 
+def _write_file(
+    out: Path, arrays: Mapping[str, np.ndarray], description: ModelDescription, family: str
+) -> None:
+    if out.suffix == '.safetensors':
+        write_safetensors(out, arrays)
+    elif family == 'mmdetection':
+        labels = description.label_names
+        write_torch(out, arrays, meta={'CLASSES': tuple(labels)} if labels else {})
+    else:
+        write_torch(out, arrays)
+
+
 def _description(
     source: Source, loaded: Loaded, labels: tuple[str, ...] | None, checkpoint: object
 ) -> ModelDescription:
@@ -150,8 +178,8 @@ def _description(
     preprocessing = entry.preprocessing
     if source.config is not None:
         preprocessing = dataclasses.replace(preprocessing, **source.config.preprocessing)
-        if labels is None:
-            labels = _labels_of(source.config, loaded, checkpoint)
+    if labels is None:
+        labels = _labels_of(source, loaded, checkpoint)
     return ModelDescription(
         name=loaded.name,
         options=dict(loaded.options),
@@ -162,17 +190,40 @@ def _description(
     )
 
 
-def _labels_of(config: HubConfig, loaded: Loaded, checkpoint: object) -> tuple[str, ...]:
-    """The labels that the config gives to a classifier of the file; a new one has none."""
-    classes = loaded.network.num_classes
-    if not classes or any(p.startswith('params/classifier/') for p in loaded.report.initialised):
+def _labels_of(source: Source, loaded: Loaded, checkpoint: object) -> tuple[str, ...]:
+    """The labels of the config or the file, else those of COCO for 80 classes of a detector.
+
+    What is newly initialised has none.
+    """
+    classes, new = loaded.network.num_classes, loaded.report.initialised
+    if not classes or any(re.match(r'params/(classifier|box_head_\d+/logits)/', p) for p in new):
         return ()
-    if len(config.label_names) not in (0, classes):
+    if source.config is not None:
+        labels, whose = source.config.label_names, 'its config'
+    else:
+        labels, whose = _labels_in(loaded.metadata), 'it'
+    if len(labels) not in (0, classes):
         raise CheckpointError(
-            f'{one_line(checkpoint)}: its config names {len(config.label_names)} labels and the '
-            f'network has {classes} classes; give the names with --label-names'
+            f'{one_line(checkpoint)}: {whose} names {len(labels)} labels and the network has '
+            f'{classes} classes; give the names with --label-names'
         )
-    return config.label_names
+    is_coco = model_entry(loaded.name).task == 'detection' and classes == len(COCO_LABELS)
+    return labels or (COCO_LABELS if is_coco else ())
+
+
+def _labels_in(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names that mmcv ('CLASSES') and mmengine ('dataset_meta') save; () without any."""
+    meta = metadata.get('meta')
+    meta = meta if isinstance(meta, Mapping) else {}
+    places = (meta.get('dataset_meta'), meta)
+    for place in places:
+        for key in ('classes', 'CLASSES') if isinstance(place, Mapping) else ():
+            names = place.get(key)
+            if isinstance(names, list) and all(isinstance(name, str) for name in names):
+                for number, name in enumerate(names):
+                    check_label(name, f'label {number} of the file')
+                return tuple(names)
+    return ()
 
 
 def _read_label_names(path: Path) -> tuple[str, ...]:

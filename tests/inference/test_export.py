@@ -137,7 +137,7 @@ def test_a_file_is_replaced_only_on_demand(stored, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('out', 'flags', 'message'),
     [
-        ('network.tflite', [], 'end it in .jaxexport, .onnx, .safetensors, or say which'),
+        ('network.tflite', [], 'end it in .jaxexport, .onnx, .safetensors, .pth, or say'),
         ('network', [], 'end it in .jaxexport'),
         ('missing/network.jaxexport', [], 'missing is not a directory; make it first'),
         ('network.jaxexport', ['--size', '-1'], 'size must be 1 or more, got -1'),

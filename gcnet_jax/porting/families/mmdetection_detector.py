@@ -120,7 +120,9 @@ FAMILY = Family(
     context='context_block',
     left=BOOKKEEPING | {r'data_preprocessor\..*': 'what is in the preprocessing here'},
     unsupported={
-        r'semantic_head\.': 'it is a HybridTaskCascade, which is not among the networks here',
+        r'semantic_head\.|mask_head\.\d+\.conv_res\.': (
+            'it is a HybridTaskCascade, which is not among the networks here'
+        ),
         r'bbox_head\..*(convs|norm|bn)': (
             'its box head has convolutions; the box heads here have two dense layers'
         ),
