@@ -201,7 +201,7 @@ def compile_step(experiment: Experiment) -> Program:
     state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     shardings = state_shardings(state, mesh)
     shape = height_and_width(experiment.description.preprocessing.train_size)
-    batch = task.batch_shapes(experiment.config.training.batch_size, *shape)
+    batch = task.batch_shapes(experiment.batch_size, *shape)
     began = time.perf_counter()
     try:
         lowered = jit_train_step(step, task, mesh, shardings).lower(

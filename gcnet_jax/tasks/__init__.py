@@ -4,9 +4,18 @@ from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.tasks.classification import Classification
 from gcnet_jax.tasks.label_task import LabelTask
 from gcnet_jax.tasks.multilabel import MultiLabel
-from gcnet_jax.tasks.task import Evaluation, Task
+from gcnet_jax.tasks.task import Evaluation, OutputPlan, Task
 
-__all__ = ['TASKS', 'Classification', 'Evaluation', 'LabelTask', 'MultiLabel', 'Task', 'find_task']
+__all__ = [
+    'TASKS',
+    'Classification',
+    'Evaluation',
+    'LabelTask',
+    'MultiLabel',
+    'OutputPlan',
+    'Task',
+    'find_task',
+]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, MultiLabel)}
 
