@@ -185,13 +185,13 @@ def build(
         skip_damaged=common['skip_damaged'],
         notes=(*notes, *_batch_notes(batch_size, len(train_source))),
     )
-    check_shapes(experiment)
-    return experiment
+    return check_shapes(experiment)
 
 
-def check_shapes(experiment: Experiment) -> None:
+def check_shapes(experiment: Experiment) -> Experiment:
     """Traces the network without computing: an image too small for it is reported here."""
     jax.eval_shape(experiment.initialize, jax.random.key(0))
+    return experiment
 
 
 def _step_options(config: ConfigDict) -> StepOptions:
