@@ -1,4 +1,4 @@
-"""Directories that nobody else can put a program into: for what is run as it is found."""
+"""Directories that nobody else can write to, for programs that are run without being checked."""
 
 import os
 import stat

@@ -29,7 +29,7 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
     predict = commands.add_parser('predict', help='what is in these images')
     _add_checkpoint_flags(predict, batch_size=32)
     predict.add_argument('images', nargs='+', metavar='IMAGE', help=IMAGES_HELP)
-    predict.add_argument('--top-k', type=int, default=5, help='classes to tell')
+    predict.add_argument('--top-k', type=int, default=5, help='number of classes to print')
     predict.add_argument('--json', action='store_true', help='one JSON object a line and image')
     predict.set_defaults(run=_predict)
 

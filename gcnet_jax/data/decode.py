@@ -119,7 +119,9 @@ def verify(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
       DataError: As `decode`.
     """
     with opened(data, max_pixels) as image:
-        image.draft('RGB', (1, 1))  # A JPEG is read whole, but transformed at an eighth.
+        image.draft(
+            'RGB', (1, 1)
+        )  # A JPEG is read to its end, but decoded at an eighth of its size.
         to_rgb(image)
 
 

@@ -32,11 +32,11 @@ def normalize(
       images: Values from 0 to 255.
       mean: Of every channel, on the scale from 0 to 1.
       std: Of every channel, on that scale.
-      dtype: Of the result; the arithmetic is float32.
+      dtype: Type of the result; the arithmetic is float32.
     """
     scale = 1 / (255 * jnp.asarray(std, jnp.float32))
     shift = 255 * jnp.asarray(mean, jnp.float32)
-    # Ranks are made equal by hand: users may tell JAX to raise where they are not.
+    # Ranks are made equal explicitly: JAX can be configured to raise where they are not.
     shift, scale = (values.reshape((1,) * (images.ndim - 1) + (-1,)) for values in (shift, scale))
     return ((images.astype(jnp.float32) - shift) * scale).astype(dtype)
 
@@ -47,7 +47,7 @@ def mixup(
     """Mixes every image with its partner (Zhang et al., arXiv 1710.09412): one share for the batch.
 
     Args:
-      key: Of the share, which is drawn from Beta(alpha, alpha).
+      key: Draws the share from Beta(alpha, alpha).
       images: Normalised images.
       targets: Their labels, one-hot or smoothed.
       alpha: More mixes more; 0 changes nothing.
@@ -64,7 +64,7 @@ def cutmix(
     reach over the edge.
 
     Args:
-      key: Of the rectangle; its share of the area before clipping is drawn from Beta(alpha, alpha).
+      key: Draws the rectangle; its share of the area before clipping is from Beta(alpha, alpha).
       images: Normalised images.
       targets: Their labels, one-hot or smoothed.
       alpha: Of that distribution; 0 changes nothing.
@@ -79,10 +79,10 @@ def mix(
     mixup_alpha: float,
     cutmix_alpha: float,
 ) -> tuple[Images, Targets]:
-    """Mixup or cutmix; where both are on, either one for the whole batch with equal chance.
+    """Applies mixup or cutmix; where both are on, one of them, equally likely, to the whole batch.
 
     Args:
-      key: Of the choice and what follows.
+      key: Draws the choice and what follows from it.
       images: Normalised images.
       targets: Their labels, one-hot or smoothed.
       mixup_alpha: As in `mixup`; 0 switches it off.
@@ -179,7 +179,7 @@ def random_erasing(
     """Fills one rectangle of some images (Zhong et al., arXiv 1708.04896; timm's geometry).
 
     Args:
-      key: Of the choice, the rectangles and the noise.
+      key: Draws the choice, the rectangles and the noise.
       images: Normalised images.
       probability: That an image loses a rectangle; 0 changes nothing.
       area: Range of the rectangle's share of the image's area.

@@ -46,7 +46,7 @@ def format_progress(plan: Plan) -> str:
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """Returns a plan as plain values: bytes, FLOPs and seconds, of one chip where not said."""
+    """Returns a plan as plain values: bytes, FLOPs and seconds, per chip unless noted."""
     values = {
         'network': plan.network,
         'topology': plan.topology,

@@ -145,7 +145,7 @@ def _class_weights(setting: Any, source: Any) -> tuple[float, ...] | None:
 
 
 class ClassificationEvaluation:
-    """Counts of right answers, the loss, and what was taken for what.
+    """Counts of correct predictions, the loss, and the confusion matrix.
 
     Attributes:
       examples: Images that counted, each once.
@@ -166,7 +166,7 @@ class ClassificationEvaluation:
         logits, labels = np.asarray(results['logits'])[mask], np.asarray(results['label'])[mask]
         rows = np.arange(len(labels))
         own = logits[rows, labels][:, None]
-        # Of equal logits the lower class comes first.
+        # Among equal logits the lower class comes first.
         first = np.arange(logits.shape[1]) < labels[:, None]
         rank = ((logits > own) | ((logits == own) & first)).sum(axis=1)
         finite = np.isfinite(logits).all(axis=1)

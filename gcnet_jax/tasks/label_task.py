@@ -23,7 +23,7 @@ class LabelTask(Task):
 
     Attributes:
       num_classes: Number of labels.
-      mean, std: Of each channel, on the scale where 255 is 1.
+      mean, std: Per channel, on the scale where 255 is 1.
       is_multilabel: Whether an image has any number of labels.
     """
 

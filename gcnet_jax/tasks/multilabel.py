@@ -65,7 +65,7 @@ class MultiLabel(LabelTask):
     @staticmethod
     def probabilities(logits: Any, numpy: Any = jnp) -> Any:
         """The sigmoid of each label by itself."""
-        # Of what is not positive, so that nothing overflows.
+        # The exponent is never positive, so nothing overflows.
         exponentials = numpy.exp(-numpy.abs(logits))
         return numpy.where(logits >= 0, 1, exponentials) / (1 + exponentials)
 

@@ -134,8 +134,8 @@ class Task(abc.ABC):
     def batch_spec(self) -> dict[str, tuple[str, ...]]:
         """Returns the arrays of a training batch, each with the axes that may be split.
 
-        An axis is 'batch' or 'height', from the first on; what is not named is whole on every
-        device. A batch of evaluation has a 'mask' beside them, False for padding.
+        An axis is 'batch' or 'height', from the first on; what is not named is replicated. A batch
+        of evaluation also has a 'mask', False for padding.
         """
 
     @abc.abstractmethod
@@ -152,7 +152,7 @@ class Task(abc.ABC):
 
         Args:
           batch: As the loader made it.
-          key: Of this step, for what is random in training; None leaves that out.
+          key: Random key of this step; None leaves out what is random.
         """
 
     @abc.abstractmethod
@@ -166,7 +166,7 @@ class Task(abc.ABC):
         The names of `training.steps.RESERVED_SUMS` are taken.
 
         Args:
-          outputs: Of the network, by name.
+          outputs: Outputs of the network by name.
           batch: As `prepare` returned it, or a part of it.
         """
 
@@ -183,7 +183,7 @@ class Task(abc.ABC):
         """Returns what evaluation needs of a batch, as little as possible; runs on the device.
 
         Args:
-          outputs: Of the network in evaluation, by name.
+          outputs: Outputs of the network in evaluation, by name.
           batch: As the loader made it, with 'mask'.
         """
 

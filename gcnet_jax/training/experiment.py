@@ -38,9 +38,9 @@ class Durations:
     """The durations of a config in steps; `config.is_due` says when something is due.
 
     Attributes:
-      epoch: Batches per epoch; not a whole number where the batches do not come out even.
+      epoch: Batches per epoch; need not be an integer.
       total: Where the run ends.
-      evaluation, checkpoint: How often each happens; need not be whole numbers.
+      evaluation, checkpoint: Interval of each; need not be an integer.
       early_stopping: How long the task's best metric may go without improving, or None.
       extend: Whether a run of another total is continued.
     """
@@ -59,7 +59,7 @@ class Experiment:
 
     Attributes:
       config: Every setting, with those that followed from the checkpoint filled in.
-      description: Of the network, as it is stored beside the checkpoints.
+      description: Description of the network, as stored with each checkpoint.
       model: The network.
       task: What it learns.
       train_source, evaluation_source: The examples.
@@ -70,7 +70,7 @@ class Experiment:
       step_options: Arguments of the steps.
       mesh: The devices.
       batch_size: Images of one step over all devices.
-      seed: Of everything random.
+      seed: Seeds everything random.
       durations: How long and how often, in steps.
       init_from: The checkpoint that the weights come from at first, or None.
       skip_damaged: Whether damaged records are left out of the batches, and counted.
@@ -344,7 +344,7 @@ def _optional_steps(group: ConfigDict, name: str, per_epoch: float) -> float | N
 
 
 def _schedule(config: ConfigDict, durations: Durations) -> tuple[Callable[[Any], Any], list[str]]:
-    """Returns the learning rate as a function of the step, and what to tell the user about it."""
+    """Returns the learning rate as a function of the step, and notes about it for the user."""
     settings, total_steps = config.schedule, durations.total
     warmup = round(steps(settings, 'warmup', durations.epoch))
     notes, longest = [], total_steps // 2

@@ -55,7 +55,7 @@ def read_initial_description(
 
 
 def _refuse_torch(place: str) -> None:
-    """Refuses names that `gcnet_jax port` takes; a directory may be called as it likes."""
+    """Refuses names that `gcnet_jax port` takes; a directory may have any name."""
     is_repository = place.startswith('hf-hub:')
     is_file = place.lower().endswith(TORCH_FILES) and not as_place(place, 'init_from').is_dir()
     if is_repository or is_file:

@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     Raises:
       UserError: A setting, a data set, a checkpoint or a directory that cannot be used, or a loss
-        that is not finite; one line that says what to do. Earlier checkpoints stay whole.
+        that is not finite; one line that says what to do. Earlier checkpoints stay intact.
       Preempted: SIGTERM or Ctrl-C (`Interrupted`) came; the state was saved.
     """
     began = time.perf_counter()
@@ -116,7 +116,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 
 class _Run:
-    """One call of `train`: the state, where it stands, and who is told about it."""
+    """One call of `train`: the state, its step, and where results are reported."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class _Run:
         self.statistics_step = jit_statistics_step(statistics_step, task, self.mesh, shardings)
 
     def to_the_end(self) -> bool:
-        """Runs every step that is left; says whether there was one."""
+        """Runs the remaining steps; returns whether there were any."""
         if self._is_done():
             return False
         with self.store.explain_errors():
@@ -314,7 +314,7 @@ class _Run:
         self.store.save(self.state, position, metrics)
 
     def _stop_if_preempted(self) -> None:
-        """Saves and ends the run, in all processes at the same step, if one was told to stop."""
+        """Saves and ends the run, in all processes at the same step, if one was signalled to."""
         if not self.preemption.stops_at(self.step):
             return
         self._look_at_pending()
@@ -363,7 +363,7 @@ class _Run:
 
 
 def _print(text: str) -> None:
-    print(one_line(text, 2000))  # Names of data sets, labels and files are others'.
+    print(one_line(text, 2000))  # Names of data sets and files may come from strangers.
 
 
 def _silent(text: str) -> None:

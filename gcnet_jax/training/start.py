@@ -60,7 +60,7 @@ class Initial:
 def read_initial(experiment: Experiment, workdir: Path) -> Initial | None:
     """Reads the checkpoint to start from, and refuses one that does not fit.
 
-    A run that has checkpoints of its own goes on from those: None, as where `init_from` is unset.
+    Returns None where `init_from` is unset, and for a run that has checkpoints to continue from.
     """
     place = experiment.init_from
     with explain_bucket(workdir, CheckpointError, '--workdir'):
@@ -81,11 +81,11 @@ def read_initial(experiment: Experiment, workdir: Path) -> Initial | None:
 
 
 def _explain_choice(place: str, name: str, chosen: Path) -> str:
-    """Says which checkpoint `training.init_from` led to, and how another one is named."""
+    """Describes which checkpoint `training.init_from` led to, and how to choose another."""
     text = f'weights from {place} ({name})'
     steps = [] if chosen == as_place(place) else list(step_directories(place))
     if len(steps) < 2:
-        # What was ported has the step 0, which says nothing.
+        # A ported network always has step 0.
         return text if chosen.name == '0' else f'{text}, step {chosen.name}'
     setting = f'--config.training.init_from={chosen.parent}'
     if chosen.name == str(steps[-1]):

@@ -109,7 +109,7 @@ def _check_extension(workdir: Path, key: str, extend: bool, total_steps: int | N
 
 
 def _check_data_set(workdir: Path, before: dict, config: dict) -> None:
-    """Refuses another data set by its name, before what differs in it is looked at."""
+    """Refuses a data set of another name, before its contents are compared."""
     old, new = (dict(leaves(tree)).get('data.name') for tree in (before, config))
     if old is not None and old != new:
         raise CheckpointError(
@@ -153,7 +153,7 @@ def prepare_workdir(
     Args:
       workdir: Made if it does not exist.
       config: The plain config.
-      description: Of the network.
+      description: Description of the network.
       checkpoint_bytes: Size of one checkpoint.
       extend: Allow another length of the run than before.
       total_steps: That length, which must not lie before the newest checkpoint.
