@@ -41,37 +41,6 @@ def normalize(
     return ((images.astype(jnp.float32) - shift) * scale).astype(dtype)
 
 
-def mixup(
-    key: PRNGKeyArray, images: Images, targets: Targets, alpha: float
-) -> tuple[Images, Targets]:
-    """Mixes every image with its partner (Zhang et al., arXiv 1710.09412): one share for the batch.
-
-    Args:
-      key: Draws the share from Beta(alpha, alpha).
-      images: Normalised images.
-      targets: Their labels, one-hot or smoothed.
-      alpha: More mixes more; 0 changes nothing.
-    """
-    return mix(key, images, targets, mixup_alpha=alpha, cutmix_alpha=0.0)
-
-
-def cutmix(
-    key: PRNGKeyArray, images: Images, targets: Targets, alpha: float
-) -> tuple[Images, Targets]:
-    """Replaces one rectangle of every image by its partner's (Yun et al., arXiv 1905.04899).
-
-    The labels are mixed by the share of the pixels that were really replaced: the rectangle may
-    reach over the edge.
-
-    Args:
-      key: Draws the rectangle; its share of the area before clipping is from Beta(alpha, alpha).
-      images: Normalised images.
-      targets: Their labels, one-hot or smoothed.
-      alpha: Of that distribution; 0 changes nothing.
-    """
-    return mix(key, images, targets, mixup_alpha=0.0, cutmix_alpha=alpha)
-
-
 def mix(
     key: PRNGKeyArray,
     images: Images,
@@ -81,12 +50,18 @@ def mix(
 ) -> tuple[Images, Targets]:
     """Applies mixup or cutmix; where both are on, one of them, equally likely, to the whole batch.
 
+    Mixup (Zhang et al., arXiv 1710.09412) mixes every image with its partner, with one share for
+    the batch. Cutmix (Yun et al., arXiv 1905.04899) replaces one rectangle of every image by its
+    partner's; the labels are mixed by the share of the pixels that were replaced, because the
+    rectangle may reach over the edge.
+
     Args:
       key: Draws the choice and what follows from it.
       images: Normalised images.
       targets: Their labels, one-hot or smoothed.
-      mixup_alpha: As in `mixup`; 0 switches it off.
-      cutmix_alpha: As in `cutmix`; 0 switches it off.
+      mixup_alpha: The share is from Beta(alpha, alpha); 0 switches mixup off.
+      cutmix_alpha: The rectangle's share of the area, before clipping, is from Beta(alpha, alpha);
+        0 switches cutmix off.
     """
     if not mixup_alpha and not cutmix_alpha:
         return images, targets

@@ -88,10 +88,6 @@ def _needed(plan: Plan) -> str:
     return f'{_needed_gib(plan)} of {plan.chip.hbm_bytes / GIB:.2f}{fits}'
 
 
-def _chips(plan: Plan) -> str:
-    return f'{plan.chips:,}'
-
-
 def _batch(plan: Plan) -> str:
     return f'{plan.batch_per_chip:,.6g} x {plan.chips:,} = {plan.batch_size:,}'
 
