@@ -24,7 +24,7 @@ from gcnet_jax.private_directories import is_own_file, who_else_can_write
 OFF = 'off'
 # Far above what one run needs: the digits' programs take 1 MB, a ResNet-50's step some MB.
 MAX_BYTES = 2**30
-# Of one program, without compression; those of the largest networks have some tens of MB.
+# Largest size of a program before compression; those of the largest networks have some tens of MB.
 MAX_PROGRAM_BYTES = 2**29
 _CHECKED = '.checked'
 _CHECKING = '.checking'
@@ -45,8 +45,8 @@ def compilation_cache(default: Path, setting: str | None = None) -> Iterator[Non
     """Keeps what is compiled meanwhile, and takes from there what an earlier process compiled.
 
     JAX's own settings win: with JAX_ENABLE_COMPILATION_CACHE=false nothing is kept, and a
-    JAX_COMPILATION_CACHE_DIR stays as it is unless `setting` says otherwise. They are as before
-    afterwards. Of several processes only the first one writes.
+    JAX_COMPILATION_CACHE_DIR is kept unless `setting` says otherwise. They are as before
+    afterwards. Among several processes only the first one writes.
 
     Args:
       default: The directory if nobody asked for another one; without a cache if it cannot be used,

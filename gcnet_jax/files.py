@@ -1,4 +1,4 @@
-"""Reading files that may come from strangers, and writing files whole or not at all.
+"""Reading files that may come from strangers, and writing files completely or not at all.
 
 Every file that the package did not just write itself is read through this module: regular files
 only, never more bytes than the caller allows. A FIFO or a device in a file's place would otherwise
@@ -92,7 +92,7 @@ def is_bucket(place: object) -> bool:
 def _can_import(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # Of a package above it.
+    except (ImportError, ValueError):  # Raised by a parent package.
         return False
 
 
@@ -101,7 +101,7 @@ def explain_bucket(place: object, error: type[UserError], what: str = '') -> Ite
     """Turns what a bucket's client library raises into one line; does nothing for local paths.
 
     Raises:
-      UserError: Of the type `error`: no credentials, no such bucket, no permission, no network.
+      UserError: One of the type `error`: no credentials, no such bucket, no permission, no network.
     """
     try:
         yield
@@ -125,7 +125,7 @@ def read_bytes(path: str | os.PathLike, max_bytes: int, error: type[UserError]) 
     """Reads a regular file of at most `max_bytes`.
 
     Raises:
-      UserError: Of the type `error`, in one line that names the file and the reason.
+      UserError: One of the type `error`, in one line that names the file and the reason.
     """
     if is_bucket(path):
         return _read_object(path, max_bytes, error)
@@ -194,7 +194,7 @@ def write_whole(path: str | os.PathLike, error: type[UserError]) -> Iterator[Pat
     An exception inside leaves what was at `path` intact and removes what was written.
 
     Raises:
-      UserError: Of the type `error`, in one line, where the system does not let the file be
+      UserError: One of the type `error`, in one line, where the system does not let the file be
         written. The reason of a removal that also fails is not reported.
     """
     path = path if is_bucket(path) else Path(path)

@@ -37,7 +37,7 @@ class Drawn:
     Attributes:
       prediction: The most probable class with its probability; empty without a classifier.
       files: The pictures.
-      distances: Of each NonLocal block, by its path.
+      distances: Distances of each NonLocal block, by its path.
     """
 
     prediction: str
@@ -56,7 +56,7 @@ def write_pictures(
     queries: Sequence[tuple[float, float]] = QUERIES,
     left_out: LeftOut | None = None,
 ) -> Iterator[tuple[Path, Drawn | DataError]]:
-    """Draws what a stored network's context blocks look at, image by image.
+    """Draws what a stored network's context blocks attend to, image by image.
 
     Writes `NAME_attention.png` for blocks with one map an image, `NAME_queries.png` for NonLocal.
 

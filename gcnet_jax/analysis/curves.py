@@ -61,7 +61,7 @@ def draw_curves(runs: Sequence[str | os.PathLike], *, by: str = 'epoch') -> Any:
 def watch_curves(
     runs: Sequence[str | os.PathLike], *, seconds: float = 30.0, by: str = 'epoch'
 ) -> Iterator[None]:
-    """Shows the curves in a notebook, and draws them anew while the block under it runs.
+    """Shows the curves in a notebook, and redraws them while the block under it runs.
 
         with watch_curves(['runs/digits']):
             train(config, 'runs/digits')
@@ -122,7 +122,7 @@ def _read(run: str | os.PathLike, by: str) -> Lines:
 
 
 def _names(runs: Sequence[str | os.PathLike]) -> list[str]:
-    """Returns what tells the runs apart: their paths below the directory that holds them all."""
+    """Returns what distinguishes the runs: their paths below the directory that holds them all."""
     paths = [as_place(run, 'run') for run in runs]
     if len(set(paths)) < len(paths):
         raise ConfigError('a run is named twice; name each once')

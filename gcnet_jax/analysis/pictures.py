@@ -30,7 +30,7 @@ SCALE = 'scale: attention as a multiple of uniform attention, which is 1 everywh
 OPACITY = (0.4, 0.85)
 PANEL_INCHES = 2.2
 TITLE_INCHES, NOTE_INCHES, FOOT_INCHES = 0.4, 0.3, 0.25
-# Of a panel, beside the image: three lines of text above, the scale below.
+# In a panel, beside the image: three lines of text above, the scale below.
 TEXT_INCHES, SCALE_INCHES = 0.55, 0.42
 DPI = 100
 MAX_COLUMNS = 8
@@ -46,7 +46,7 @@ def draw_attention(
     title: str = '',
     all_blocks: bool = False,
 ) -> Any:
-    """Draws what blocks with one map an image look at: a panel for the last block of each stage.
+    """Draws what blocks with one map per image attend to: a panel for the last block of each stage.
 
     A stage is what has the same first name, up to its number, and the same size of map. Colours say
     how often the attention of a position is the uniform attention, from 0 to the panel's peak.
@@ -142,7 +142,7 @@ def overlay(image: Picture, attention: Float[np.ndarray, 'map_height map_width']
 
     Args:
       image: What the network saw.
-      attention: Each value stands for its equal part of the image.
+      attention: Each value covers an equal part of the image.
       peak: The value that gets the brightest colour.
     """
     import matplotlib
@@ -178,7 +178,7 @@ def check_queries(queries: Iterable[tuple[float, float]]) -> None:
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> Path:
-    """Writes a figure as PNG; whole or not at all.
+    """Writes a figure as PNG, completely or not at all.
 
     Raises:
       UserError: It cannot be written.

@@ -112,7 +112,7 @@ def _line_of(error: BaseException, path: Path) -> str:
 
 
 def _explain(error: BaseException) -> str:
-    """Returns an error in a config file in words; ConfigDict's own list the whole config."""
+    """Returns an error in a config file in words; ConfigDict's own errors list the whole config."""
     text = ' '.join(map(str, error.args)) or type(error).__name__
     unknown = re.search(r'Key "(.+?)" does not exist|instead of "(.+?)"', text)
     if unknown:

@@ -45,7 +45,7 @@ def run(arguments: Sequence[str], default_config_file: Path, program: str = 'tra
     """Runs `train.py` with its command-line arguments.
 
     Args:
-      arguments: Of the process, the program's name first.
+      arguments: Command line, the program's name first.
       default_config_file: The config where `--config` is not given.
       program: What errors begin with.
 

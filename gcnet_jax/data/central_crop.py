@@ -17,8 +17,8 @@ def resized_size(width: int, height: int, size: Size, crop_fraction: float) -> t
     """Returns width and height of the image that the crop is the middle of.
 
     Args:
-      width, height: Of the image, in pixels.
-      size: Of the crop, in pixels.
+      width, height: Size of the image in pixels.
+      size: Size of the crop in pixels.
       crop_fraction: The size of the crop over the size that is covered, in (0, 1].
 
     Raises:

@@ -34,21 +34,19 @@ RGB = UInt8[np.ndarray, 'height width 3']
 Image.init()  # Registers the decoders; Pillow would do it at the first call of Image.open.
 
 
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_within_limits(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
     """Reads the header of an encoded image; the pixels are not decoded yet.
 
     `Image.open` would do the same, but warns about large images by Pillow's own limit, and a
     warning cannot be silenced in one thread alone.
 
+    Returns:
+      The image, and the estimated memory in bytes for decoding it.
+
     Raises:
       DataError: If the format is not one of `FORMATS`, the header is damaged, or the image exceeds
         `max_pixels` or a limit of `gcnet_jax.data.image_limits`.
     """
-    return open_within_limits(data, max_pixels)[0]
-
-
-def open_within_limits(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
-    """Returns an opened image, and the estimated memory in bytes for decoding it."""
     name = image_limits.image_format(data[: image_limits.PREFIX_BYTES])
     if name is None:
         raise DataError(f'not an image of a known format ({", ".join(FORMATS)})')
@@ -69,7 +67,7 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Gives an opened image, with the memory for decoding it held until the block ends.
 
     Raises:
-      DataError: As `open_image`.
+      DataError: As `open_within_limits`.
     """
     image, memory = open_within_limits(data, max_pixels)
     with DECODING_MEMORY.hold(memory):
@@ -156,7 +154,9 @@ def verify(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
       DataError: As `decode`.
     """
     with opened(data, max_pixels) as image:
-        image.draft('RGB', (1, 1))  # A JPEG is read whole, but transformed at an eighth.
+        image.draft(
+            'RGB', (1, 1)
+        )  # A JPEG is read to its end, but decoded at an eighth of its size.
         to_rgb(image)
 
 

@@ -87,7 +87,7 @@ def prepare_folder(
     overwrite: bool = False,
     progress: bool = False,
 ) -> PreparedFolder:
-    """Writes a folder of images as a TFDS data set, and leaves the folder as it is.
+    """Writes a folder of images as a TFDS data set; the folder is not changed.
 
     The folder holds either `train/<class>/<image>` with any of `val` (or `valid`, `validation`,
     `dev`: becomes the split `validation`) and `test` beside it, in any case, or `<class>/<image>`,
@@ -166,7 +166,7 @@ def _find_splits(root: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
         items, empty = _find_items(place)
         return {'train': items}, _relative(empty, root)
     splits, all_empty = {}, []
-    # `train` first: what is wrong with the others is said in relation to it.
+    # `train` first: errors about the other splits refer to it.
     for folder in sorted(folders, key=lambda folder: _split_of(folder) != 'train'):
         split = _split_of(folder)
         if not splits and split != 'train':

@@ -48,7 +48,7 @@ SLOW_CODECS = ('ppm_plain', 'ppm', 'bmp_rle')
 
 DECODING_MEMORY = MemoryBudget(MAX_TOTAL_DECODING_BYTES, SMALL_DECODING_BYTES)
 
-# Formats that are recognised only to tell the user what they are.
+# Formats that are recognised only so that errors can name them.
 UNREAD_BRANDS = {
     b'avif': 'AVIF', b'avis': 'AVIF', b'heic': 'HEIC', b'heix': 'HEIC', b'hevc': 'HEIC',
     b'heim': 'HEIC', b'heis': 'HEIC', b'mif1': 'HEIC', b'msf1': 'HEIC',

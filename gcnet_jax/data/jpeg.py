@@ -1,6 +1,6 @@
 """A part of a JPEG, decoded and resized at the least cost: what training needs of most images.
 
-libjpeg-turbo decodes (simplejpeg) and OpenCV resizes. Whatever is not an ordinary, whole JPEG gives
+libjpeg-turbo decodes (simplejpeg) and OpenCV resizes. Anything but an ordinary, intact JPEG gives
 None here: it is Pillow's, whose word on what is damaged counts.
 """
 
@@ -21,7 +21,7 @@ Box = tuple[int, int, int, int]
 
 # Shares of the resolution at which libjpeg-turbo decodes fast.
 SHRINKS = (8, 4, 2)
-# What stands in front of every segment, and the segments that this module looks for.
+# The byte that begins every segment, and the segments that this module looks for.
 MARKER = 0xFF
 BASELINE = (0xC0, 0xC1)
 OTHER_FRAMES = (0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
@@ -40,9 +40,9 @@ class Frame(NamedTuple):
     """What the header says.
 
     Attributes:
-      height: Of the image, in pixels.
-      width: Of the image, in pixels.
-      height_place: Where the height stands in the data, as two bytes.
+      height: Height of the image in pixels.
+      width: Width of the image in pixels.
+      height_place: Offset in the data of the height, which is two bytes.
     """
 
     height: int
@@ -51,7 +51,7 @@ class Frame(NamedTuple):
 
 
 def read_frame(data: bytes) -> Frame | None:
-    """Returns the size of a whole baseline JPEG in grey or three colours, None for anything else.
+    """Returns the size of an intact baseline JPEG in grey or three colours, None for anything else.
 
     A JPEG that does not end in its end marker may have lost its end. Progressive and CMYK images
     and those of several scans are rare.
@@ -90,7 +90,7 @@ def decode_crop(data: bytes, frame: Frame, box: Box, size: Size) -> RGB | None:
         that is not below this.
 
     Returns:
-      The crop in memory of its own, or None if libjpeg-turbo cannot read the image.
+      A copy of the crop, or None if libjpeg-turbo cannot read the image.
     """
     height, width = height_and_width(size)
     ratio = min((box[2] - box[0]) / width, (box[3] - box[1]) / height)
@@ -118,7 +118,7 @@ def decode_rows(
     Args:
       data: An image of which `read_frame` made `frame`.
       frame: Its header.
-      bottom: The first row that is not needed, in pixels of the whole image.
+      bottom: The first row that is not needed, in pixels of the full image.
       shrink: 1, 2, 4 or 8: decode at one over this of the resolution.
       plain_colours: Repeat colours that are stored at a lower resolution than the brightness, and
         do not interpolate them, which is faster; for an image that is made smaller anyway.

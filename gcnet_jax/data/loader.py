@@ -101,7 +101,7 @@ def train_batches(
       source: The images.
       global_batch_size: Images per step over all processes.
       image_size: Size of the images handed out, in pixels.
-      seed: Of the order and the augmentation, 0 to 2**32 - 1.
+      seed: Seeds the order and the augmentation; 0 to 2**32 - 1.
       start_step: Step of the first batch.
       process_index, process_count: Which part of every batch, and the number of parts.
       augmentation, flip, interpolation, crop_scale: See `preprocess.augment`.
@@ -110,7 +110,7 @@ def train_batches(
         any; None for one per processor, at most 16; 0 for none, in the caller's thread.
       num_workers: Processes that make batches; 0 for threads of this one. They are spawned, so the
         caller's script needs the usual `if __name__ == '__main__'`.
-      skip_damaged: Put the next readable record in a damaged one's place, and count it.
+      skip_damaged: Replace a damaged record by the next readable one, and count it.
 
     Returns:
       Iterator of {'image': uint8 [local_batch, height, width, 3], 'label': int32 [local_batch], or

@@ -32,44 +32,13 @@ def normalize(
       images: Values from 0 to 255.
       mean: Of every channel, on the scale from 0 to 1.
       std: Of every channel, on that scale.
-      dtype: Of the result; the arithmetic is float32.
+      dtype: Type of the result; the arithmetic is float32.
     """
     scale = 1 / (255 * jnp.asarray(std, jnp.float32))
     shift = 255 * jnp.asarray(mean, jnp.float32)
-    # Ranks are made equal by hand: users may tell JAX to raise where they are not.
+    # Ranks are made equal explicitly: JAX can be configured to raise where they are not.
     shift, scale = (values.reshape((1,) * (images.ndim - 1) + (-1,)) for values in (shift, scale))
     return ((images.astype(jnp.float32) - shift) * scale).astype(dtype)
-
-
-def mixup(
-    key: PRNGKeyArray, images: Images, targets: Targets, alpha: float
-) -> tuple[Images, Targets]:
-    """Mixes every image with its partner (Zhang et al., arXiv 1710.09412): one share for the batch.
-
-    Args:
-      key: Of the share, which is drawn from Beta(alpha, alpha).
-      images: Normalised images.
-      targets: Their labels, one-hot or smoothed.
-      alpha: More mixes more; 0 changes nothing.
-    """
-    return mix(key, images, targets, mixup_alpha=alpha, cutmix_alpha=0.0)
-
-
-def cutmix(
-    key: PRNGKeyArray, images: Images, targets: Targets, alpha: float
-) -> tuple[Images, Targets]:
-    """Replaces one rectangle of every image by its partner's (Yun et al., arXiv 1905.04899).
-
-    The labels are mixed by the share of the pixels that were really replaced: the rectangle may
-    reach over the edge.
-
-    Args:
-      key: Of the rectangle; its share of the area before clipping is drawn from Beta(alpha, alpha).
-      images: Normalised images.
-      targets: Their labels, one-hot or smoothed.
-      alpha: Of that distribution; 0 changes nothing.
-    """
-    return mix(key, images, targets, mixup_alpha=0.0, cutmix_alpha=alpha)
 
 
 def mix(
@@ -79,14 +48,20 @@ def mix(
     mixup_alpha: float,
     cutmix_alpha: float,
 ) -> tuple[Images, Targets]:
-    """Mixup or cutmix; where both are on, either one for the whole batch with equal chance.
+    """Applies mixup or cutmix; where both are on, one of them, equally likely, to the whole batch.
+
+    Mixup (Zhang et al., arXiv 1710.09412) mixes every image with its partner, with one share for
+    the batch. Cutmix (Yun et al., arXiv 1905.04899) replaces one rectangle of every image by its
+    partner's; the labels are mixed by the share of the pixels that were replaced, because the
+    rectangle may reach over the edge.
 
     Args:
-      key: Of the choice and what follows.
+      key: Draws the choice and what follows from it.
       images: Normalised images.
       targets: Their labels, one-hot or smoothed.
-      mixup_alpha: As in `mixup`; 0 switches it off.
-      cutmix_alpha: As in `cutmix`; 0 switches it off.
+      mixup_alpha: The share is from Beta(alpha, alpha); 0 switches mixup off.
+      cutmix_alpha: The rectangle's share of the area, before clipping, is from Beta(alpha, alpha);
+        0 switches cutmix off.
     """
     if not mixup_alpha and not cutmix_alpha:
         return images, targets
@@ -179,7 +154,7 @@ def random_erasing(
     """Fills one rectangle of some images (Zhong et al., arXiv 1708.04896; timm's geometry).
 
     Args:
-      key: Of the choice, the rectangles and the noise.
+      key: Draws the choice, the rectangles and the noise.
       images: Normalised images.
       probability: That an image loses a rectangle; 0 changes nothing.
       area: Range of the rectangle's share of the image's area.

@@ -54,8 +54,8 @@ def sample_crop(
     """Draws a crop as torchvision's RandomResizedCrop.get_params does.
 
     Args:
-      height: Of the image, in pixels.
-      width: Of the image, in pixels.
+      height: Height of the image in pixels.
+      width: Width of the image in pixels.
       rng: Source of randomness.
       scale: Range of the crop's share of the image's area.
       ratio: Range of the crop's width over its height, sampled in the logarithm.

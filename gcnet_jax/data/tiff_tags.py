@@ -6,7 +6,7 @@ import numpy as np
 
 from gcnet_jax.errors import DataError
 
-# Bytes of a value, and numpy's name of whole numbers, by the number of the type.
+# Bytes per value and numpy's integer type, by the number of the TIFF type.
 SIZES = {
     **{1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4},
     **{16: 8, 17: 8, 18: 8},
@@ -20,10 +20,10 @@ class TiffTags:
     Args:
       data: The file.
       max_tags: More are refused.
-      max_bytes: Of all values together; more are refused.
+      max_bytes: Limit on all values together; more are refused.
 
     Attributes:
-      fields: Of each tag its type, the number of its values, and where they stand in the data.
+      fields: The type of each tag, the number of its values, and their offset in the data.
 
     Raises:
       DataError: If there are too many, one is there twice, or their values are too large.

@@ -38,7 +38,7 @@ class Evaluation:
       label_names: Name of each class.
       examples: Images that counted, each once.
       skipped: Damaged images that were left out.
-      metrics: Of the task, by their names, such as 'accuracy', 'top5' and 'loss' (without label
+      metrics: The task's metrics by name, such as 'accuracy', 'top5' and 'loss' (without label
         smoothing), or 'mAP'.
       percentages: Which of them are shown in per cent.
       images_per_second: With reading and decoding, without compiling.

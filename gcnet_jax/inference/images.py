@@ -152,7 +152,7 @@ def load_image(image: Any, preprocessing: Preprocessing, name: object = None) ->
       image: A path, encoded bytes, a file opened for reading bytes (read from where it stands), a
         Pillow image, or an array: uint8, or floating point from 0 to 1 (which is rounded to
         255ths), `[height, width]` or `[height, width, 1, 3 or 4]`. Alpha is dropped.
-      preprocessing: Of the network.
+      preprocessing: What the network expects.
       name: What to call the image in errors, where it is no path.
 
     Raises:

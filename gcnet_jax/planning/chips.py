@@ -32,12 +32,12 @@ class Chip:
     """One kind of TPU.
 
     Attributes:
-      hbm_bytes: What the compiler lets a program use of the main memory.
-      bandwidth: Of the main memory, bytes a second.
+      hbm_bytes: Main memory that the compiler allows a program.
+      bandwidth: Of the main memory, in bytes per second.
       peak_flops: Operations a second in bfloat16, in which float32 convolutions run too.
-      dimensions: Of the network between the chips.
+      dimensions: Number of dimensions of the network between the chips.
       most_chips: In one slice.
-      options: What the compiler must be told besides.
+      options: Further options that the compiler needs.
     """
 
     hbm_bytes: float
@@ -101,7 +101,7 @@ def topology_devices(name: str) -> Sequence[Any]:
     from jax.experimental import topologies
 
     options = dict(chip.options)
-    if chips == 1:  # A host has four chips unless it is told that it has one.
+    if chips == 1:  # A host has four chips unless configured to have one.
         options['chips_per_host_bounds'] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(name, 'tpu', **options).devices

@@ -70,7 +70,7 @@ class Traffic:
       collectives: By kind, such as 'all-reduce'.
       hbm_bytes: Read from and written to the main memory: every operand and every result of every
         fused operation that lives there, once. Memory on the chip (VMEM) is left out.
-      unknown_loops: Loops whose turns could not be told; what is in them counts once.
+      unknown_loops: Loops with an unknown number of iterations; their contents count once.
     """
 
     collectives: dict[str, Collective]
@@ -115,7 +115,7 @@ def read_traffic(text: str) -> Traffic:
 
 
 class _Reader:
-    """Walks the computations as they are called, and adds up."""
+    """Follows the calls between computations and adds up their costs."""
 
     def __init__(self, computations: dict[str, dict[str, _Instruction]], entry: str) -> None:
         self.computations, self.entry = computations, entry
@@ -173,9 +173,9 @@ class _Reader:
 
 
 def _kind(opcode: str) -> str | None:
-    """The kind of a collective, told once of one that has a start and an end.
+    """Returns the kind of a collective, once for a pair of start and done operations.
 
-    The size of an all-gather is told by its end, that of the others by their start.
+    The size of an all-gather is read from its end, that of the others from their start.
     """
     opcode = opcode.removesuffix('-done' if opcode.startswith('all-gather') else '-start')
     return opcode if opcode in KINDS else None

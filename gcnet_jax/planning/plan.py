@@ -155,7 +155,7 @@ def describe(
 
     Raises:
       ConfigError: A setting that cannot work.
-      DataError: Neither `config.model.num_classes` nor the data set tells the number of labels.
+      DataError: Neither `config.model.num_classes` nor the data set gives the number of labels.
     """
     check_config(config)
     tree = config.to_dict()
@@ -201,7 +201,7 @@ def compile_step(experiment: Experiment) -> Program:
     state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     shardings = state_shardings(state, mesh)
     shape = height_and_width(experiment.description.preprocessing.train_size)
-    batch = task.batch_shapes(experiment.config.training.batch_size, *shape)
+    batch = task.batch_shapes(experiment.batch_size, *shape)
     began = time.perf_counter()
     try:
         lowered = jit_train_step(step, task, mesh, shardings).lower(
@@ -290,7 +290,7 @@ def _title(config: ConfigDict, topology: str, batch_per_chip: int | None) -> str
 
 
 def add_twin(plan: Plan, config: ConfigDict, compiling: Compiling = contextlib.nullcontext) -> Plan:
-    """Compiles the same network without context too; a network that has none is left as it is."""
+    """Compiles the same network without context too; a network that has none gets no twin."""
     devices = topology_devices(plan.topology)
     if not getattr(describe(config, devices, plan.batch_size).model, 'context', ()):
         return plan
@@ -346,7 +346,7 @@ def make_plans(
       topologies: Such as 'v5e:4x4'.
       batch_per_chip: As for `make_plan`.
       find_largest: Find the largest batch a chip, on multiples of 8, beginning there.
-      tell: Called with every plan that was tried.
+      tell: Called with each plan as it is made.
       compiling: Called before each compilation with what is compiled, in words; the result is
         entered while that is done, see `gcnet_jax.planning.announcer`.
 
@@ -354,7 +354,7 @@ def make_plans(
       UserError: As `make_plan`; or not even the smallest batch fits.
     """
     for topology in topologies:
-        parse_topology(topology)  # A wrong one is told before the first is compiled.
+        parse_topology(topology)  # A wrong one is reported before the first is compiled.
     _check_batch(batch_per_chip)
     plans, needs_twin = [], True
     for topology in topologies:

@@ -46,7 +46,7 @@ def format_progress(plan: Plan) -> str:
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """Returns a plan as plain values: bytes, FLOPs and seconds, of one chip where not said."""
+    """Returns a plan as plain values: bytes, FLOPs and seconds, per chip unless noted."""
     values = {
         'network': plan.network,
         'topology': plan.topology,
@@ -86,10 +86,6 @@ def _needed_gib(plan: Plan) -> str:
 def _needed(plan: Plan) -> str:
     fits = '' if plan.program is not None else ' DOES NOT FIT'
     return f'{_needed_gib(plan)} of {plan.chip.hbm_bytes / GIB:.2f}{fits}'
-
-
-def _chips(plan: Plan) -> str:
-    return f'{plan.chips:,}'
 
 
 def _batch(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 A checkpoint of a training run and a ported directory are the same thing here:
 `DIR/checkpoints/STEP/` with the Orbax items `variables` (what evaluation uses: {'params',
-'batch_stats'}), `description` and `checksums` (JSON). Training adds items of its own. Porting,
+'batch_stats'}), `description` and `checksums` (JSON). Training adds further items. Porting,
 inference and training meet here and import nothing of each other.
 """
 

@@ -1,4 +1,4 @@
-"""Checksums of arrays and of JSON: what tells a damaged checkpoint from a good one.
+"""Checksums of arrays and of JSON, by which damaged checkpoints are recognised.
 
 They find damage, not malice: whoever writes a file can write its checksums too.
 """
@@ -22,7 +22,7 @@ def json_checksum(value: Any) -> int:
 def checksums(tree: Any) -> dict[str, int]:
     """Returns a checksum of every leaf, the same on any number of devices and processes.
 
-    Every 32 bits count with their position in the whole array, so a changed bit or two swapped
+    Every 32 bits count with their position in the full array, so a changed bit or two swapped
     values are seen whichever way the array is split.
     """
     partial = {

@@ -4,7 +4,7 @@ from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.tasks.classification import Classification
 from gcnet_jax.tasks.label_task import LabelTask
 from gcnet_jax.tasks.multilabel import MultiLabel
-from gcnet_jax.tasks.task import Evaluation, Task
+from gcnet_jax.tasks.task import Evaluation, OutputPlan, Task
 
 __all__ = [
     'STORED_TASKS',
@@ -13,6 +13,7 @@ __all__ = [
     'Evaluation',
     'LabelTask',
     'MultiLabel',
+    'OutputPlan',
     'Task',
     'find_task',
 ]

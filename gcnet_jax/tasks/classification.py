@@ -1,6 +1,7 @@
 """Classification: one label for each image, learned by softmax cross-entropy."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from gcnet_jax.data import on_device
 from gcnet_jax.errors import ConfigError
+from gcnet_jax.ranges import Range, number
 from gcnet_jax.tasks.label_task import LabelTask
 from gcnet_jax.tasks.losses import (
     balanced_weights,
@@ -20,6 +22,13 @@ from gcnet_jax.tasks.losses import (
     smooth_labels,
 )
 from gcnet_jax.tasks.task import Batch, Sums
+
+
+def _is_class_weights(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == 'balanced'
+    finite = number(0, math.inf, open_high=True)
+    return isinstance(value, (tuple, list)) and all(map(finite.allows, value)) and any(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +63,15 @@ class Classification(LabelTask):
         # number of its examples; reads the labels of all training images at the start), or one
         # number per class. None: 1 for all.
         'class_weights': None,
+    }
+    ranges: ClassVar[Mapping[str, Range]] = {
+        'label_smoothing': number(0, 1, open_high=True),
+        'mixup_alpha': number(0),
+        'cutmix_alpha': number(0),
+        'erasing_probability': number(0, 1),
+        'class_weights': Range(
+            _is_class_weights, "'balanced' or one number from 0 per class, not all 0"
+        ),
     }
 
     @classmethod
@@ -127,7 +145,7 @@ def _class_weights(setting: Any, source: Any) -> tuple[float, ...] | None:
 
 
 class ClassificationEvaluation:
-    """Counts of right answers, the loss, and what was taken for what.
+    """Counts of correct predictions, the loss, and the confusion matrix.
 
     Attributes:
       examples: Images that counted, each once.
@@ -148,7 +166,7 @@ class ClassificationEvaluation:
         logits, labels = np.asarray(results['logits'])[mask], np.asarray(results['label'])[mask]
         rows = np.arange(len(labels))
         own = logits[rows, labels][:, None]
-        # Of equal logits the lower class comes first.
+        # Among equal logits the lower class comes first.
         first = np.arange(logits.shape[1]) < labels[:, None]
         rank = ((logits > own) | ((logits == own) & first)).sum(axis=1)
         finite = np.isfinite(logits).all(axis=1)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gcnet_jax.errors import ConfigError
-from gcnet_jax.tasks.task import Batch, Task
+from gcnet_jax.tasks.label_names import check_same_labels, check_splits, plan_classifier
+from gcnet_jax.tasks.task import Batch, Described, OutputPlan, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class LabelTask(Task):
 
     Attributes:
       num_classes: Number of labels.
-      mean, std: Of each channel, on the scale where 255 is 1.
+      mean, std: Per channel, on the scale where 255 is 1.
       is_multilabel: Whether an image has any number of labels.
     """
 
@@ -45,6 +46,23 @@ class LabelTask(Task):
                 f'data set {source.name} has one label per image; train on it with '
                 "config.task.name='classification'"
             )
+
+    @classmethod
+    def outputs_of(
+        cls, train: Any, evaluation: Any, num_classes: int | None
+    ) -> tuple[int, tuple[str, ...]]:
+        check_splits(train, evaluation, num_classes)
+        return train.num_classes, train.label_names
+
+    @classmethod
+    def check_continued(cls, place: str, before: Described, now: Described) -> None:
+        check_same_labels(place, before.label_names, now.label_names)
+
+    @classmethod
+    def plan_outputs(
+        cls, here: Described, there: Described, new_classifier: bool | None, place: str
+    ) -> OutputPlan:
+        return plan_classifier(here, there, new_classifier, place)
 
     def batch_spec(self) -> dict[str, tuple[str, ...]]:
         return {'image': ('batch', 'height'), 'label': ('batch',)}

@@ -54,7 +54,7 @@ def is_highest(
 ) -> Bool[Array, ' batch']:
     """Returns for each example whether its label has the highest logit.
 
-    Of equal logits the lowest class counts as the highest. A logit that is not a number is never
+    Among equal logits the lowest class counts as the highest. A logit that is not a number is never
     right.
     """
     finite = jnp.all(jnp.isfinite(logits), axis=-1)

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gcnet_jax.data import on_device
+from gcnet_jax.ranges import Range, number
 from gcnet_jax.tasks.label_task import LabelTask
 from gcnet_jax.tasks.task import Batch, Sums
 
@@ -34,6 +35,7 @@ class MultiLabel(LabelTask):
     best: ClassVar[str] = 'mAP'
     percentages: ClassVar[frozenset[str]] = frozenset({'mAP'})
     settings: ClassVar[Mapping[str, Any]] = {'erasing_probability': 0.0}
+    ranges: ClassVar[Mapping[str, Range]] = {'erasing_probability': number(0, 1)}
     is_multilabel: ClassVar[bool] = True
 
     @classmethod
@@ -63,7 +65,7 @@ class MultiLabel(LabelTask):
     @staticmethod
     def probabilities(logits: Any, numpy: Any = jnp) -> Any:
         """The sigmoid of each label by itself."""
-        # Of what is not positive, so that nothing overflows.
+        # The exponent is never positive, so nothing overflows.
         exponentials = numpy.exp(-numpy.abs(logits))
         return numpy.where(logits >= 0, 1, exponentials) / (1 + exponentials)
 

@@ -1,4 +1,4 @@
-"""What a network with labels says about one image, and how it is printed."""
+"""The prediction for one image of a network with labels, and how it is printed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Prediction:
         top_k: int,
     ) -> 'Prediction':
         """Returns the `top_k` classes of the highest logits."""
-        # Stable: of equal logits the lower class comes first, as in evaluation.
+        # Stable: among equal logits the lower class comes first, as in evaluation.
         classes = np.argsort(-logits, kind='stable')[:top_k].tolist()
         return cls(
             labels=tuple(label_names[i] if label_names else f'class {i}' for i in classes),

@@ -5,12 +5,15 @@ know what a label is, how the loss is computed, and which checkpoint is best.
 """
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
+
+from gcnet_jax.ranges import Range
 
 Batch = Mapping[str, Array]
 Sums = dict[str, Float[Array, '']]
@@ -27,6 +30,28 @@ class Evaluation(Protocol):
         """Returns the metrics of all examples so far: 'loss', 'examples', and the task's own."""
 
 
+class Described(Protocol):
+    """What a task reads of a stored network's description, see `gcnet_jax.stored`."""
+
+    label_names: tuple[str, ...]
+
+    def build(self) -> Any:
+        """Builds the network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputPlan:
+    """Which outputs of a network take over which outputs of the checkpoint that it starts from.
+
+    Attributes:
+      kept: Pairs of an output here and the one there; None keeps them all in order.
+      text: What is done, in one line for the user.
+    """
+
+    kept: tuple[tuple[int, int], ...] | None
+    text: str
+
+
 class Task(abc.ABC):
     """Base of all tasks; a task is a frozen dataclass, made once per run by `build`.
 
@@ -35,12 +60,14 @@ class Task(abc.ABC):
       best: The metric of an evaluation whose highest value marks the best checkpoint.
       percentages: Metrics that are shown in per cent.
       settings: Every setting of the group `config.task` beside `name`, with its default.
+      ranges: What each of them may be, where it is not None by default.
     """
 
     name: ClassVar[str]
     best: ClassVar[str]
     percentages: ClassVar[frozenset[str]]
     settings: ClassVar[Mapping[str, Any]]
+    ranges: ClassVar[Mapping[str, Range]]
 
     @classmethod
     @abc.abstractmethod
@@ -56,12 +83,59 @@ class Task(abc.ABC):
           ConfigError: A setting does not fit the data.
         """
 
+    @classmethod
+    @abc.abstractmethod
+    def outputs_of(
+        cls, train: Any, evaluation: Any, num_classes: int | None
+    ) -> tuple[int, tuple[str, ...]]:
+        """Returns how many outputs a network needs for the data, and what each stands for.
+
+        Args:
+          train, evaluation: The examples of both splits, see `gcnet_jax.data.sources.Source`.
+          num_classes: `config.model.num_classes`; None takes the number from the data.
+
+        Raises:
+          ConfigError: They do not fit each other.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def check_continued(cls, place: str, before: Described, now: Described) -> None:
+        """Refuses to continue a run whose data now ask something else of the network.
+
+        Args:
+          place: Where the run is, as errors name it.
+          before: The network of the run.
+          now: The network that the config and the data describe.
+
+        Raises:
+          CheckpointError: Names what changed.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def plan_outputs(
+        cls, here: Described, there: Described, new_classifier: bool | None, place: str
+    ) -> OutputPlan:
+        """Decides which outputs of the checkpoint that a run starts from are kept.
+
+        Args:
+          here: The network to be trained.
+          there: The checkpoint's.
+          new_classifier: `config.training.new_classifier`: True keeps none, False keeps all in
+            order, None leaves it to the task.
+          place: The checkpoint, as errors name it.
+
+        Raises:
+          CheckpointError: They cannot be kept as asked, or the task cannot decide.
+        """
+
     @abc.abstractmethod
     def batch_spec(self) -> dict[str, tuple[str, ...]]:
         """Returns the arrays of a training batch, each with the axes that may be split.
 
-        An axis is 'batch' or 'height', from the first on; what is not named is whole on every
-        device. A batch of evaluation has a 'mask' beside them, False for padding.
+        An axis is 'batch' or 'height', from the first on; what is not named is replicated. A batch
+        of evaluation also has a 'mask', False for padding.
         """
 
     @abc.abstractmethod
@@ -78,7 +152,7 @@ class Task(abc.ABC):
 
         Args:
           batch: As the loader made it.
-          key: Of this step, for what is random in training; None leaves that out.
+          key: Random key of this step; None leaves out what is random.
         """
 
     @abc.abstractmethod
@@ -92,7 +166,7 @@ class Task(abc.ABC):
         The names of `training.steps.RESERVED_SUMS` are taken.
 
         Args:
-          outputs: Of the network, by name.
+          outputs: Outputs of the network by name.
           batch: As `prepare` returned it, or a part of it.
         """
 
@@ -109,7 +183,7 @@ class Task(abc.ABC):
         """Returns what evaluation needs of a batch, as little as possible; runs on the device.
 
         Args:
-          outputs: Of the network in evaluation, by name.
+          outputs: Outputs of the network in evaluation, by name.
           batch: As the loader made it, with 'mask'.
         """
 

@@ -1,9 +1,9 @@
 """Checkpoints of a run: what is in one, and when one is good.
 
 One checkpoint is one directory `checkpoints/STEP` with Orbax items: `variables`, `description` and
-`checksums`, which `gcnet_jax.stored` reads without the rest; `training`, what else the next
-step needs; `position`, where the run stands (JSON); `metrics`, the evaluation there, if there was
-one. Orbax writes them together or not at all.
+`checksums`, which `gcnet_jax.stored` reads without the rest; `training`, what else the next step
+needs; `position`, how far the run has come (JSON); `metrics`, the evaluation at this step, if there
+was one. Orbax writes them together or not at all.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class CheckpointStore:
 
     Args:
       workdir: The run's directory.
-      description: Of the network, stored in every checkpoint.
+      description: Description of the network, stored in every checkpoint.
       best: The metric of an evaluation whose highest value marks the best checkpoint.
       keep: Number of newest checkpoints that are kept, beside the best.
       say: Called with a line about each damaged checkpoint.
@@ -103,7 +103,7 @@ class CheckpointStore:
 
     @property
     def newest(self) -> int | None:
-        """The step of the newest checkpoint that is whole on disk or being written."""
+        """The step of the newest checkpoint that is complete on disk or being written."""
         return self._manager.latest_step()
 
     def last_good(self) -> str:
@@ -117,7 +117,7 @@ class CheckpointStore:
         """Starts to save a state that is known to be good.
 
         Raises:
-          CheckpointError: No space is left; the checkpoints before are whole.
+          CheckpointError: No space is left; earlier checkpoints are intact.
         """
         items = _split(state)
         metrics = dict(metrics)
@@ -151,7 +151,7 @@ class CheckpointStore:
           The state and its position, or None if there is no checkpoint.
 
         Raises:
-          CheckpointError: There are checkpoints, but none is whole, or they are another network's.
+          CheckpointError: There are checkpoints, but none is intact, or they are another network's.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged = {}
@@ -240,7 +240,7 @@ class CheckpointStore:
         """Waits until what is being saved is on disk.
 
         Raises:
-          CheckpointError: No space is left; the checkpoints before are whole.
+          CheckpointError: No space is left; earlier checkpoints are intact.
         """
         with self.explain_errors(), explain_bucket(self._root, CheckpointError):
             self._manager.wait_until_finished()

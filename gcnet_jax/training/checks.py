@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from gcnet_jax.errors import ConfigError, unknown_name
+from gcnet_jax.tasks import find_task
 from gcnet_jax.training.config import default_config, leaves, task_settings
 from gcnet_jax.training.optimizers import optimizer_options
 from gcnet_jax.training.rules import RULES
@@ -25,12 +26,14 @@ def check_config(config: ConfigDict) -> None:
     if isinstance(task, Mapping) and 'name' in task:
         known['task'] = ConfigDict(task_settings(task['name'])).to_dict()
     _check_keys(given, known)
+    own = find_task(given['task']['name']).ranges
+    ranges = RULES | {f'task.{name}': allowed for name, allowed in own.items()}
     defaults = dict(leaves(known))
     for key, value in leaves(given):
         if value is None and key in defaults and defaults[key] is None:
             continue
-        if key in RULES and not RULES[key][0](value):
-            raise ConfigError(f'config.{key} is {value!r}; it must be {RULES[key][1]}')
+        if key in ranges and not ranges[key].allows(value):
+            raise ConfigError(f'config.{key} is {value!r}; it must be {ranges[key].text}')
     options = {
         key: value
         for key, value in given['optimizer'].items()

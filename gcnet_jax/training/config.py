@@ -75,8 +75,8 @@ def task_settings(name: str) -> dict:
     """Returns the group `task` for a task: its name, and its settings with their defaults."""
     settings = find_task(name).settings
     return {
-        # What the network learns: 'classification' or 'multilabel'. What the other settings mean
-        # stands in gcnet_jax/tasks, in the file of that name.
+        # What the network learns: 'classification' or 'multilabel'. The file of that name in
+        # gcnet_jax/tasks explains the other settings.
         'name': name,
         **{key: placeholder(object) if value is None else value for key, value in settings.items()},
     }
@@ -103,10 +103,10 @@ def _model() -> dict:
         # are used in training too and never change: to continue from a checkpoint).
         'norm': {
             'kind': 'batch',
-            # Of 'batch': images whose statistics are taken together; None: the whole batch, over
+            # For 'batch': images whose statistics are taken together; None: the whole batch, over
             # all devices (with accumulation: the whole micro-batch).
             'group_size': placeholder(int),
-            # Of 'group': number of groups of channels; None: 32.
+            # For 'group': number of groups of channels; None: 32.
             'channel_groups': placeholder(int),
         },
     }
@@ -234,7 +234,7 @@ def _training() -> dict:
         # (False). None: classes whose label names the checkpoint knows keep their weights.
         'new_classifier': placeholder(bool),
         # Continue a run to another total_epochs or total_steps, also one that has finished. From
-        # the step where it stands, the learning rate follows the schedule of the new total.
+        # the step it has reached, the learning rate follows the schedule of the new total.
         'extend': False,
     }
 
@@ -256,15 +256,15 @@ def _runtime() -> dict:
         'compilation_cache': placeholder(str),
         # Batches that are sent to the devices ahead of their step.
         'prefetch_batches': 2,
-        # Several processes, one a host or one a GPU, all started with this same command. A TPU pod
-        # slice, SLURM and Open MPI tell the rest by themselves.
+        # Several processes, one per host or per GPU, all started with this same command. A TPU pod
+        # slice, SLURM and Open MPI provide the rest.
         'distributed': False,
         # Elsewhere: HOST:PORT of the first process, how many there are, and which this one is, from
         # 0.
         'coordinator_address': placeholder(str),
         'num_processes': placeholder(int),
         'process_id': placeholder(int),
-        # Silence after which a process counts as gone, and the others stop with an error.
+        # Silence after which a process counts as lost, and the others stop with an error.
         'heartbeat_timeout_seconds': 100,
     }
 
@@ -289,7 +289,7 @@ def leaves(tree: Any, path: str = '') -> Iterator[tuple[str, Any]]:
 def steps(group: Mapping[str, Any], name: str, steps_per_epoch: float) -> float:
     """Converts a duration of a group, `<name>_steps` or else `<name>_epochs`, to steps.
 
-    An epoch need not be a whole number of them, so the caller rounds what it counts from it.
+    The result need not be an integer; the caller rounds it where it needs one.
     """
     if group[f'{name}_steps'] is not None:
         return group[f'{name}_steps']

@@ -38,15 +38,19 @@ class Durations:
     """The durations of a config in steps; `config.is_due` says when something is due.
 
     Attributes:
+      epoch: Batches per epoch; need not be an integer.
       total: Where the run ends.
-      evaluation, checkpoint: How often each happens; need not be whole numbers.
+      evaluation, checkpoint: Interval of each; need not be an integer.
       early_stopping: How long the task's best metric may go without improving, or None.
+      extend: Whether a run of another total is continued.
     """
 
+    epoch: float
     total: int
     evaluation: float
     checkpoint: float
     early_stopping: float | None
+    extend: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Experiment:
 
     Attributes:
       config: Every setting, with those that followed from the checkpoint filled in.
-      description: Of the network, as it is stored beside the checkpoints.
+      description: Description of the network, as stored with each checkpoint.
       model: The network.
       task: What it learns.
       train_source, evaluation_source: The examples.
@@ -65,8 +69,11 @@ class Experiment:
       optimizer: With the schedule inside.
       step_options: Arguments of the steps.
       mesh: The devices.
+      batch_size: Images of one step over all devices.
+      seed: Seeds everything random.
       durations: How long and how often, in steps.
-      initial: The network of `training.init_from`, or None.
+      init_from: The checkpoint that the weights come from at first, or None.
+      skip_damaged: Whether damaged records are left out of the batches, and counted.
       notes: What the user should know before the run begins, one line each.
     """
 
@@ -82,14 +89,12 @@ class Experiment:
     optimizer: optax.GradientTransformation
     step_options: StepOptions
     mesh: Mesh
+    batch_size: int
+    seed: int
     durations: Durations
-    initial: ModelDescription | None = None
+    init_from: str | None = None
+    skip_damaged: bool = False
     notes: tuple[str, ...] = ()
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches per epoch; not a whole number where the batches do not come out even."""
-        return len(self.train_source) / self.config.training.batch_size
 
     @functools.cached_property
     def initialize(self) -> Callable:
@@ -133,9 +138,8 @@ def build(
     Args:
       config: Every setting, as `check_config` has let it pass.
       devices: What the mesh is made of; the devices that are here when None.
-      sources: Training and evaluation examples; None opens those that the config names. Only their
-        length, label names, name and split are read here, so a stand-in does where the images
-        themselves are not needed.
+      sources: Training and evaluation examples; None opens those that the config names. Stand-ins
+        without images do: only their length, name, split and what the task reads are used here.
       workdir: Where the run is or will be, see `read_initial_description`.
 
     Raises:
@@ -144,16 +148,21 @@ def build(
     """
     mesh = make_mesh(**config.mesh, devices=devices)
     check_connected()
-    _check_divisible(config, mesh)
-    initial = read_initial_description(config, workdir)
+    training, step_options = config.training, _step_options(config)
+    batch_size, seed, init_from = training.batch_size, training.seed, training.init_from
+    _check_divisible(config, mesh, batch_size, step_options.accumulation_steps)
+    initial = read_initial_description(init_from, workdir)
     config = take_network(config, initial)
-    model_entry(config.model.name)  # A wrong name is told before the data set is opened.
+    model_entry(config.model.name)  # A wrong name is reported before the data set is opened.
     train_source, evaluation_source = _open_sources(config) if sources is None else sources
     description = _describe(config, train_source, evaluation_source, initial)
     _check_sizes(config, description, mesh)
     task = find_task(config.task.name).build(config.task, train_source, description.preprocessing)
-    durations = _durations(config, len(train_source))
-    schedule, notes = _schedule(config, len(train_source), durations.total)
+    durations = _durations(config, len(train_source), batch_size)
+    schedule, notes = _schedule(config, durations)
+    common = _common_options(config, description, batch_size)
+    train_options = common | _train_options(config, description, seed)
+    evaluation_options = common | _evaluation_options(description)
     experiment = Experiment(
         config=config,
         description=description,
@@ -161,35 +170,39 @@ def build(
         task=task,
         train_source=train_source,
         evaluation_source=evaluation_source,
-        train_batches=functools.partial(
-            train_batches, train_source, **_train_options(config, description)
-        ),
+        train_batches=functools.partial(train_batches, train_source, **train_options),
         evaluation_batches=functools.partial(
-            evaluation_batches, evaluation_source, **_evaluation_options(config, description)
+            evaluation_batches, evaluation_source, **evaluation_options
         ),
         schedule=schedule,
         optimizer=make_optimizer(schedule=schedule, **config.optimizer),
-        step_options=StepOptions(
-            accumulation_steps=config.training.accumulation_steps,
-            ema_decay=config.training.ema_decay,
-            frozen=parse_patterns(config.optimizer.frozen),
-        ),
+        step_options=step_options,
         mesh=mesh,
+        batch_size=batch_size,
+        seed=seed,
         durations=durations,
-        initial=initial,
-        notes=(*notes, *_batch_notes(config, len(train_source))),
+        init_from=init_from,
+        skip_damaged=common['skip_damaged'],
+        notes=(*notes, *_batch_notes(batch_size, len(train_source))),
     )
-    check_shapes(experiment)
+    return check_shapes(experiment)
+
+
+def check_shapes(experiment: Experiment) -> Experiment:
+    """Traces the network without computing: an image too small for it is reported here."""
+    jax.eval_shape(experiment.initialize, jax.random.key(0))
     return experiment
 
 
-def check_shapes(experiment: Experiment) -> None:
-    """Traces the network without computing: an image too small for it is told here."""
-    jax.eval_shape(experiment.initialize, jax.random.key(0))
+def _step_options(config: ConfigDict) -> StepOptions:
+    return StepOptions(
+        accumulation_steps=config.training.accumulation_steps,
+        ema_decay=config.training.ema_decay,
+        frozen=parse_patterns(config.optimizer.frozen),
+    )
 
 
-def _check_divisible(config: ConfigDict, mesh: Mesh) -> None:
-    batch, micro = config.training.batch_size, config.training.accumulation_steps
+def _check_divisible(config: ConfigDict, mesh: Mesh, batch: int, micro: int) -> None:
     parts = batch_parts(mesh)
     if batch % (parts * micro):
         raise ConfigError(
@@ -237,8 +250,7 @@ def _open_sources(config: ConfigDict) -> list[Source]:
     ]
 
 
-def _batch_notes(config: ConfigDict, examples: int) -> list[str]:
-    batch = config.training.batch_size
+def _batch_notes(batch: int, examples: int) -> list[str]:
     if batch <= examples:
         return []
     return [
@@ -251,32 +263,24 @@ def _batch_notes(config: ConfigDict, examples: int) -> list[str]:
 def _describe(
     config: ConfigDict, train: Source, evaluation: Source, initial: ModelDescription | None
 ) -> ModelDescription:
-    if train.label_names != evaluation.label_names:
-        raise ConfigError(
-            f'config.data: the splits {train.split!r} and {evaluation.split!r} of {train.name} '
-            'have different labels; choose splits of one data set'
-        )
     options = {key: value for key, value in plain(config)['model'].items() if key != 'name'}
-    if options['num_classes'] is None:
-        options['num_classes'] = train.num_classes
-    if options['num_classes'] != train.num_classes:
-        raise ConfigError(
-            f'config.model.num_classes is {options["num_classes"]}, but data set {train.name} has '
-            f'{train.num_classes} labels; leave num_classes unset to take as many'
-        )
+    kind = find_task(config.task.name)
+    options['num_classes'], names = kind.outputs_of(train, evaluation, options['num_classes'])
     return ModelDescription(
         name=config.model.name,
         options=options,
-        label_names=train.label_names,
+        label_names=names,
         preprocessing=preprocessing(config, initial),
         task=config.task.name,
         source=f'trained on {train.name}, split {train.split}',
     )
 
 
-def _common_options(config: ConfigDict, description: ModelDescription) -> dict[str, Any]:
+def _common_options(
+    config: ConfigDict, description: ModelDescription, batch_size: int
+) -> dict[str, Any]:
     return {
-        'global_batch_size': config.training.batch_size,
+        'global_batch_size': batch_size,
         'interpolation': description.preprocessing.interpolation,
         'num_threads': config.data.num_threads,
         'num_workers': config.data.num_workers,
@@ -286,11 +290,11 @@ def _common_options(config: ConfigDict, description: ModelDescription) -> dict[s
     }
 
 
-def _train_options(config: ConfigDict, description: ModelDescription) -> dict[str, Any]:
+def _train_options(config: ConfigDict, description: ModelDescription, seed: int) -> dict[str, Any]:
     data = config.data
     options = {
         'image_size': description.preprocessing.train_size,
-        'seed': config.training.seed,
+        'seed': seed,
         'augmentation': data.augmentation,
         'flip': data.flip,
         'color': ColorOptions(
@@ -304,30 +308,32 @@ def _train_options(config: ConfigDict, description: ModelDescription) -> dict[st
     }
     if data.crop_scale is not None:
         options['crop_scale'] = tuple(data.crop_scale)
-    return _common_options(config, description) | options
+    return options
 
 
-def _evaluation_options(config: ConfigDict, description: ModelDescription) -> dict[str, Any]:
-    return _common_options(config, description) | {
+def _evaluation_options(description: ModelDescription) -> dict[str, Any]:
+    return {
         'image_size': description.preprocessing.test_size,
         'crop_fraction': description.preprocessing.crop_fraction,
     }
 
 
-def _durations(config: ConfigDict, examples: int) -> Durations:
+def _durations(config: ConfigDict, examples: int, batch_size: int) -> Durations:
     training = config.training
-    per_epoch = examples / training.batch_size
+    per_epoch = examples / batch_size
     total = round(steps(training, 'total', per_epoch))
     if total < 1:
         raise ConfigError(
             f'config.training.total_epochs is {training.total_epochs}: less than one step of '
-            f'{training.batch_size} images, as there are {examples}; raise it, or lower batch_size'
+            f'{batch_size} images, as there are {examples}; raise it, or lower batch_size'
         )
     return Durations(
+        epoch=per_epoch,
         total=total,
         evaluation=steps(training, 'evaluation', per_epoch),
         checkpoint=steps(training, 'checkpoint', per_epoch),
         early_stopping=_optional_steps(training, 'early_stopping', per_epoch),
+        extend=training.extend,
     )
 
 
@@ -337,12 +343,10 @@ def _optional_steps(group: ConfigDict, name: str, per_epoch: float) -> float | N
     return steps(group, name, per_epoch)
 
 
-def _schedule(
-    config: ConfigDict, examples: int, total_steps: int
-) -> tuple[Callable[[Any], Any], list[str]]:
-    """Returns the learning rate as a function of the step, and what to tell the user about it."""
-    settings, per_epoch = config.schedule, examples / config.training.batch_size
-    warmup = round(steps(settings, 'warmup', per_epoch))
+def _schedule(config: ConfigDict, durations: Durations) -> tuple[Callable[[Any], Any], list[str]]:
+    """Returns the learning rate as a function of the step, and notes about it for the user."""
+    settings, total_steps = config.schedule, durations.total
+    warmup = round(steps(settings, 'warmup', durations.epoch))
     notes, longest = [], total_steps // 2
     if warmup > longest:
         notes.append(
@@ -356,7 +360,7 @@ def _schedule(
             peak, warmup_steps=warmup, total_steps=total_steps, end_factor=end
         ), notes
     factor = 0.1 if settings.decay_factor is None else settings.decay_factor
-    milestones = [round(epoch * per_epoch) for epoch in settings.decay_epochs]
+    milestones = [round(epoch * durations.epoch) for epoch in settings.decay_epochs]
     return warmup_milestones(peak, warmup_steps=warmup, milestones=milestones, factor=factor), notes
 
 

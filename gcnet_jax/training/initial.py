@@ -1,10 +1,9 @@
 """Starting from a checkpoint: its network, its preprocessing, its weights, and its classifier.
 
-The classifier is filled by the names of the labels, not by their order: an output whose label the
-checkpoint knows takes over that label's weights, and the others start at random.
+Which outputs of the classifier take over which of the checkpoint's is up to the task, see
+`gcnet_jax.tasks.task.Task.plan_outputs`.
 """
 
-import collections
 import dataclasses
 import shlex
 from collections.abc import Mapping
@@ -29,22 +28,21 @@ TORCH_FILES = ('.safetensors', '.pth', '.pt', '.bin')
 
 
 def read_initial_description(
-    config: ConfigDict, workdir: Path | None = None
+    place: str | None, workdir: Path | None = None
 ) -> ModelDescription | None:
-    """Reads which network `training.init_from` holds; None where it is not set.
+    """Reads which network a run starts from; None where it starts from none.
 
     A run that began from there has the same network and preprocessing. Where `init_from` can no
     longer be read, they are those of the newest checkpoint in `workdir`.
 
     Args:
-      config: Every setting.
+      place: `config.training.init_from`.
       workdir: Where the run is or will be, as `as_place` returns it.
 
     Raises:
       ConfigError: `init_from` names weights of PyTorch.
       CheckpointError: It cannot be read, and `workdir` holds no run that began from it.
     """
-    place = config.training.init_from
     if place is None:
         return None
     _refuse_torch(place)
@@ -58,7 +56,7 @@ def read_initial_description(
 
 
 def _refuse_torch(place: str) -> None:
-    """Refuses names that `gcnet_jax port` takes; a directory may be called as it likes."""
+    """Refuses names that `gcnet_jax port` takes; a directory may have any name."""
     is_repository = place.startswith('hf-hub:')
     is_file = place.lower().endswith(TORCH_FILES) and not as_place(place, 'init_from').is_dir()
     if is_repository or is_file:
@@ -133,88 +131,6 @@ def _plain_size(size: Any) -> Any:
     return tuple(size) if isinstance(size, (tuple, list)) else size
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassifierPlan:
-    """Which outputs of a classifier take over which outputs of the checkpoint's.
-
-    Attributes:
-      kept: Pairs of an output here and the one there; None keeps the whole classifier.
-      text: What is done, in one line for the user.
-    """
-
-    kept: tuple[tuple[int, int], ...] | None
-    text: str
-
-
-def plan_classifier(
-    here: ModelDescription, there: ModelDescription, new_classifier: bool | None, place: str
-) -> ClassifierPlan:
-    """Decides what becomes of a checkpoint's classifier.
-
-    Args:
-      here: The network to be trained; its label names are those of the data set.
-      there: The checkpoint's.
-      new_classifier: True starts it at random, False keeps it by position, None goes by the names.
-      place: The checkpoint, named in errors.
-
-    Raises:
-      CheckpointError: It is to be kept and has another size; or the checkpoint has as many classes,
-        without names to go by.
-    """
-    ours, theirs = here.label_names, there.label_names
-    classes, stored = here.build().num_classes, there.build().num_classes
-    if not stored:
-        return ClassifierPlan((), 'the classifier starts at random: the checkpoint has none')
-    if new_classifier:
-        return ClassifierPlan((), 'the classifier starts at random (training.new_classifier=True)')
-    if new_classifier is False:
-        if stored != classes:
-            raise CheckpointError(
-                f'{place}: its classifier has {stored} classes, the data set {classes}; leave '
-                'config.training.new_classifier unset, or True, to start it at random'
-            )
-        return ClassifierPlan(None, f'all {classes} outputs of the classifier are kept in order')
-    if not theirs:
-        if stored == classes:
-            raise CheckpointError(
-                f'{place}: its classifier has {stored} classes, as many as the data set, and no '
-                'label names to compare; set config.training.new_classifier=True to start it at '
-                'random, or False if the classes are the same in the same order'
-            )
-        return ClassifierPlan(
-            (),
-            f"the classifier starts at random: the checkpoint's {stored} classes have no names",
-        )
-    if ours == theirs:
-        return ClassifierPlan(None, f'the classifier is kept: all {classes} labels are the same')
-    return _by_names(ours, theirs)
-
-
-def _by_names(ours: tuple[str, ...], theirs: tuple[str, ...]) -> ClassifierPlan:
-    """Pairs the labels that have the same name, where the name stands for one class only."""
-    repeated = {
-        name for names in (ours, theirs) for name, n in collections.Counter(names).items() if n > 1
-    }
-    places = {name: index for index, name in enumerate(theirs) if name not in repeated}
-    kept = tuple((index, places[name]) for index, name in enumerate(ours) if name in places)
-    if not kept:
-        return ClassifierPlan(
-            (),
-            f"the classifier starts at random: none of the checkpoint's {len(theirs)} labels "
-            f'({one_line(theirs[0], 40)}, ...) is in the data set ({one_line(ours[0], 40)}, ...)',
-        )
-    known = {here for here, _ in kept}
-    new = [name for index, name in enumerate(ours) if index not in known]
-    text = (
-        f"{len(kept)} of {len(ours)} outputs of the classifier are the checkpoint's, by their "
-        'label names'
-    )
-    if new:
-        names = ', '.join(one_line(name, 40) for name in new[:3]) + (', ...' if new[3:] else '')
-        text += f'; {len(new)} start at random: {names}'
-    return ClassifierPlan(kept, text)
-
-
 def merge_initial(
     fresh: Mapping[str, Any],
     loaded: Mapping[str, Any],
@@ -227,7 +143,8 @@ def merge_initial(
     Args:
       fresh: The network's own {'params', 'batch_stats'}: arrays, or shapes.
       loaded: The checkpoint's.
-      kept: As in `ClassifierPlan`: outputs of the classifier that are taken from the checkpoint.
+      kept: Outputs of the classifier that are taken from the checkpoint, as in
+        `gcnet_jax.tasks.OutputPlan`.
       place: The checkpoint, named in errors.
 
     Returns:

@@ -54,7 +54,7 @@ class Holder:
       machine: Identifies the running system: two containers of one machine share it.
       namespace: Within which `pid` is unique on that machine.
       pid: Process id.
-      started: When the process started, in the kernel's units; tells reused ids apart.
+      started: When the process started, in the kernel's units; distinguishes reused ids.
       since: When the lock was taken, for people.
       token: Differs for each lock taken.
     """
@@ -124,8 +124,8 @@ def _parse(content: bytes) -> Holder | None:
         return None
     texts = dataclasses.asdict(holder)
     pid = texts.pop('pid')
-    whole = isinstance(pid, int) and pid > 0 and all(isinstance(v, str) for v in texts.values())
-    return holder if whole else None
+    is_valid = isinstance(pid, int) and pid > 0 and all(isinstance(v, str) for v in texts.values())
+    return holder if is_valid else None
 
 
 def process_runs(holder: Holder, mine: Holder) -> bool | None:
@@ -225,7 +225,7 @@ class WorkdirLock:
         """Returns if the lock is left over from a dead process.
 
         Args:
-          content: Of the file.
+          content: Content of the file.
           locked: Whether this process could flock it; None: the file system has no flock.
 
         Raises:
@@ -246,7 +246,7 @@ class WorkdirLock:
     def _beats(self, holder: Holder | None) -> bool:
         """Watches a lock until it is renewed, or was not for long enough."""
         first = self._last_beat()
-        began, said = time.monotonic(), False
+        began, reported = time.monotonic(), False
         while True:
             if self._last_beat() != first:
                 return True
@@ -255,12 +255,12 @@ class WorkdirLock:
                 return False
             if time.monotonic() - began >= STALE_SECONDS:
                 return False
-            if not said:
+            if not reported:
                 self._say(
                     f'{self.path} is of {holder or "an unknown process"}: watching whether it '
                     f'still runs, {STALE_SECONDS:.0f} s at most'
                 )
-                said = True
+                reported = True
             time.sleep(min(0.5, STALE_SECONDS / 20))
 
     def _last_beat(self) -> float | None:

@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     Raises:
       UserError: A setting, a data set, a checkpoint or a directory that cannot be used, or a loss
-        that is not finite; one line that says what to do. Earlier checkpoints stay whole.
+        that is not finite; one line that says what to do. Earlier checkpoints stay intact.
       Preempted: SIGTERM or Ctrl-C (`Interrupted`) came; the state was saved.
     """
     began = time.perf_counter()
@@ -95,7 +95,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             plain(experiment.config),
             experiment.description,
             state_bytes(experiment),
-            extend=config.training.extend,
+            extend=experiment.durations.extend,
             total_steps=experiment.durations.total,
         )
         run = _Run(experiment, workdir, initial, preemption, lock)
@@ -116,7 +116,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 
 class _Run:
-    """One call of `train`: the state, where it stands, and who is told about it."""
+    """One call of `train`: the state, its step, and where results are reported."""
 
     def __init__(
         self,
@@ -135,7 +135,8 @@ class _Run:
         self.progress = Progress('none', 0, 0, self.task)
         self.writer = self.batches = None
         first = jax.process_index() == 0
-        say = _print if first and self.config.runtime.progress != 'none' else _silent
+        progress = self.config.runtime.progress
+        say = _print if first and progress != 'none' else _silent
         keep = self.config.training.keep_checkpoints
         self.store = CheckpointStore(workdir, experiment.description, self.task.best, keep, say)
         # The processes agree on a later step than any was asked about: none before this one.
@@ -148,9 +149,7 @@ class _Run:
             self.best, self.pending = start.best, None
             if first:
                 self.writer = MetricsWriter(workdir, self.step, self.config.runtime.tensorboard)
-                self.progress = Progress(
-                    self.config.runtime.progress, self.step, self.durations.total, self.task
-                )
+                self.progress = Progress(progress, self.step, self.durations.total, self.task)
             self._compile(start.shardings)
             stack.pop_all()
         self.clock = Clock()
@@ -175,7 +174,7 @@ class _Run:
         self.statistics_step = jit_statistics_step(statistics_step, task, self.mesh, shardings)
 
     def to_the_end(self) -> bool:
-        """Runs every step that is left; says whether there was one."""
+        """Runs the remaining steps; returns whether there were any."""
         if self._is_done():
             return False
         with self.store.explain_errors():
@@ -252,7 +251,7 @@ class _Run:
             self._add_up_skipped()
             values = self.window.means(self.task)
             values['train/learning_rate'] = float(self.experiment.schedule(step - 1))
-            values['train/images_per_second'] = rate * self.config.training.batch_size
+            values['train/images_per_second'] = rate * self.experiment.batch_size
             values['train/data_wait_fraction'] = waited
             self._write(step, values, rate)
             self.window = Window()
@@ -266,7 +265,7 @@ class _Run:
         )
 
     def _write(self, step: int, values: dict[str, float], rate: float = 0.0) -> None:
-        epoch = step / self.experiment.steps_per_epoch
+        epoch = step / self.durations.epoch
         if self.writer is not None:
             self.writer.write(step, epoch, values)
         self.progress.report(step, epoch, values, rate)
@@ -305,8 +304,8 @@ class _Run:
             self.writer.flush()  # What a checkpoint counts as logged must be on disk before it.
         position = {
             'step': self.step,
-            'seed': self.config.training.seed,
-            'global_batch_size': self.config.training.batch_size,
+            'seed': self.experiment.seed,
+            'global_batch_size': self.experiment.batch_size,
             'examples': len(self.experiment.train_source),
             'window': dict(self.window.sums),
             'bad_in_a_row': self.bad_in_a_row,
@@ -315,7 +314,7 @@ class _Run:
         self.store.save(self.state, position, metrics)
 
     def _stop_if_preempted(self) -> None:
-        """Saves and ends the run, in all processes at the same step, if one was told to stop."""
+        """Saves and ends the run, in all processes at the same step, if one was signalled to."""
         if not self.preemption.stops_at(self.step):
             return
         self._look_at_pending()
@@ -330,7 +329,7 @@ class _Run:
 
     def _add_up_skipped(self) -> None:
         """Makes the count of damaged images that of all processes, held by the first one."""
-        if self.config.data.skip_damaged:
+        if self.experiment.skip_damaged:
             total = sum_over_processes(self.window.sums['skipped'])
             self.window.sums['skipped'] = total if jax.process_index() == 0 else 0.0
 
@@ -364,7 +363,7 @@ class _Run:
 
 
 def _print(text: str) -> None:
-    print(one_line(text, 2000))  # Names of data sets, labels and files are others'.
+    print(one_line(text, 2000))  # Names of data sets and files may come from strangers.
 
 
 def _silent(text: str) -> None:

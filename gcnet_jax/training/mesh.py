@@ -74,14 +74,14 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of arrays that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def feature_sharding(mesh: Mesh, height: int) -> NamedSharding:
     """Returns where feature maps [batch, height, width, channel] live.
 
-    The height is split as long as it comes out even, and whole on every device after that.
+    The height is split as long as it divides evenly, and replicated after that.
     """
     rows = 'spatial' if height % mesh.shape['spatial'] == 0 else None
     return NamedSharding(mesh, PartitionSpec(_BATCH, rows))
@@ -95,8 +95,8 @@ def batch_shardings(
     Args:
       mesh: The devices.
       spec: The axes of each array, from the first on: 'batch' is split over `data` and `fsdp`,
-        'height' over `spatial`. What is not named is whole on every device.
-      leading: Number of axes before them, which are whole.
+        'height' over `spatial`. What is not named is replicated.
+      leading: Number of axes before them, which are not split.
     """
     places = {'batch': _BATCH, 'height': 'spatial'}
     return {

@@ -33,7 +33,7 @@ class Window:
 
     def __init__(self, sums: dict[str, float] | None = None) -> None:
         self.sums = collections.defaultdict(float, sums or {})
-        if 'count' in self.sums and 'weight' not in self.sums:  # Of an earlier version.
+        if 'count' in self.sums and 'weight' not in self.sums:  # Saved by an earlier version.
             self.sums['weight'] = self.sums['count']
 
     def add(self, metrics: Mapping[str, Any], skipped: int) -> None:
@@ -74,7 +74,7 @@ class MetricsWriter:
         text = ''.join(_to_line(line) for line in kept)
         with write_whole(path, CheckpointError) as partial:
             partial.write_text(text)
-        # Unbuffered: a line is one write, so a killed run leaves whole lines.
+        # Unbuffered: a line is one write, so a killed run leaves complete lines.
         self._file = _LinesInBucket(path, text) if is_bucket(path) else path.open('ab', buffering=0)
         self._events = None
         self._open_events = None
@@ -86,7 +86,7 @@ class MetricsWriter:
     def write(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Writes one line; every value must be a finite number."""
         self._file.write(_to_line({'step': step, 'epoch': epoch, **values}).encode())
-        # A file of its own for each start, so not before there is something to write.
+        # Each start makes a new file, so only when there is something to write.
         if self._events is None and self._open_events is not None:
             self._events = self._open_events()
         if self._events is not None:
@@ -105,7 +105,7 @@ class MetricsWriter:
 
 
 class _LinesInBucket:
-    """Lines of a file in a bucket. Objects cannot be appended to: the whole is written again."""
+    """Lines of a file in a bucket. Objects cannot be appended to: each write replaces all."""
 
     def __init__(self, path: Any, text: str) -> None:
         self._path = path
@@ -154,7 +154,7 @@ class Progress:
 
     Args:
       mode: 'auto', 'bar', 'lines' or 'none'.
-      step, total_steps: Where the run stands and where it ends.
+      step, total_steps: Current and last step of the run.
       task: Says how its metrics are shown.
     """
 

@@ -133,12 +133,13 @@ class _Network:
         self._model = config.model
         self._name, stored = config.model.name, {}
         if self._name is None:
-            if not config.training.init_from:
+            place = config.training.init_from
+            if not place:
                 raise ConfigError(
                     'config.model.name is not set; give --config.model.name=NAME, or the '
                     'checkpoint of a network as --config.training.init_from=DIR'
                 )
-            description = read_initial_description(config, workdir)
+            description = read_initial_description(place, workdir)
             self._name, stored = description.name, description.options
         module = model_entry(self._name).module
         self._module = module.func

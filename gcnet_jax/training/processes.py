@@ -24,11 +24,11 @@ LAST_WORDS_SECONDS = 2
 
 
 class Preempted(UserError):
-    """A run that was told to stop, and saved where it stands."""
+    """A run that got SIGTERM, saved its state and stopped."""
 
 
 class Interrupted(Preempted):
-    """A run that Ctrl-C stopped, and that saved where it stands."""
+    """A run that Ctrl-C stopped after it saved its state."""
 
 
 class ProcessError(UserError):
@@ -39,8 +39,9 @@ def connect(config: ConfigDict) -> None:
     """Joins the other processes of the run, if there are any; waits until all are there.
 
     Must come before anything asks JAX for its devices. A program that called
-    `jax.distributed.initialize` itself is connected already. What the group `runtime` leaves unset,
-    the cluster tells: a TPU pod slice, SLURM, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS.
+    `jax.distributed.initialize` itself is connected already. What the group `runtime` leaves unset
+    is taken from the cluster: a TPU pod slice, SLURM, Open MPI, Kubernetes, or
+    JAX_COORDINATOR_ADDRESS.
 
     Raises:
       ConfigError: The others cannot be found.
@@ -105,7 +106,7 @@ def leave(code: int) -> int:
     if not jax.distributed.is_initialized():
         return code
     if jax.process_index() == 0:
-        # The others lose their connection when the first process ends: let them tell their own.
+        # The others lose their connection when the first process ends: let them report that.
         time.sleep(LAST_WORDS_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()

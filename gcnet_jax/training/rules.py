@@ -1,39 +1,11 @@
 """What each setting may be: a test, and the words for it."""
 
 import itertools
-import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 from gcnet_jax.data.preprocess import AUGMENTATIONS, INTERPOLATIONS
-
-
-def _number(low: float, high: float = math.inf, *, open_low=False, open_high=False) -> tuple:
-    def allows(value):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        return (value > low if open_low else value >= low) and (
-            value < high if open_high else value <= high
-        )
-
-    left, right = '(' if open_low else '[', ')' if open_high or high == math.inf else ']'
-    return allows, f'a number in {left}{low:g}, {high:g}{right}'
-
-
-def _whole(low: int) -> tuple:
-    def allows(value):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-    return allows, f'a whole number from {low}'
-
-
-def _choice(*values: str) -> tuple:
-    return (lambda value: value in values), 'one of ' + ', '.join(map(repr, values))
-
-
-def _kind(kind: type, text: str) -> tuple:
-    return (lambda value: isinstance(value, kind)), text
+from gcnet_jax.ranges import Range, choice, kind, number, whole
 
 
 def _is_scale(value: Any) -> bool:
@@ -42,14 +14,14 @@ def _is_scale(value: Any) -> bool:
 
 def _is_size(value: Any) -> bool:
     sides = value if isinstance(value, (tuple, list)) else (value, value)
-    return len(sides) == 2 and all(map(_whole(1)[0], sides))
+    return len(sides) == 2 and all(map(whole(1).allows, sides))
 
 
 def _is_rising(value: Any) -> bool:
     return (
         isinstance(value, (tuple, list))
         and len(value) > 0
-        and all(_ABOVE_0[0](item) for item in value)
+        and all(_ABOVE_0.allows(item) for item in value)
         and all(first < second for first, second in itertools.pairwise(value))
     )
 
@@ -58,7 +30,7 @@ def _is_triple(value: Any) -> bool:
     return (
         isinstance(value, (tuple, list))
         and len(value) == 3
-        and all(_number(-10, 10)[0](item) for item in value)
+        and all(number(-10, 10).allows(item) for item in value)
     )
 
 
@@ -72,67 +44,54 @@ def _is_patterns(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_class_weights(value: Any) -> bool:
-    if isinstance(value, str):
-        return value == 'balanced'
-    return (
-        isinstance(value, (tuple, list))
-        and all(_number(0, math.inf, open_high=True)[0](item) for item in value)
-        and any(value)
-    )
-
-
-_FLAG = _kind(bool, 'True or False')
-_NAME = _kind(str, 'a string')
-_COUNT = _whole(1)
-_SIZE = _is_size, 'a whole number from 1, or two of them: (height, width)'
-_RATE = _number(0, 1, open_high=True)
-_FROM_0 = _number(0)
-_ABOVE_0 = _number(0, open_low=True)
-_SEED = (lambda value: _whole(0)[0](value) and value < 2**32), 'a whole number from 0 to 2**32 - 1'
-_AXIS = (lambda value: _COUNT[0](value) or value == -1), 'a whole number from 1, or -1 for the rest'
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    'model.name': ((lambda value: value is None or isinstance(value, str)), 'a string or None'),
-    'model.num_classes': _whole(2),  # A softmax over one class is always 1.
-    'model.dtype': _choice('float32', 'bfloat16'),
-    'task.label_smoothing': _RATE,
-    'task.mixup_alpha': _FROM_0,
-    'task.cutmix_alpha': _FROM_0,
-    'task.erasing_probability': _number(0, 1),
-    'task.class_weights': (
-        _is_class_weights,
-        "'balanced' or one number from 0 per class, not all 0",
-    ),
+_FLAG = kind(bool, 'True or False')
+_NAME = kind(str, 'a string')
+_COUNT = whole(1)
+_SIZE = Range(_is_size, 'a whole number from 1, or two of them: (height, width)')
+_RATE = number(0, 1, open_high=True)
+_FROM_0 = number(0)
+_ABOVE_0 = number(0, open_low=True)
+_SEED = Range(
+    lambda value: whole(0).allows(value) and value < 2**32, 'a whole number from 0 to 2**32 - 1'
+)
+_AXIS = Range(
+    lambda value: _COUNT.allows(value) or value == -1, 'a whole number from 1, or -1 for the rest'
+)
+# A task's settings are in `Task.ranges`.
+RULES: dict[str, Range] = {
+    'model.name': Range(lambda value: value is None or isinstance(value, str), 'a string or None'),
+    'model.num_classes': whole(2),  # A softmax over one class is always 1.
+    'model.dtype': choice('float32', 'bfloat16'),
     'data.name': _NAME,
     'data.data_dir': _NAME,
     'data.train_split': _NAME,
     'data.evaluation_split': _NAME,
     'data.image_size': _SIZE,
     'data.evaluation_image_size': _SIZE,
-    'data.crop_fraction': _number(0, 1, open_low=True),
-    'data.interpolation': _choice(*INTERPOLATIONS),
-    'data.mean': (_is_triple, 'three numbers on the scale where 255 is 1'),
-    'data.std': (
+    'data.crop_fraction': number(0, 1, open_low=True),
+    'data.interpolation': choice(*INTERPOLATIONS),
+    'data.mean': Range(_is_triple, 'three numbers on the scale where 255 is 1'),
+    'data.std': Range(
         lambda value: _is_triple(value) and all(item > 0 for item in value),
         'three positive numbers on the scale where 255 is 1',
     ),
-    'data.augmentation': _choice(*AUGMENTATIONS),
-    'data.crop_scale': (_is_scale, 'two numbers with 0 < smallest <= largest <= 1'),
+    'data.augmentation': choice(*AUGMENTATIONS),
+    'data.crop_scale': Range(_is_scale, 'two numbers with 0 < smallest <= largest <= 1'),
     'data.flip': _FLAG,
-    'data.randaugment_ops': _whole(0),
-    'data.randaugment_magnitude': (
-        lambda value: _whole(0)[0](value) and value <= 30,
+    'data.randaugment_ops': whole(0),
+    'data.randaugment_magnitude': Range(
+        lambda value: whole(0).allows(value) and value <= 30,
         'a whole number from 0 to 30',
     ),
     'data.color_jitter': _FROM_0,
-    'data.hue_jitter': _number(0, 0.5),
+    'data.hue_jitter': number(0, 0.5),
     'data.skip_damaged': _FLAG,
-    'data.num_threads': _whole(0),
-    'data.num_workers': _whole(0),
+    'data.num_threads': whole(0),
+    'data.num_workers': whole(0),
     'optimizer.weight_decay': _FROM_0,
     'optimizer.clip_norm': _ABOVE_0,
-    'optimizer.frozen': (_is_patterns, "patterns such as ('stem*', 'stage1*')"),
-    'optimizer.layer_decay': _number(0, 1, open_low=True),
+    'optimizer.frozen': Range(_is_patterns, "patterns such as ('stem*', 'stage1*')"),
+    'optimizer.layer_decay': number(0, 1, open_low=True),
     'optimizer.momentum': _RATE,
     'optimizer.nesterov': _FLAG,
     'optimizer.beta1': _RATE,
@@ -141,10 +100,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'optimizer.trust_coefficient': _ABOVE_0,
     'schedule.peak_learning_rate': _ABOVE_0,
     'schedule.warmup_epochs': _FROM_0,
-    'schedule.warmup_steps': _whole(0),
-    'schedule.end_factor': _number(0, 1),
-    'schedule.decay_epochs': (_is_rising, 'rising numbers above 0, such as (8, 11)'),
-    'schedule.decay_factor': _number(0, 1, open_low=True, open_high=True),
+    'schedule.warmup_steps': whole(0),
+    'schedule.end_factor': number(0, 1),
+    'schedule.decay_epochs': Range(_is_rising, 'rising numbers above 0, such as (8, 11)'),
+    'schedule.decay_factor': number(0, 1, open_low=True, open_high=True),
     'training.total_epochs': _ABOVE_0,
     'training.total_steps': _COUNT,
     'training.batch_size': _COUNT,
@@ -166,16 +125,16 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'mesh.data': _AXIS,
     'mesh.fsdp': _AXIS,
     'mesh.spatial': _AXIS,
-    'runtime.progress': _choice('auto', 'bar', 'lines', 'none'),
+    'runtime.progress': choice('auto', 'bar', 'lines', 'none'),
     'runtime.tensorboard': _FLAG,
-    'runtime.compilation_cache': (
+    'runtime.compilation_cache': Range(
         lambda value: isinstance(value, str) and value != '',
         "a directory, 'off', or None",
     ),
     'runtime.prefetch_batches': _COUNT,
     'runtime.distributed': _FLAG,
-    'runtime.coordinator_address': (_is_address, 'HOST:PORT'),
+    'runtime.coordinator_address': Range(_is_address, 'HOST:PORT'),
     'runtime.num_processes': _COUNT,
-    'runtime.process_id': _whole(0),
+    'runtime.process_id': whole(0),
     'runtime.heartbeat_timeout_seconds': _COUNT,
 }

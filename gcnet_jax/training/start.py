@@ -9,10 +9,11 @@ import jax
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.files import as_place, explain_bucket
 from gcnet_jax.stored import find_checkpoint, load_variables, step_directories
+from gcnet_jax.tasks import OutputPlan
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.experiment import Experiment
 from gcnet_jax.training.freezing import frozen_paths, split
-from gcnet_jax.training.initial import explain_other_network, merge_initial, plan_classifier
+from gcnet_jax.training.initial import explain_other_network, merge_initial
 from gcnet_jax.training.mesh import state_shardings
 from gcnet_jax.training.metrics import Window
 from gcnet_jax.training.state import TrainState, create_state
@@ -44,20 +45,24 @@ class Initial:
     """The weights that a run starts from.
 
     Attributes:
+      place: The checkpoint, as `training.init_from` names it.
       variables: {'params', 'batch_stats'}.
+      outputs: Which of its outputs are kept.
       text: Which checkpoint they are of, in one line for the user.
     """
 
+    place: str
     variables: dict
+    outputs: OutputPlan
     text: str
 
 
 def read_initial(experiment: Experiment, workdir: Path) -> Initial | None:
     """Reads the checkpoint to start from, and refuses one that does not fit.
 
-    A run that has checkpoints of its own goes on from those: None, as where `init_from` is unset.
+    Returns None where `init_from` is unset, and for a run that has checkpoints to continue from.
     """
-    place = experiment.config.training.init_from
+    place = experiment.init_from
     with explain_bucket(workdir, CheckpointError, '--workdir'):
         if place is None or step_directories(workdir):
             return None
@@ -69,16 +74,18 @@ def read_initial(experiment: Experiment, workdir: Path) -> Initial | None:
         merge_initial(fresh, variables, kept=(), place=place)
     except CheckpointError as error:
         raise explain_other_network(error, experiment.description, there, place) from error
-    plan_classifier(experiment.description, there, experiment.config.training.new_classifier, place)
-    return Initial(variables, _explain_choice(place, there.name, checkpoint))
+    outputs = experiment.task.plan_outputs(
+        experiment.description, there, experiment.config.training.new_classifier, place
+    )
+    return Initial(place, variables, outputs, _explain_choice(place, there.name, checkpoint))
 
 
 def _explain_choice(place: str, name: str, chosen: Path) -> str:
-    """Says which checkpoint `training.init_from` led to, and how another one is named."""
+    """Describes which checkpoint `training.init_from` led to, and how to choose another."""
     text = f'weights from {place} ({name})'
     steps = [] if chosen == as_place(place) else list(step_directories(place))
     if len(steps) < 2:
-        # What was ported has the step 0, which says nothing.
+        # A ported network always has step 0.
         return text if chosen.name == '0' else f'{text}, step {chosen.name}'
     setting = f'--config.training.init_from={chosen.parent}'
     if chosen.name == str(steps[-1]):
@@ -117,9 +124,9 @@ def find_start(
     restored = store.restore(target)
     if restored is not None:
         return _continue(experiment, *restored, shardings, say)
-    state, shardings = create_state(initialize, experiment.config.training.seed, mesh)
+    state, shardings = create_state(initialize, experiment.seed, mesh)
     if initial is not None:
-        state = _fill(experiment, state, shardings, initial, say)
+        state = _fill(state, shardings, initial, say)
     return Start(state, shardings)
 
 
@@ -143,7 +150,7 @@ def _continue(
     if best is not None and 'value' not in best:  # Saved by an earlier version.
         best = {'step': best['step'], 'value': best['accuracy']}
     say(f'continuing from step {step}')
-    if experiment.config.training.extend and step < experiment.durations.total:
+    if experiment.durations.extend and step < experiment.durations.total:
         rate = float(experiment.schedule(step))
         say(
             f'extended to step {experiment.durations.total}: the learning rate goes on at '
@@ -153,27 +160,22 @@ def _continue(
 
 
 def _fill(
-    experiment: Experiment,
     state: TrainState,
     shardings: TrainState,
     initial: Initial,
     say: Callable[[str], None],
 ) -> TrainState:
     """Puts a checkpoint's variables in the place of the random ones."""
-    place = experiment.config.training.init_from
-    plan = plan_classifier(
-        experiment.description, experiment.initial, experiment.config.training.new_classifier, place
-    )
     merged, context = merge_initial(
         {'params': state.params, 'batch_stats': state.batch_stats},
         initial.variables,
-        kept=plan.kept,
-        place=place,
+        kept=initial.outputs.kept,
+        place=initial.place,
     )
     say(initial.text)
     if context:
         say(f'{len(context)} context parameters are new, first {context[0]}, last {context[-1]}')
-    say(plan.text)
+    say(initial.outputs.text)
     params, batch_stats = (
         jax.tree.map(jax.device_put, merged[name], getattr(shardings, name))
         for name in ('params', 'batch_stats')

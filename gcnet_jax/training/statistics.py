@@ -148,9 +148,8 @@ def refresh_statistics(
         a run that was interrupted has the same statistics.
       step: As returned by `jit_statistics_step`.
     """
-    config = experiment.config
-    count = statistics_batches(steps_done, len(experiment.train_source), config.training.batch_size)
-    norm = config.model.norm or {}
+    count = statistics_batches(steps_done, len(experiment.train_source), experiment.batch_size)
+    norm = experiment.description.options.get('norm') or {}
     if not count or norm.get('kind') == 'frozen':
         return state
     if not have_moving_statistics(state, experiment.step_options.frozen):

@@ -42,7 +42,7 @@ class StepOptions:
 
     Attributes:
       accumulation_steps: Number of micro-batches that a batch is computed in, one after the other.
-      ema_decay: Of the moving average of the weights; 0 is off.
+      ema_decay: Decay of the moving average of the weights; 0 is off.
       frozen: Patterns of the parameters that are not trained, see `freezing.frozen_paths`.
     """
 
@@ -220,8 +220,8 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         prepare_key, model_key = jax.random.split(key)
         batch = task.prepare(batch, prepare_key)
-        # Parameters are stored in parts and used whole. Left to itself the partitioner computes
-        # with the parts, and got gradients wrong inside the loop over micro-batches (jax 0.10.2).
+        # Parameters are stored in shards and gathered here. Left to itself the partitioner computes
+        # with the shards, and got gradients wrong inside the loop over micro-batches (jax 0.10.2).
         params = jax.lax.with_sharding_constraint(state.params, replicated(mesh))
         frozen = frozen_paths(params, options.frozen)
         trained, fixed = split(params, frozen)

@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 
 from gcnet_jax.compilation_cache import compilation_cache, user_directory
-from gcnet_jax.errors import CheckpointError, ConfigError, changed_names, one_line
+from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import is_bucket, reason, write_whole
 from gcnet_jax.stored import ModelDescription, read_item, step_directories
+from gcnet_jax.tasks import find_task
 from gcnet_jax.training.config import EXTENDABLE, changed_keys, leaves
 
 CONFIG_FILE = 'config.json'
@@ -30,7 +31,8 @@ def check_workdir(
 
     Raises:
       CheckpointError: It is no directory, or holds another config, another network's checkpoints,
-        or a network that was trained on other labels or with another preprocessing.
+        or a network that was trained with another preprocessing or, by the task's comparison, on
+        other data.
     """
     if workdir.exists() and not workdir.is_dir():
         raise CheckpointError(f'--workdir {workdir} is a file; name a directory')
@@ -107,7 +109,7 @@ def _check_extension(workdir: Path, key: str, extend: bool, total_steps: int | N
 
 
 def _check_data_set(workdir: Path, before: dict, config: dict) -> None:
-    """Refuses another data set by its name, before what differs in it is looked at."""
+    """Refuses a data set of another name, before its contents are compared."""
     old, new = (dict(leaves(tree)).get('data.name') for tree in (before, config))
     if old is not None and old != new:
         raise CheckpointError(
@@ -119,35 +121,13 @@ def _check_data_set(workdir: Path, before: dict, config: dict) -> None:
 
 
 def _check_description(workdir: Path, there: ModelDescription, here: ModelDescription) -> None:
-    """Refuses to continue a network under another name, with other labels or other images."""
+    """Refuses to continue a network under another name, on other data or with other images."""
     if there.name != here.name:
         raise ConfigError(
             f'--workdir {workdir} holds checkpoints of {there.name}, and config.model.name '
             f'is {here.name}; choose another --workdir'
         )
-    advice = (
-        'restore the data set as it was, or choose another --workdir and name this one in '
-        'config.training.init_from, which goes by the names of the labels'
-    )
-    ours, theirs = here.label_names, there.label_names
-    if theirs and len(ours) != len(theirs):
-        raise CheckpointError(
-            f'--workdir {workdir} holds a run on {len(theirs)} labels, and the data set now has '
-            f'{len(ours)}: {changed_names(theirs, ours)}; {advice}'
-        )
-    changed = changed_names(theirs, ours) if theirs else ''
-    if changed:
-        raise CheckpointError(
-            f'--workdir {workdir} holds a run on other labels: the data set is now {changed}; '
-            f'{advice}'
-        )
-    for index, (new, old) in enumerate(zip(ours, theirs, strict=False)):
-        if new != old:
-            raise CheckpointError(
-                f'--workdir {workdir} holds a run on other labels, in another order: '
-                f'label {index} was {one_line(old, 60)!r}, and the data set now has '
-                f'{one_line(new, 60)!r}; {advice}'
-            )
+    find_task(here.task).check_continued(f'--workdir {workdir}', there, here)
     old, new = (dataclasses.asdict(side.preprocessing) for side in (there, here))
     changed = [key for key in old if old[key] != new[key]]
     if changed:
@@ -173,7 +153,7 @@ def prepare_workdir(
     Args:
       workdir: Made if it does not exist.
       config: The plain config.
-      description: Of the network.
+      description: Description of the network.
       checkpoint_bytes: Size of one checkpoint.
       extend: Allow another length of the run than before.
       total_steps: That length, which must not lie before the newest checkpoint.

@@ -149,7 +149,7 @@ def test_pillows_warnings_do_not_come_between(run, make, tmp_path):
     (tmp_path / 'tag.tif').write_bytes(data)
     # Here a warning is an error, and ends the reading before it comes to what is wrong.
     with pytest.raises(DataError, match='Tag data larger than file'):
-        decode.open_image(bytes(data))
+        decode.decode(bytes(data))
     code, _, err = run('predict', tmp_path / 'tag.tif')
     assert (code, len(err)) == (1, 1)
     assert 'damaged TIFF image: unknown pixel mode' in err[0]

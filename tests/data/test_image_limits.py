@@ -143,8 +143,8 @@ def test_metadata_of_a_jpeg_does_not_reach_pillow_and_changes_no_pixel(scene):
         full = crafted.encode(image, 'JPEG', exif=exif, **options)
         np.testing.assert_array_equal(decode.decode(full), decode.decode(plain))
         assert count_scans(full, image.size) == 1
-        opened = decode.open_image(full)
-        assert not {'exif', 'icc_profile', 'comment'} & set(opened.info)
+        with decode.opened(full) as opened:
+            assert not {'exif', 'icc_profile', 'comment'} & set(opened.info)
 
 
 @pytest.mark.parametrize('highest', [1, 100, 255, 256, 1000, 4095, 65534, 65535])

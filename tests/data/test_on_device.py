@@ -36,9 +36,17 @@ def test_normalize_is_the_definition():
     np.testing.assert_array_equal(low, result.astype(jnp.bfloat16))  # Rounded once, at the end.
 
 
+def mixup(key, images, targets, alpha):
+    return on_device.mix(key, images, targets, alpha, 0.0)
+
+
+def cutmix(key, images, targets, alpha):
+    return on_device.mix(key, images, targets, 0.0, alpha)
+
+
 def test_mixup_mixes_images_and_labels_by_the_same_share(batch):
     images, targets = batch
-    mixed, labels = jax.jit(on_device.mixup, static_argnums=3)(keys(1)[0], images, targets, 0.8)
+    mixed, labels = jax.jit(mixup, static_argnums=3)(keys(1)[0], images, targets, 0.8)
     # The share of the first image itself, read off the result.
     share = float(
         (mixed[0, 0, 0, 0] - images[-1, 0, 0, 0]) / (images[0, 0, 0, 0] - images[-1, 0, 0, 0])
@@ -51,7 +59,7 @@ def test_mixup_mixes_images_and_labels_by_the_same_share(batch):
 @pytest.mark.parametrize('alpha', [0.2, 1.0, 3.0])
 def test_mixup_shares_follow_the_beta_distribution(alpha):
     images, targets = jnp.zeros((2, 1, 1, 1)), jnp.eye(2)
-    draw = jax.jit(jax.vmap(lambda key: on_device.mixup(key, images, targets, alpha)[1][0, 0]))
+    draw = jax.jit(jax.vmap(lambda key: mixup(key, images, targets, alpha)[1][0, 0]))
     shares = draw(keys(4000))
     assert abs(shares.mean() - 0.5) < 0.03
     variance = 1 / (4 * (2 * alpha + 1))
@@ -63,7 +71,7 @@ def test_mixup_shares_follow_the_beta_distribution(alpha):
 
 def test_cutmix_replaces_one_rectangle_and_labels_follow_its_pixels(batch):
     images, targets = batch
-    cut = jax.jit(on_device.cutmix, static_argnums=3)
+    cut = jax.jit(cutmix, static_argnums=3)
     areas = set()
     for key in keys(20):
         mixed, labels = (np.asarray(value) for value in cut(key, images, targets, 1.0))
@@ -90,7 +98,7 @@ def test_cutmix_rectangles_follow_the_distribution():
     @jax.jit
     @jax.vmap
     def draw(key):
-        return on_device.cutmix(key, images, jnp.eye(2), 1.0)[0][0, :, :, 0]
+        return cutmix(key, images, jnp.eye(2), 1.0)[0][0, :, :, 0]
 
     replaced = np.asarray(draw(keys(3000)))
     rng = np.random.default_rng(0)
@@ -107,7 +115,7 @@ def test_cutmix_rectangles_follow_the_distribution():
 
 def test_nothing_happens_at_zero(batch):
     images, targets = batch
-    for function in (on_device.mixup, on_device.cutmix):
+    for function in (mixup, cutmix):
         same = function(keys(1)[0], images, targets, 0.0)
         assert same[0] is images
         assert same[1] is targets

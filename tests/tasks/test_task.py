@@ -39,6 +39,7 @@ def test_every_task_can_be_configured_and_prepares_what_its_batch_spec_names(nam
     config = default_config()
     name_task(config, name)
     assert config.task.to_dict().keys() == {'name', *TASKS[name].settings}
+    assert TASKS[name].ranges.keys() == TASKS[name].settings.keys()
     task = TASKS[name](3, (0.5,) * 3, (0.2,) * 3)
     shapes = task.batch_shapes(4, 8, 6)
     assert shapes.keys() == task.batch_spec().keys()

@@ -1,7 +1,5 @@
 """Starting from a checkpoint: its network, preprocessing, weights and classifier."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from gcnet_jax.training.config import default_config
 from gcnet_jax.training.initial import (
     explain_other_network,
     merge_initial,
-    plan_classifier,
     preprocessing,
     take_network,
 )
@@ -89,40 +86,6 @@ def test_a_checkpoint_without_a_classifier_leaves_it_at_random():
 def description(labels=(), classes=None, **others):
     count = len(labels) if classes is None else classes
     return ModelDescription('resnet18', {'num_classes': count}, tuple(labels), **others)
-
-
-@pytest.mark.parametrize(
-    ('here', 'there', 'kept', 'text'),
-    [
-        ('abc', 'abc', None, 'is kept: all 3 labels are the same'),
-        ('abc', 'cab', ((0, 1), (1, 2), (2, 0)), '3 of 3 outputs .* by their label names$'),
-        ('abx', 'abc', ((0, 0), (1, 1)), '2 of 3 .*; 1 start at random: x$'),
-        ('bcde', 'ab', ((0, 1),), '1 of 4 .*; 3 start at random: c, d, e$'),
-        ('aab', 'abc', ((2, 1),), '1 of 3 .*; 2 start at random: a, a$'),
-        ('abc', 'xyz', (), r"none of the checkpoint's 3 labels \(x, ...\) is in the data set \(a"),
-    ],
-)
-def test_a_classifier_is_taken_over_by_label_names(here, there, kept, text):
-    plan = plan_classifier(description(here), description(there), None, 'x')
-    assert plan.kept == kept
-    assert re.search(text, plan.text)
-
-
-def test_a_classifier_without_names_is_kept_only_when_told():
-    here, there = description('abc'), description(classes=3)
-    with pytest.raises(CheckpointError, match=r'no label names.*new_classifier=True.*or False'):
-        plan_classifier(here, there, None, 'x')
-    assert plan_classifier(here, there, False, 'x').kept is None
-    assert plan_classifier(here, there, True, 'x').kept == ()
-    other = plan_classifier(here, description(classes=1000), None, 'x')
-    assert other.kept == ()
-    assert '1000 classes have no names' in other.text
-    with pytest.raises(CheckpointError, match='has 1000 classes, the data set 3; leave'):
-        plan_classifier(here, description(classes=1000), False, 'x')
-    # The user decides, whatever the names are.
-    assert plan_classifier(here, description('cab'), False, 'x').kept is None
-    assert plan_classifier(here, description('abc'), True, 'x').kept == ()
-    assert plan_classifier(here, description(classes=0), None, 'x').kept == ()
 
 
 def test_the_network_of_a_checkpoint_is_taken_with_its_options():

@@ -205,9 +205,8 @@ def all_images(place, split):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('count', [2, 4])
-def test_several_processes_do_what_one_does(place, alone, count):
-    workdir = place / f'together_{count}'
+def test_several_processes_do_what_one_does(place, alone):
+    workdir, count = place / 'together', 4
     run = complete(
         workdir,
         *SETTINGS,
@@ -282,10 +281,9 @@ def test_when_one_is_killed_the_other_ends_and_a_restart_continues(place, alone,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seconds', [10, 20])
-def test_a_process_that_falls_silent_is_given_up_after_the_heartbeat_timeout(place, seconds):
+def test_a_process_that_falls_silent_is_given_up_after_the_heartbeat_timeout(place):
     """Nothing is closed here, as when a host loses its network: only the heartbeats are missing."""
-    workdir = place / f'silent_{seconds}'
+    workdir, seconds = place / 'silent', 10  # The default is 100.
     settings = (*SETTINGS[:-1], f'--config.runtime.heartbeat_timeout_seconds={seconds}')
     with running(workdir, *settings, place=place, processes=2) as run:
         run.wait_until(lambda: run.step() >= 3)

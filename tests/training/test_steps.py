@@ -76,10 +76,7 @@ def ten_steps(place, put, tiny_model):
     [
         (8, 1, 1),
         (2, 2, 2),
-        *(
-            pytest.param(shape, marks=pytest.mark.slow)
-            for shape in [(4, 2, 1), (1, 8, 1), (2, 1, 4), (1, 1, 8)]
-        ),
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(1, 8, 1), (1, 1, 8)]),
     ],
 )
 def test_any_mesh_gives_one_devices_losses_and_gradients(shape, ten_steps, job, make_batch):

@@ -23,7 +23,7 @@ SETTINGS = (
     '--config.training.evaluation_steps=50',
     '--config.data.augmentation=pad_crop',
 )
-KILLS = 10
+KILLS = 6
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ def the_same(workdir, whole):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-def test_killed_at_ten_random_moments_it_gives_the_same_bit_for_bit(place, whole):
+def test_killed_at_six_random_moments_it_gives_the_same_bit_for_bit(place, whole):
     """Three times during a save, once before anything was saved, else at any moment."""
     workdir, rng = place / 'killed', random.Random(1)
     # Compiled programs of its own, which the kills may cut short too.
@@ -66,7 +66,7 @@ def test_killed_at_ten_random_moments_it_gives_the_same_bit_for_bit(place, whole
             else:
                 target = run.step() + rng.randint(1, 6)
                 run.wait_until(lambda target=target: run.step() >= target)
-            if number in (2, 5, 8):
+            if number in (1, 3, 5):
                 run.wait_until(lambda: saving(workdir))
             else:
                 time.sleep(rng.uniform(0, 0.1))
@@ -109,16 +109,15 @@ def test_sigterm_before_the_first_step_stops_there_too(place):
     assert 'SIGTERM: stopped after step' in run.printed()
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_ctrl_c_saves_too(place, whole, workers):
+def test_ctrl_c_saves_too(place, whole):
     """A terminal sends it to the processes that read the data as well."""
-    workdir = place / f'interrupted_{workers}'
-    settings = (*SETTINGS, f'--config.data.num_workers={workers}')
+    workdir = place / 'interrupted'
+    settings = (*SETTINGS, '--config.data.num_workers=2')
     with running(workdir, *settings, place=place) as run:
         run.wait_until(lambda: run.step() >= 30)
         command = ['pgrep', '-P', str(run.processes[0].pid)]
         children = subprocess.run(command, capture_output=True, text=True).stdout.split()
-        assert len(children) >= workers
+        assert len(children) >= 2
         for child in map(int, children):
             os.kill(child, signal.SIGINT)
         run.send(signal.SIGINT)
@@ -160,25 +159,19 @@ def test_a_disk_that_fills_up_is_one_line(place):
     assert lines[2].startswith('train.py: no space left on the device of ')
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'missing', 'flipped', 'emptied'])
-def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(place, whole, damage):
-    """The last checkpoint of a whole run is damaged; the run continues from the one before."""
-    workdir = place / f'damaged_{damage}'
+def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(place, whole):
+    """The last checkpoint of a run is damaged; the run continues from the one before.
+
+    Other damage is in test_checkpoints.py.
+    """
+    workdir = place / 'damaged'
     shutil.copytree(whole, workdir)
     newest = workdir / 'checkpoints' / str(STEPS)
     for path in (newest / 'training').rglob('d/*'):
         content = bytearray(path.read_bytes())
-        if damage == 'truncated':
-            path.write_bytes(content[: len(content) // 2])
-        elif damage == 'missing':
-            path.unlink()
-        elif damage == 'flipped':
-            # All over the file: which parts hold the newest version of a node is not known.
-            content[32::64] = bytes(byte ^ 1 for byte in content[32::64])
-            path.write_bytes(content)
-    if damage == 'emptied':
-        shutil.rmtree(newest)
-        newest.mkdir()
+        # All over the file: which parts hold the newest version of a node is not known.
+        content[32::64] = bytes(byte ^ 1 for byte in content[32::64])
+        path.write_bytes(content)
     run = complete(workdir, *SETTINGS, place=place)
     assert f'checkpoint {newest} is damaged, trying the one before' in run.printed()
     assert f'continuing from step {STEPS - STEPS % 7}\n' in run.printed()

@@ -43,24 +43,11 @@ def test_a_workdir_of_another_data_set_is_refused_by_its_name(tmp_path):
         prepare_workdir(tmp_path, CONFIG | {'data': {'name': 'birds'}}, other, 1)
 
 
-@pytest.mark.parametrize(
-    ('labels', 'message'),
-    [
-        (('a', 'b', 'bb', 'd'), "on other labels: the data set is now without 'c', with 'bb'; "),
-        (('b', 'c', 'd', 'e'), "on other labels: the data set is now without 'a', with 'e'; "),
-        (('a', 'b', 'c'), "on 4 labels, and the data set now has 3: without 'd'; "),
-        (
-            ('a', 'b', 'c', 'e', 'f', 'g', 'h'),
-            "data set now has 7: without 'd', with 'e', 'f', 'g' and 1 more; ",
-        ),
-        (('b', 'a', 'c', 'd'), "on other labels, in another order: label 0 was 'a', and "),
-        (('a', 'b', 'c', 'c'), "on other labels: the data set is now without 'd', with 'c'; "),
-    ],
-)
-def test_other_labels_are_named(tmp_path, labels, message):
+def test_a_workdir_of_other_labels_is_refused(tmp_path):
     write_ported(tmp_path, DESCRIPTION, {'params': {'kernel': np.ones(3, np.float32)}})
     (tmp_path / 'config.json').write_text(json.dumps(CONFIG))
-    other = ModelDescription('gccnn', {'num_classes': len(labels)}, labels)
+    other = ModelDescription('gccnn', {'num_classes': 4}, ('a', 'b', 'bb', 'd'))
+    message = "on other labels: the data set is now without 'c', with 'bb'; restore the data set"
     with pytest.raises(CheckpointError, match=message):
         prepare_workdir(tmp_path, CONFIG, other, 1)
 
