@@ -16,6 +16,7 @@ from gcnet_jax.__main__ import _parser, main
 from gcnet_jax.commands.config_files import load_config, read_flags
 from gcnet_jax.models import create_model, list_models, model_entry
 from gcnet_jax.models.summary import summarize
+from gcnet_jax.porting.convert import variable_shapes
 from gcnet_jax.porting.families import LIBRARIES
 from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.tasks import TASKS
@@ -253,15 +254,38 @@ QUICK = ('gc_resnet50', 'gc_resnet20', 'gccnn')
 
 
 def test_table_lists_every_network():
-    assert sorted(ROWS) == list_models()
+    assert sorted(ROWS) == list_models(task='classification')
     for name, row in ROWS.items():
         assert row[-1] == model_entry(name).description
+
+
+DETECTORS = {
+    row[0].strip('`'): row[1]
+    for row in table('docs/detect.md', 'detector | parameters | box AP | mask AP | published file')
+}
+
+
+def test_table_lists_every_detector():
+    assert sorted(DETECTORS) == list_models(task='detection')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        name if name == 'gc_mask_rcnn_resnet50_fpn' else pytest.param(name, marks=pytest.mark.slow)
+        for name in DETECTORS
+    ],
+)
+def test_table_has_the_parameters_of_the_detector(name):
+    shapes = variable_shapes(create_model(name))
+    trained = [leaf.size for path, leaf in shapes.items() if path.startswith('params/')]
+    assert f'{sum(trained):,}' == DETECTORS[name]
 
 
 def test_readme_lists_every_network_once():
     rows = table('README.md', 'networks | context | weights from')
     names = [name for row in rows for name in re.findall(r'`(\w+)`', row[0])]
-    assert sorted(names) == list_models()
+    assert sorted(names) == list_models(task='classification')
     for row in rows:
         for name in re.findall(r'`(\w+)`', row[0]):
             assert (row[1].partition(',')[0] == 'none') == (not int(ROWS[name][2])), name
