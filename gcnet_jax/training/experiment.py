@@ -156,13 +156,12 @@ def build(
     model_entry(config.model.name)  # A wrong name is reported before the data set is opened.
     train_source, evaluation_source = _open_sources(config) if sources is None else sources
     description = _describe(config, train_source, evaluation_source, initial)
-    _check_sizes(config, description, mesh)
+    _check_sizes(description, mesh)
     task = find_task(config.task.name).build(config.task, train_source, description.preprocessing)
     durations = _durations(config, len(train_source), batch_size)
     schedule, notes = _schedule(config, durations)
     common = _common_options(config, description, batch_size)
     train_options = common | _train_options(config, description, seed)
-    evaluation_options = common | _evaluation_options(description)
     experiment = Experiment(
         config=config,
         description=description,
@@ -172,7 +171,7 @@ def build(
         evaluation_source=evaluation_source,
         train_batches=functools.partial(train_batches, train_source, **train_options),
         evaluation_batches=functools.partial(
-            evaluation_batches, evaluation_source, **evaluation_options
+            evaluation_batches, evaluation_source, **common, **_evaluation_options(description)
         ),
         schedule=schedule,
         optimizer=make_optimizer(schedule=schedule, **config.optimizer),
@@ -185,13 +184,13 @@ def build(
         skip_damaged=common['skip_damaged'],
         notes=(*notes, *_batch_notes(batch_size, len(train_source))),
     )
-    return check_shapes(experiment)
+    check_shapes(experiment)
+    return experiment
 
 
-def check_shapes(experiment: Experiment) -> Experiment:
+def check_shapes(experiment: Experiment) -> None:
     """Traces the network without computing: an image too small for it is reported here."""
     jax.eval_shape(experiment.initialize, jax.random.key(0))
-    return experiment
 
 
 def _step_options(config: ConfigDict) -> StepOptions:
@@ -230,7 +229,7 @@ def _check_divisible(config: ConfigDict, mesh: Mesh, batch: int, micro: int) -> 
         )
 
 
-def _check_sizes(config: ConfigDict, description: ModelDescription, mesh: Mesh) -> None:
+def _check_sizes(description: ModelDescription, mesh: Mesh) -> None:
     images = description.preprocessing
     sizes = {'image_size': images.train_size, 'evaluation_image_size': images.test_size}
     for name, size in sizes.items():

@@ -4,19 +4,9 @@ import json
 
 import pytest
 
-from benchmarks import common, context
+from benchmarks import context
 
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """Candidates run once, here: test_common.py starts processes, and each one imports JAX."""
-
-    def compare(candidates, *, rounds):
-        for setup in candidates.values():
-            setup()()
-        return {name: common.Timing((0.25,) * rounds, 0) for name in candidates}
-
-    monkeypatch.setattr(common, 'compare', compare)
+pytestmark = pytest.mark.usefixtures('in_this_process')
 
 
 def test_every_block_has_a_row_at_every_size(capsys):

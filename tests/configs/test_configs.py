@@ -87,6 +87,7 @@ def fingerprint(built):
             'task': built.task,
             'mesh': dict(built.mesh.shape),
             'durations': built.durations,
+            'init_from': built.init_from,
         }
     )
 

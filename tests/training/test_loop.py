@@ -20,6 +20,7 @@ from gcnet_jax.training.config import default_config
 from gcnet_jax.training.loop import TrainingError, train
 from gcnet_jax.training.metrics import TIMING, MetricsWriter, read_metrics
 from gcnet_jax.training.processes import Interrupted, Preempted
+from gcnet_jax.training.start import read_initial
 from tests.bucket import local_bucket
 
 
@@ -52,26 +53,12 @@ class FakeSource:
         return f'square {index}'
 
 
+pytestmark = pytest.mark.usefixtures('compile_once')
+
+
 @pytest.fixture(autouse=True)
 def fake_data(monkeypatch):
     monkeypatch.setattr(experiment, 'load_source', FakeSource)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compile_once(tmp_path_factory):
-    """Lets runs of the same network share their compiled steps."""
-    names = {
-        'jax_enable_compilation_cache': True,
-        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-        'jax_persistent_cache_min_compile_time_secs': 0,
-        'jax_persistent_cache_min_entry_size_bytes': -1,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def tiny_config(**training):
@@ -106,7 +93,7 @@ def without_timing(workdir):
 
 
 @pytest.fixture(scope='module')
-def whole_run(tmp_path_factory):
+def whole_run(tmp_path_factory, compile_once):
     """An uninterrupted run, which others are compared with."""
     workdir = tmp_path_factory.mktemp('whole')
     with pytest.MonkeyPatch.context() as patch:
@@ -425,8 +412,9 @@ def test_a_run_in_a_bucket_is_continued_and_read_from_there(tmp_path, monkeypatc
         (newest / 'commit_success.txt').unlink()
         assert find_checkpoint(place).name != newest.name
         # Another run starts from it.
-        train(tiny_config(init_from=place, total_steps=3, checkpoint_steps=3), tmp_path / 'next')
-    assert {path.name for path in tmp_path.iterdir()} == {'served', 'next'}
+        other = experiment.assemble(tiny_config(init_from=place))
+        assert f'weights from {place} (gccnn)' in read_initial(other, tmp_path / 'next').text
+    assert {path.name for path in tmp_path.iterdir()} == {'served'}
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(tmp_path, monkeypatch, whole_run, capfd):
