@@ -18,6 +18,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # What one test compiled must not help another; those about the cache turn it on.
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 
+import functools
 import math
 
 import jax
@@ -41,6 +42,15 @@ def float64():
     jax.config.update('jax_enable_x64', True)
     yield
     jax.config.update('jax_enable_x64', False)
+
+
+@pytest.fixture(scope='module')
+def quick_compilation():
+    """Compiles without optimising: for large programs that run a few times, half the work."""
+    options = {'xla_backend_optimization_level': 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, 'jit', functools.partial(jax.jit, compiler_options=options))
+        yield
 
 
 @pytest.fixture(scope='session')
