@@ -147,9 +147,7 @@ def _window_shapes(shapes: np.ndarray) -> list[tuple[int, int]]:
     return [(min(height, tallest), min(width, widest)) for height, width in (*WINDOWS, *rest)]
 
 
-def _by_kind(
-    kind: Int[Array, ' n'], kinds: int, together: int
-) -> tuple[Array, Array, Array]:
+def _by_kind(kind: Int[Array, ' n'], kinds: int, together: int) -> tuple[Array, Array, Array]:
     """Lays boxes out in chunks of one kind of window each.
 
     Returns:
@@ -161,9 +159,9 @@ def _by_kind(
     counts = jnp.bincount(kind, length=kinds)
     needed = -(-counts // together)
     ends = jnp.cumsum(needed)
-    order = jnp.argsort(kind, stable=True)
+    order = jnp.argsort(kind, stable=True).astype(jnp.int32)
     rank = jnp.arange(count) - (jnp.cumsum(counts) - counts)[kind[order]]
-    filled = (ends - needed)[kind[order]] * together + rank
+    filled = ((ends - needed)[kind[order]] * together + rank).astype(jnp.int32)
     slots = jnp.zeros(chunks * together, jnp.int32).at[filled].set(order)
     place = jnp.zeros(count, jnp.int32).at[order].set(filled)
     chunk_kinds = jnp.searchsorted(ends, jnp.arange(chunks), side='right')
