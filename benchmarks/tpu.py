@@ -1,15 +1,21 @@
 """What one training step costs on a TPU v5e, from the TPU's own compiler; no TPU is needed.
 
     python -m benchmarks.tpu [--networks ...]
+    python -m benchmarks.tpu --detectors gc_mask_rcnn_resnet50_fpn
 
 The step is that of configs/imagenet.py without the moving average, for 224-pixel images in
 bfloat16. The same step trains a ResNet-50 as Flax's ImageNet example writes it, our ResNet-50, our
 GC-ResNet-50 r16, and the latter with its layers in the order written, which shows what
 `gcnet_jax.models.reorder` is worth. These are figures of the compiler, not measurements.
+
+With `--detectors`, what finding the objects in one image of 800 x 1344 pixels costs instead, in
+bfloat16 and in float32 with exact products. The bodies of loops whose length depends on the image
+are counted once.
 """
 
 import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,11 +25,14 @@ from benchmarks.plain_flax import NETWORKS as PLAIN_NETWORKS
 from gcnet_jax import planning
 from gcnet_jax.commands.config_files import read_flags
 from gcnet_jax.errors import UserError
+from gcnet_jax.models import create_model, list_models
 from gcnet_jax.models.resnet import ResNet
 from gcnet_jax.planning.chips import topology_devices
+from gcnet_jax.planning.inference import compile_inference
 from gcnet_jax.planning.plan import Program, compile_step, describe
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'imagenet.py'
+DETECTORS, DETECTOR_SIZE = list_models(task='detection'), (800, 1344)
 AS_WRITTEN = ' as written'
 NETWORKS = ('flax example resnet50', 'resnet50', 'gc_resnet50', 'gc_resnet50' + AS_WRITTEN)
 
@@ -51,17 +60,33 @@ def compile_network(network: str, topology: str, batch_per_chip: int, size: int)
     return compile_step(experiment)
 
 
+def detector_programs(detectors: Sequence[str], topology: str) -> Iterator[tuple[str, Program]]:
+    """Compiles inference of each, in both types."""
+    device = topology_devices(topology)[0]
+    for name in detectors:
+        for dtype, precision in (('bfloat16', 'default'), ('float32', 'highest')):
+            model = create_model(name, dtype=dtype)
+            yield (
+                f'{name} {dtype}',
+                compile_inference(model, device, (1, *DETECTOR_SIZE), precision=precision),
+            )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argument_parser(__doc__)
     parser.add_argument('--topology', default='v5e:1x1')
     parser.add_argument('--batch-per-chip', type=int, default=256)
     parser.add_argument('--image-size', type=int, default=224)
     parser.add_argument('--networks', nargs='+', choices=NETWORKS, default=NETWORKS, metavar='NAME')
+    parser.add_argument('--detectors', nargs='+', choices=DETECTORS, default=(), metavar='NAME')
     flags = parser.parse_args(arguments)
     planning.prepare_process()
+    size = (flags.topology, flags.batch_per_chip, flags.image_size)
+    programs = ((network, compile_network(network, *size)) for network in flags.networks)
+    if flags.detectors:
+        programs = detector_programs(flags.detectors, flags.topology)
     rows, first = [], None
-    for network in flags.networks:
-        program = compile_network(network, flags.topology, flags.batch_per_chip, flags.image_size)
+    for network, program in programs:
         first = first or program
         rows.append(
             {

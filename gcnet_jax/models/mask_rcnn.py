@@ -89,7 +89,7 @@ class MaskRCNN(nn.Module):
             size = jnp.asarray(images.shape[1:3], jnp.float32)
             image_sizes = jnp.broadcast_to(size, (images.shape[0], 2))
         outputs = self.backbone.outputs(images, train=train)
-        pyramid = self.neck(_maps_by_stride(outputs, images.shape[1:3]))
+        pyramid = self.neck(maps_by_stride(outputs, images.shape[1:3]))
         proposals = self.propose(pyramid, image_sizes)
         detections = self.detect(pyramid, proposals, image_sizes)
         return {
@@ -116,7 +116,7 @@ class MaskRCNN(nn.Module):
     ) -> list[Float[Array, 'batch _ _ channel']]:
         """Returns the five maps of the neck, at strides 4 to 64."""
         outputs = self.backbone.outputs(images, train=train)
-        return self.neck(_maps_by_stride(outputs, images.shape[1:3]))
+        return self.neck(maps_by_stride(outputs, images.shape[1:3]))
 
     def propose(self, pyramid, image_sizes: Float[Array, 'batch 2']) -> Proposals:
         """Returns the proposals of every image."""
@@ -158,7 +158,7 @@ class MaskRCNN(nn.Module):
         return roi_align(pyramid[:4], STRIDES[:4], boxes.reshape(-1, 4), images, size)
 
 
-def _maps_by_stride(outputs: Mapping[str, Array], size: tuple[int, int]) -> list[Array]:
+def maps_by_stride(outputs: Mapping[str, Array], size: tuple[int, int]) -> list[Array]:
     """Returns the backbone's last map at each of the strides 4, 8, 16 and 32.
 
     Raises:

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gcnet_jax.context.common import float32_or_wider
+
 
 def deformable_convolution(
     features: Float[Array, 'batch height width channel'],
@@ -29,12 +31,13 @@ def deformable_convolution(
     batch, out_height, out_width, _ = offsets.shape
     taps = rows * columns
     offsets = offsets.reshape(batch, out_height, out_width, taps, 2)
-    # In float32 whatever the compute type: a bfloat16 has eight bits, and maps are wider than 256.
+    # Never in bfloat16, whatever the compute type: it has eight bits, and maps are wider than 256.
+    dtype = float32_or_wider(offsets.dtype)
     tap_y, tap_x = jnp.divmod(jnp.arange(taps, dtype=jnp.int32), columns)
     y = jnp.arange(out_height)[:, None, None] * stride - rows // 2 + tap_y
     x = jnp.arange(out_width)[None, :, None] * stride - columns // 2 + tap_x
-    y = y.astype(jnp.float32) + offsets[..., 0].astype(jnp.float32)
-    x = x.astype(jnp.float32) + offsets[..., 1].astype(jnp.float32)
+    y = y.astype(dtype) + offsets[..., 0].astype(dtype)
+    x = x.astype(dtype) + offsets[..., 1].astype(dtype)
     sampled = _sample(features, y, x).reshape(
         batch, out_height, out_width, taps, groups, group_channels
     )

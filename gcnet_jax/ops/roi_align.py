@@ -21,9 +21,10 @@ from gcnet_jax.ops.boxes import box_area
 FINEST_SCALE = 56
 # Height and width of the windows, tried in this order. Below the last level a box has fewer than
 # 28 x 28 pixels of its map, so that only elongated ones do not fit into the first shapes.
-WINDOWS = ((16, 16), (32, 32), (16, 64), (64, 16))
-# Boxes that are computed together.
-CHUNK = 16
+WINDOWS = ((16, 16), (16, 32), (32, 16), (32, 32), (16, 64), (64, 16))
+# Boxes that are computed together: many, because a step of a loop costs an accelerator more than
+# what it computes; and as few as a CPU's cache holds the windows of.
+CHUNK, CPU_CHUNK = 16, 4
 
 
 def pyramid_level(boxes: Float[Array, 'n 4'], levels: int) -> Int[Array, ' n']:
@@ -70,14 +71,43 @@ def roi_align(
     fits = jnp.stack([(high - low < jnp.asarray(w)).all(axis=1) for w in windows], axis=1)
     kind = jnp.argmax(fits, axis=1).astype(jnp.int32)
 
-    slots, place, chunk_kinds = _by_kind(kind, len(windows))
+    boxes = (low, start, size, lengths, origin)
+    sample = partial(_sample_by_kind, windows=windows, out=out)
+    return lax.platform_dependent(
+        flat,
+        kind,
+        boxes,
+        cpu=partial(sample, together=CPU_CHUNK),
+        default=partial(sample, together=CHUNK),
+    )
+
+
+def _sample_by_kind(
+    flat: Float[Array, 'position channel'],
+    kind: Int[Array, ' n'],
+    boxes: tuple[Array, ...],
+    *,
+    windows: Sequence[tuple[int, int]],
+    out: int,
+    together: int,
+) -> Float[Array, 'n {out} {out} channel']:
+    """Samples boxes in chunks that need the same window.
+
+    Args:
+      flat: All positions of all maps of all images.
+      kind: The window that each box needs.
+      boxes: What `_sample_window` needs to know of each.
+      windows: Height and width of each.
+      out: Height and width of the result.
+      together: Boxes of a chunk.
+    """
+    slots, place, chunk_kinds = _by_kind(kind, len(windows), together)
     parts = jax.tree.map(
-        lambda values: values[slots].reshape(-1, CHUNK, *values.shape[1:]),
-        (low, start, size, lengths, origin),
+        lambda values: values[slots].reshape(-1, together, *values.shape[1:]), boxes
     )
     branches = [partial(_sample_window, flat, window, out) for window in windows]
     result = lax.map(lambda part: lax.switch(part[0], branches, part[1]), (chunk_kinds, parts))
-    return result.reshape(-1, out, out, channels)[place]
+    return result.reshape(-1, *result.shape[2:])[place]
 
 
 def _sample_window(
@@ -117,7 +147,7 @@ def _window_shapes(shapes: np.ndarray) -> list[tuple[int, int]]:
     return [(min(height, tallest), min(width, widest)) for height, width in (*WINDOWS, *rest)]
 
 
-def _by_kind(kind: Int[Array, ' n'], kinds: int) -> tuple[Array, Array, Array]:
+def _by_kind(kind: Int[Array, ' n'], kinds: int, together: int) -> tuple[Array, Array, Array]:
     """Lays boxes out in chunks of one kind of window each.
 
     Returns:
@@ -125,14 +155,14 @@ def _by_kind(kind: Int[Array, ' n'], kinds: int) -> tuple[Array, Array, Array]:
       each box, and the kind of each chunk; chunks that are left over get the smallest window.
     """
     count = kind.shape[0]
-    chunks = -(-count // CHUNK) + kinds
+    chunks = -(-count // together) + kinds
     counts = jnp.bincount(kind, length=kinds)
-    needed = -(-counts // CHUNK)
+    needed = -(-counts // together)
     ends = jnp.cumsum(needed)
-    order = jnp.argsort(kind, stable=True)
+    order = jnp.argsort(kind, stable=True).astype(jnp.int32)
     rank = jnp.arange(count) - (jnp.cumsum(counts) - counts)[kind[order]]
-    filled = (ends - needed)[kind[order]] * CHUNK + rank
-    slots = jnp.zeros(chunks * CHUNK, jnp.int32).at[filled].set(order)
+    filled = ((ends - needed)[kind[order]] * together + rank).astype(jnp.int32)
+    slots = jnp.zeros(chunks * together, jnp.int32).at[filled].set(order)
     place = jnp.zeros(count, jnp.int32).at[order].set(filled)
     chunk_kinds = jnp.searchsorted(ends, jnp.arange(chunks), side='right')
     return slots, place, jnp.where(chunk_kinds < kinds, chunk_kinds, 0)

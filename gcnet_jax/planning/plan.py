@@ -202,11 +202,26 @@ def compile_step(experiment: Experiment) -> Program:
     shardings = state_shardings(state, mesh)
     shape = height_and_width(experiment.description.preprocessing.train_size)
     batch = task.batch_shapes(experiment.batch_size, *shape)
+    lowered = jit_train_step(step, task, mesh, shardings).lower(
+        placed(state, shardings), placed(batch, batch_shardings(mesh, task.batch_spec()))
+    )
+    # The compiler counts the body of the loop over micro-batches once, and nearly all arithmetic is
+    # in it.
+    return compile_lowered(lowered, experiment.step_options.accumulation_steps)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, repeats: int = 1) -> Program:
+    """Compiles and reads what it costs.
+
+    Args:
+      lowered: For devices that need not be here.
+      repeats: How often nearly all of it is run, where the compiler counts it once.
+
+    Raises:
+      OutOfMemory: It does not fit into the chip's memory.
+    """
     began = time.perf_counter()
     try:
-        lowered = jit_train_step(step, task, mesh, shardings).lower(
-            _placed(state, shardings), _placed(batch, batch_shardings(mesh, task.batch_spec()))
-        )
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' in str(error):
@@ -220,16 +235,15 @@ def compile_step(experiment: Experiment) -> Program:
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
-        # The compiler counts the body of the loop over micro-batches once, and nearly all
-        # arithmetic is in it.
-        flops=cost['flops'] * experiment.step_options.accumulation_steps,
+        flops=cost['flops'] * repeats,
         bytes_accessed=cost['bytes accessed'],
         traffic=read_traffic(compiled.as_text()),
         compile_seconds=seconds,
     )
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Returns the same shapes, each with its sharding."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,

@@ -107,3 +107,36 @@ def test_what_the_compiler_refuses(plan):
     assert done.stdout == ''
     assert done.stderr.splitlines()[-1].startswith("gcnet_jax plan: topology 'v5e:3x3': ")
     assert 'Traceback' not in done.stderr
+
+
+DETECTOR = """
+import json
+from gcnet_jax.planning.chips import prepare_process, topology_devices
+
+prepare_process()
+from gcnet_jax.models import create_model
+from gcnet_jax.planning.inference import compile_inference
+
+model = create_model(
+    'gc_mask_rcnn_resnet50_fpn', num_classes=3, channels=32, box_channels=64,
+    stage_sizes=(1, 1, 1, 1), widths=(16, 16, 16, 16), dtype='bfloat16',
+)
+program = compile_inference(model, topology_devices('v5e:1x1')[0], (2, 64, 96))
+print(json.dumps({'memory': program.memory, 'flops': program.flops}))
+"""
+
+
+def test_a_detector_is_one_program():
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ('JAX_PLATFORMS', 'XLA_FLAGS')
+    }
+    command = [sys.executable, '-c', DETECTOR]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    # The four convolutions and the upsampling of 100 masks for each image alone.
+    masks = 2 * 100 * 14 * 14 * 32 * 32 * (4 * 9 + 4)
+    assert 2 * masks < found['flops'] < 20 * masks
+    assert 0 < found['memory'] < 200 * 2**20
