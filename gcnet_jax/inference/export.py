@@ -1,8 +1,9 @@
 """A stored network as one file that runs elsewhere: a JAX export artifact, or ONNX.
 
-Both take uint8 images `[batch, height, width, 3]`, of any batch size, and return probabilities; the
-normalisation is inside. Beside FILE lies FILE.json with the label names and how images are resized
-and cropped, which is not inside.
+Both take uint8 images `[batch, height, width, 3]`, of any batch size; the normalisation is inside.
+A classifier returns probabilities; a detector takes the sizes of the images too and returns what it
+finds. Beside FILE lies FILE.json with inputs, outputs, label names and how images are resized and
+cropped, which is not inside.
 """
 
 import json
@@ -49,14 +50,15 @@ def export_jax(
 
     It needs nothing but jax and flatbuffers; jax of the same version or a later one:
 
-        jax.export.deserialize(bytearray(open(FILE, 'rb').read())).call(images)
+        jax.export.deserialize(bytearray(open(FILE, 'rb').read())).call(images)  # and sizes
 
     Args:
       checkpoint: A workdir, one of its checkpoints, or a ported directory.
       out: The file.
       choose: 'best' or 'newest', where there are several checkpoints.
       size: Size of the images in pixels, one number for a square or height and width; None for the
-        network's own.
+        network's own. Of a detector that of the canvas that images are laid on: global context
+        sees all of it.
       overwrite: Replace a file of that name.
 
     Returns:
@@ -67,10 +69,10 @@ def export_jax(
       UserError: The file exists, or cannot be written.
     """
     out = check_new(out, overwrite)
-    classifier = _load(checkpoint, choose, size)
-    exporter = export.export(jax.jit(_probabilities(classifier)), platforms=PLATFORMS)
-    data = exporter(_any_batch(classifier)).serialize()
-    _write(out, bytes(data), classifier.description)
+    exported = load_exported(checkpoint, choose, size)
+    exporter = export.export(jax.jit(exported.function), platforms=PLATFORMS)
+    data = exporter(*exported.inputs).serialize()
+    _write(out, bytes(data), exported)
     return len(data)
 
 
