@@ -197,5 +197,9 @@ def _objects(detector: Detector, outputs: Mapping[str, np.ndarray]) -> str:
 
 def _padding(maps: Iterable[np.ndarray], canvas: Picture, size: Float[np.ndarray, '2']) -> str:
     """Returns the end of a title: the largest part of a block's attention that padding gets."""
-    share = max(padding_share(attention[0], canvas.shape[:2], size) for attention in maps)
-    return f'; up to {share:.0%} of the attention lies on padding' if share > MIN_PADDING else ''
+    whole = canvas.shape[:2]
+    share = max(padding_share(attention[0], whole, size) for attention in maps)
+    if share <= MIN_PADDING:
+        return ''
+    area = 1 - np.prod(size) / np.prod(whole)
+    return f'; padding, {area:.0%} of the input, gets up to {share:.0%} of the attention'

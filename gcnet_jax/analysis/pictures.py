@@ -262,9 +262,9 @@ class _Canvas:
         return row, column
 
     def middle(self, cell: tuple[int, int], shape: tuple[int, int]) -> tuple[float, float]:
-        """Returns the middle of a map's position, in pixels of `picture`."""
+        """Returns the middle of what is shown of a map's position, in pixels of `picture`."""
         y, x = (
-            min((index + 0.5) / count * whole, part) * self._times - 0.5
+            (index / count * whole + min((index + 1) / count * whole, part)) / 2 * self._times - 0.5
             for index, count, whole, part in zip(cell, shape, self._whole, self.shown, strict=True)
         )
         return y, x
