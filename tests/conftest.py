@@ -112,6 +112,38 @@ def stored(tmp_path_factory, random_variables):
     )
 
 
+@pytest.fixture(scope='session')
+def stored_detector(tmp_path_factory, random_variables):
+    """A checkpoint of a small detector with context blocks, for images up to 64 x 96 pixels."""
+    from gcnet_jax.data.preprocessing import KeepRatio
+    from gcnet_jax.stored import ModelDescription, write_ported
+
+    options = {
+        'backbone': 'gc_resnet18',
+        'norm': None,
+        'widths': [8, 8, 16, 16],
+        'channels': 16,
+        'box_channels': 32,
+        'num_classes': 3,
+    }
+    preprocessing = KeepRatio(
+        mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), short_side=64, long_side=96
+    )
+    name, labels = 'mask_rcnn_resnet50_fpn', ('ant', 'bee', 'cat')
+    description = ModelDescription(name, options, labels, preprocessing, 'a test', 'detection')
+    directory = tmp_path_factory.mktemp('stored') / 'detector'
+    variables = random_variables(
+        description.build(), np.zeros((1, 64, 96, 3), np.float32), train=False
+    )
+    write_ported(directory, description, variables)
+    return types.SimpleNamespace(
+        directory=directory,
+        description=description,
+        variables=variables,
+        one_device=jax.devices()[:1],
+    )
+
+
 def encode(image, image_format='PNG', **options):
     """Encodes an array or a Pillow image as the bytes of a file."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)

@@ -1,11 +1,12 @@
 """Reads the attention of every context block out of any linen model, without changing the model."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
@@ -72,6 +73,28 @@ def in_order(by_path: Mapping[str, Any]) -> dict[str, Any]:
         return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', path)]
 
     return {path: by_path[path] for path in sorted(by_path, key=key)}
+
+
+def padding_share(
+    attention: Float[np.ndarray, '*queries map_height map_width'],
+    canvas: tuple[int, int],
+    size: Sequence[float],
+) -> float:
+    """Returns which part of the attention lies on the padding of an image.
+
+    Args:
+      attention: One image's map, or the maps of all queries, of which those in the image count. A
+        value covers an equal part of the canvas and counts by how much of that is padding.
+      canvas: Height and width of the padded image.
+      size: Those of the image, which is at the top left.
+    """
+    inside = [
+        np.clip(part * cells / whole - np.arange(cells), 0, 1)
+        for part, whole, cells in zip(size, canvas, attention.shape[-2:], strict=True)
+    ]
+    cover = np.outer(*inside)
+    shares = 1 - (attention.astype(np.float64) * cover).sum(axis=(-2, -1))
+    return float(shares if shares.ndim == 0 else (shares * cover).sum() / cover.sum())
 
 
 def no_attention(model: nn.Module) -> UserError:

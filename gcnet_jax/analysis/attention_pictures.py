@@ -2,14 +2,15 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
-from gcnet_jax.analysis.attention_maps import no_attention, sown_values
+from gcnet_jax.analysis.attention_maps import no_attention, padding_share, sown_values
 from gcnet_jax.analysis.pictures import (
     QUERIES,
     Picture,
@@ -19,15 +20,22 @@ from gcnet_jax.analysis.pictures import (
     save_figure,
 )
 from gcnet_jax.analysis.query_distances import SOWN, QueryDistances, distances_of
-from gcnet_jax.data.on_device import normalize
 from gcnet_jax.data.sizes import Size
 from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.files import make_directory, unique_name
+from gcnet_jax.inference.batches import Inputs
+from gcnet_jax.inference.classifier import LOGITS, Classifier
+from gcnet_jax.inference.detector import Detector
 from gcnet_jax.inference.images import LeftOut, find_images
-from gcnet_jax.inference.stored_network import StoredNetwork
-from gcnet_jax.stored import ModelDescription
-from gcnet_jax.tasks import find_task
+from gcnet_jax.inference.load import load_network
 from gcnet_jax.tasks.prediction import Prediction
+
+# Outputs that a title is made of.
+ANSWERS = {LOGITS, 'scores', 'labels', 'valid'}
+# Objects in a title.
+MAX_OBJECTS = 3
+# Less of the attention on padding is not worth a word.
+MIN_PADDING = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +43,8 @@ class Drawn:
     """What was drawn of one image.
 
     Attributes:
-      prediction: The most probable class with its probability; empty without a classifier.
+      prediction: The most probable class with its probability, or the best objects with their
+        scores; empty without a classifier.
       files: The pictures.
       distances: Distances of each NonLocal block, by its path.
     """
@@ -59,6 +68,8 @@ def write_pictures(
     """Draws what a stored network's context blocks attend to, image by image.
 
     Writes `NAME_attention.png` for blocks with one map an image, `NAME_queries.png` for NonLocal.
+    A detector's blocks see the padding of the image, too: it is not drawn, and the title says how
+    much of the attention lies there, from 1% on.
 
     Args:
       checkpoint: A workdir, one of its checkpoints, or a ported directory.
@@ -66,7 +77,7 @@ def write_pictures(
       out: A directory; made if need be. Pictures of the same name are replaced.
       choose: 'best' or 'newest', where there are several checkpoints.
       size: Size of what the network gets, in pixels, one number for a square or height and width;
-        None for its own. More pixels give finer maps.
+        None for its own; for a detector the limits of the sides. More pixels give finer maps.
       all_blocks, queries: See `draw_attention` and `draw_queries`.
       left_out: Counts the files of folders that are no images.
 
@@ -80,25 +91,27 @@ def write_pictures(
     """
     check_queries(queries)
     one_device = jax.local_devices()[:1]
-    network = StoredNetwork.load(
-        checkpoint, choose=choose, size=size, fold=False, devices=one_device
-    )
+    network = load_network(checkpoint, choose=choose, size=size, fold=False, devices=one_device)
     observe = _observer(network)
     out, taken = make_directory(out, '--out'), set()
     for path in find_images(images, left_out):
         name = unique_name(path.stem, taken)
         try:
-            pixels = network.load_image(path)
+            inputs = network.load_image(path)
         except DataError as error:
             yield path, error
             continue
-        logits, sown = observe(pixels)
+        outputs, sown = observe(inputs)
         if not sown['attention']:
             raise no_attention(network.model)
-        prediction = _prediction(network.description, logits)
+        is_detector = isinstance(network, Detector)
+        pixels, size = (inputs['image'], inputs['size']) if is_detector else (inputs, None)
+        prediction = (_objects if is_detector else _prediction)(network, outputs)
         title = one_line(path.name) + (f': {prediction}' if prediction else '')
+        title += '' if size is None else _padding(sown['attention'].values(), pixels, size)
+        drawing = {'title': title, 'shown': None if size is None else tuple(map(int, size))}
         distances = distances_of(sown)
-        figures = _figures(pixels, sown, title, distances, all_blocks, queries)
+        figures = _figures(pixels, sown, drawing, distances, all_blocks, queries)
         files = [save_figure(figure, out / f'{name}_{end}.png') for end, figure in figures.items()]
         yield path, Drawn(prediction, tuple(files), distances)
 
@@ -114,20 +127,29 @@ def mean_distances(all_distances: Iterable[dict[str, QueryDistances]]) -> dict[s
     }
 
 
-def _observer(network: StoredNetwork) -> Any:
-    """Returns a function of one image that gives its logits and what the blocks have sown."""
-    preprocessing = network.description.preprocessing
+def _observer(network: Classifier | Detector) -> Callable[[Inputs], Any]:
+    """Returns a function of one image that gives its answers and what the blocks have sown."""
+    answers = ANSWERS & network.output_shapes.keys()
 
     @jax.jit
-    def apply(variables: Any, images: jax.Array) -> Any:
-        images = normalize(images, preprocessing.mean, preprocessing.std)
-        output, state = network.model.apply(
-            variables, images, train=False, mutable=['intermediates']
+    def apply(variables: Any, inputs: Inputs) -> Any:
+        outputs, state = network.model.apply(
+            variables,
+            *network.module_inputs(inputs),
+            train=False,
+            method='outputs',
+            mutable=['intermediates'],
         )
-        return output[0], sown_values(state, SOWN)
+        sown = {
+            # All blocks of a detector are in its backbone.
+            name: {path.removeprefix('backbone/'): value for path, value in values.items()}
+            for name, values in sown_values(state, SOWN).items()
+        }
+        return {name: outputs[name][0] for name in answers}, sown
 
-    def observe(pixels: Picture) -> Any:
-        return jax.device_get(apply(network.variables, pixels[None]))
+    def observe(inputs: Inputs) -> Any:
+        batch = jax.tree.map(lambda array: array[None], inputs)
+        return jax.device_get(apply(network.variables, batch))
 
     return observe
 
@@ -135,7 +157,7 @@ def _observer(network: StoredNetwork) -> Any:
 def _figures(
     pixels: Picture,
     sown: Any,
-    title: str,
+    drawing: Mapping[str, Any],
     distances: dict[str, QueryDistances],
     all_blocks: bool,
     queries: Sequence[tuple[float, float]],
@@ -146,17 +168,38 @@ def _figures(
     many = {block: values for block, values in maps.items() if values.ndim != 2}
     figures = {}
     if single:
-        figures['attention'] = draw_attention(pixels, single, title=title, all_blocks=all_blocks)
+        figures['attention'] = draw_attention(pixels, single, all_blocks=all_blocks, **drawing)
     if many:
-        figures['queries'] = draw_queries(
-            pixels, many, queries=queries, notes=distances, title=title
-        )
+        figures['queries'] = draw_queries(pixels, many, queries=queries, notes=distances, **drawing)
     return figures
 
 
-def _prediction(description: ModelDescription, logits: np.ndarray) -> str:
+def _prediction(classifier: Classifier, outputs: Mapping[str, np.ndarray]) -> str:
     """Returns the most probable label with its probability; empty without a classifier."""
-    if description.options.get('num_classes') == 0:
+    if LOGITS not in outputs:
         return ''
-    probabilities = find_task(description.task).probabilities(logits.astype(np.float64), np)
-    return str(Prediction.highest(probabilities, logits, description.label_names, 1))
+    logits = outputs[LOGITS]
+    probabilities = classifier.task.probabilities(logits.astype(np.float64), np)
+    return str(Prediction.highest(probabilities, logits, classifier.description.label_names, 1))
+
+
+def _objects(detector: Detector, outputs: Mapping[str, np.ndarray]) -> str:
+    """Returns the labels and scores of the best objects."""
+    found = np.flatnonzero(outputs['valid'])[:MAX_OBJECTS]
+    return (
+        ', '.join(
+            f'{detector.label_names[outputs["labels"][index]]} {outputs["scores"][index]:.2f}'
+            for index in found
+        )
+        or 'no objects'
+    )
+
+
+def _padding(maps: Iterable[np.ndarray], canvas: Picture, size: Float[np.ndarray, '2']) -> str:
+    """Returns the end of a title: the largest part of a block's attention that padding gets."""
+    whole = canvas.shape[:2]
+    share = max(padding_share(attention[0], whole, size) for attention in maps)
+    if share <= MIN_PADDING:
+        return ''
+    area = 1 - np.prod(size) / np.prod(whole)
+    return f'; padding, {area:.0%} of the input, gets up to {share:.0%} of the attention'

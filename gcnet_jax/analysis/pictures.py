@@ -18,6 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from gcnet_jax.analysis.attention_maps import in_order
+from gcnet_jax.data.sizes import format_size
 from gcnet_jax.errors import ConfigError, UserError
 from gcnet_jax.files import as_path, write_whole
 
@@ -34,6 +35,8 @@ TITLE_INCHES, NOTE_INCHES, FOOT_INCHES = 0.4, 0.3, 0.25
 TEXT_INCHES, SCALE_INCHES = 0.55, 0.42
 DPI = 100
 MAX_COLUMNS = 8
+# Letters of a title that would not fit become smaller; a letter's mean width by its height.
+TITLE_POINTS, LETTER_WIDTH = 10, 0.55
 POOL = '/pool'
 
 Picture = UInt8[np.ndarray, 'height width 3']
@@ -45,6 +48,7 @@ def draw_attention(
     *,
     title: str = '',
     all_blocks: bool = False,
+    shown: tuple[int, int] | None = None,
 ) -> Any:
     """Draws what blocks with one map per image attend to: a panel for the last block of each stage.
 
@@ -56,6 +60,8 @@ def draw_attention(
       maps: One image's maps by path: of `attention_maps`, without the batch dimension.
       title: Above the panels.
       all_blocks: A row for each stage with a panel for each of its blocks.
+      shown: Height and width of the part at the top left that is drawn, where the rest is padding;
+        None for all of the image.
 
     Returns:
       A matplotlib Figure; `save_figure` writes it.
@@ -63,7 +69,7 @@ def draw_attention(
     Raises:
       ConfigError: The image or a map is of a wrong shape, or there is no map.
     """
-    _check_image(image)
+    canvas = _Canvas(image, shown)
     for path, attention in maps.items():
         if np.ndim(attention) != 2:
             raise ConfigError(
@@ -77,12 +83,12 @@ def draw_attention(
         rows = [part for stage in stages for part in _parts(stage, MAX_COLUMNS - 1)]
     else:
         rows = _parts([stage[-1] for stage in stages], MAX_COLUMNS - 1)
-    panels = _Panels(image, len(rows), 1 + max(map(len, rows)), title)
-    enlarged = _enlarged(image)
+    panels = _Panels(canvas, len(rows), 1 + max(map(len, rows)), title)
     for row, paths in enumerate(rows):
-        panels.show(row, 0, enlarged, 'what the network saw', ' x '.join(map(str, image.shape[:2])))
+        size = ' x '.join(map(str, canvas.shown))
+        panels.show(row, 0, canvas.picture, 'what the network saw', size)
         for column, path in enumerate(paths, start=1):
-            panels.show_map(row, column, enlarged, _values(maps[path]), _name(path))
+            panels.show_map(row, column, _values(maps[path]), _name(path))
     return panels.figure
 
 
@@ -93,6 +99,7 @@ def draw_queries(
     queries: Sequence[tuple[float, float]] = QUERIES,
     notes: Mapping[str, object] | None = None,
     title: str = '',
+    shown: tuple[int, int] | None = None,
 ) -> Any:
     """Draws the attention of NonLocal blocks for several queries: a row a block, a panel a query.
 
@@ -103,6 +110,7 @@ def draw_queries(
       queries: Row and column of each query, as parts of the height and the width, in [0, 1].
       notes: A line below each row, by path, such as its QueryDistances.
       title: Above the panels.
+      shown: As in `draw_attention`.
 
     Returns:
       A matplotlib Figure; `save_figure` writes it.
@@ -111,12 +119,11 @@ def draw_queries(
       ConfigError: The image or a map is of a wrong shape, a query is out of range, or there is no
         map.
     """
-    _check_image(image)
+    canvas = _Canvas(image, shown)
     check_queries(queries)
     if not maps:
         raise ConfigError('there is no attention map to draw')
-    panels = _Panels(image, len(maps), 1 + len(queries), title, notes=bool(notes))
-    enlarged = _enlarged(image)
+    panels = _Panels(canvas, len(maps), 1 + len(queries), title, notes=bool(notes))
     for row, (path, attention) in enumerate(in_order(maps).items()):
         attention = _values(attention)
         if attention.ndim != 4 or attention.shape[:2] != attention.shape[2:]:
@@ -124,14 +131,14 @@ def draw_queries(
                 f'{path}: maps of queries are [height, width, height, width], got shape '
                 f'{attention.shape}'
             )
-        whole = panels.show(row, 0, enlarged, _name(path), 'and the queries')
+        whole = panels.show(row, 0, canvas.picture, _name(path), 'and the queries')
         # One scale a row: its panels are there to be compared.
-        cells = [_cell(query, attention.shape[:2]) for query in queries]
-        peak = max(float(attention[cell].max()) for cell in cells)
+        cells = [canvas.cell(query, attention.shape[:2]) for query in queries]
+        peak = max(float(canvas.seen(attention[cell]).max()) for cell in cells)
         for number, cell in enumerate(cells, start=1):
-            axes = panels.show_map(row, number, enlarged, attention[cell], f'query {number}', peak)
+            axes = panels.show_map(row, number, attention[cell], f'query {number}', peak)
             for marked in (whole, axes):
-                _mark(marked, enlarged, cell, attention.shape[:2], number)
+                _mark(marked, canvas.middle(cell, attention.shape[:2]), number)
         if notes and path in notes:
             panels.note(row, str(notes[path]))
     return panels.figure
@@ -216,16 +223,73 @@ def _check_image(image: Any) -> None:
         )
 
 
+class _Canvas:
+    """What the network saw, enlarged where it is small, and the part of it that is shown."""
+
+    def __init__(self, image: Picture, shown: tuple[int, int] | None) -> None:
+        _check_image(image)
+        self._whole = image.shape[:2]
+        self.shown = self._whole if shown is None else shown
+        if not all(1 <= part <= whole for part, whole in zip(self.shown, self._whole, strict=True)):
+            raise ConfigError(
+                f'what is shown of an image of {format_size(self._whole)} pixels cannot be '
+                f'{format_size(self.shown)}'
+            )
+        # Pixels are repeated, so that the maps over them are drawn smoothly.
+        self._times = max(1, math.ceil(PANEL_INCHES * DPI / max(self.shown)))
+        self._enlarged = image.repeat(self._times, axis=0).repeat(self._times, axis=1)
+
+    @property
+    def picture(self) -> Picture:
+        """The part that is shown."""
+        return self._crop(self._enlarged)
+
+    def overlay(self, attention: Float[np.ndarray, 'map_height map_width'], peak: float) -> Picture:
+        """Returns the part that is shown under a map's colours; the map covers the whole."""
+        return self._crop(overlay(self._enlarged, attention, peak))
+
+    def seen(self, attention: Float[np.ndarray, 'map_height map_width']) -> np.ndarray:
+        """Returns the values of a map that lie on the part that is shown."""
+        rows, columns = (math.ceil(share * n) for share, n in self._shares(attention.shape))
+        return attention[:rows, :columns]
+
+    def cell(self, query: tuple[float, float], shape: tuple[int, int]) -> tuple[int, int]:
+        """Returns where on a map a query lies, which is in parts of the height and width shown."""
+        row, column = (
+            min(int(part * share * size), math.ceil(share * size) - 1)
+            for part, (share, size) in zip(query, self._shares(shape), strict=True)
+        )
+        return row, column
+
+    def middle(self, cell: tuple[int, int], shape: tuple[int, int]) -> tuple[float, float]:
+        """Returns the middle of what is shown of a map's position, in pixels of `picture`."""
+        y, x = (
+            (index / count * whole + min((index + 1) / count * whole, part)) / 2 * self._times - 0.5
+            for index, count, whole, part in zip(cell, shape, self._whole, self.shown, strict=True)
+        )
+        return y, x
+
+    def _shares(self, shape: tuple[int, int]) -> list[tuple[float, int]]:
+        """Returns how much of the height and of the width is shown, each with a map's size."""
+        parts = zip(self.shown, self._whole, strict=True)
+        return [(part / whole, size) for (part, whole), size in zip(parts, shape, strict=True)]
+
+    def _crop(self, picture: Picture) -> Picture:
+        height, width = self.shown
+        return picture[: height * self._times, : width * self._times]
+
+
 class _Panels:
     """A figure of equal panels, each with three lines of text above it and a scale below.
 
     Laid out in inches: matplotlib's own layouts give panels with and without a scale other sizes.
     """
 
-    def __init__(self, image: Picture, rows: int, columns: int, title: str, notes: bool = False):
+    def __init__(self, canvas: _Canvas, rows: int, columns: int, title: str, notes: bool = False):
         from matplotlib.figure import Figure
 
-        height, width = image.shape[:2]
+        self._canvas = canvas
+        height, width = canvas.shown
         self._panel = (PANEL_INCHES, PANEL_INCHES * height / width)
         self._row = TEXT_INCHES + self._panel[1] + SCALE_INCHES + (NOTE_INCHES if notes else 0.0)
         self._top = TITLE_INCHES if title else 0.1
@@ -235,7 +299,9 @@ class _Panels:
         )
         self.figure = Figure(figsize=self._size)
         if title:
-            self._text(0.5 * self._size[0], self._size[1] - 0.22, title, 10, ha='center')
+            fitting = 72 * self._size[0] / (LETTER_WIDTH * len(title))
+            place = 0.5 * self._size[0], self._size[1] - 0.22
+            self._text(*place, title, min(TITLE_POINTS, fitting), ha='center')
 
         self._text(0.15, 0.08, SCALE, 7, color='0.3')
 
@@ -260,7 +326,6 @@ class _Panels:
         self,
         row: int,
         column: int,
-        image: Picture,
         attention: np.ndarray,
         name: str,
         peak: float | None = None,
@@ -269,11 +334,11 @@ class _Panels:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize
 
-        highest = float(attention.max())
+        highest = float(self._canvas.seen(attention).max())
         peak = highest if peak is None else peak
         size = ' x '.join(map(str, attention.shape))
         text = f'{size}, peak {_factor(highest * attention.size)} x uniform'
-        axes = self.show(row, column, overlay(image, attention, peak), name, text)
+        axes = self.show(row, column, self._canvas.overlay(attention, peak), name, text)
         scale = ScalarMappable(Normalize(0, peak * attention.size), COLORMAP)
         bar = self._axes(row, column, self._panel[1] + 0.05, 0.07)
         # Short labels: that of the end stands close to the 0 of the next panel.
@@ -286,7 +351,7 @@ class _Panels:
         """Writes a line below a row."""
         self._text(0.15, self._size[1] - self._top - (row + 1) * self._row + 0.15, text, 9)
 
-    def _text(self, left: float, bottom: float, text: str, size: int, **options: Any) -> None:
+    def _text(self, left: float, bottom: float, text: str, size: float, **options: Any) -> None:
         """Writes text at a place in inches; a file's name may look like TeX to matplotlib."""
         width, height = self._size
         self.figure.text(
@@ -294,10 +359,9 @@ class _Panels:
         )
 
 
-def _mark(axis: Any, image: Picture, cell: tuple[int, int], shape: tuple[int, int], number: int):
-    """Rings the middle of a query's cell and writes its number beside it."""
-    y, x = ((index + 0.5) / count for index, count in zip(cell, shape, strict=True))
-    y, x = y * image.shape[0] - 0.5, x * image.shape[1] - 0.5
+def _mark(axis: Any, place: tuple[float, float], number: int) -> None:
+    """Rings a query and writes its number beside it."""
+    y, x = place
     axis.plot(x, y, 'o', markersize=9, markerfacecolor='none', markeredgecolor='black', mew=3)
     axis.plot(x, y, 'o', markersize=9, markerfacecolor='none', markeredgecolor='white', mew=1.5)
     axis.annotate(
@@ -309,18 +373,6 @@ def _mark(axis: Any, image: Picture, cell: tuple[int, int], shape: tuple[int, in
         fontsize=8,
         bbox={'boxstyle': 'round,pad=0.15', 'facecolor': 'black', 'linewidth': 0},
     )
-
-
-def _cell(query: tuple[float, float], shape: tuple[int, int]) -> tuple[int, int]:
-    """Returns the position of the map that a query in parts of the height and width lies in."""
-    row, column = (min(int(part * size), size - 1) for part, size in zip(query, shape, strict=True))
-    return row, column
-
-
-def _enlarged(image: Picture) -> Picture:
-    """Repeats the pixels of a small image, so that the maps over it are drawn smoothly."""
-    times = max(1, math.ceil(PANEL_INCHES * DPI / max(image.shape[:2])))
-    return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def _name(path: str) -> str:

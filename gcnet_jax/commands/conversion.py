@@ -77,7 +77,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         '--size',
         type=image_size,
         metavar='PIXELS',
-        help="of the images, such as 224 or 96x160 (height first); default: the network's",
+        help="of the images, such as 224 or 96x160 (height first); default: the network's; of a "
+        'detector the canvas that they are laid on, default: that of landscapes',
     )
     export.add_argument(
         '--family',

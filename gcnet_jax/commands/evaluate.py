@@ -67,11 +67,8 @@ def _evaluate_classifier(classifier: Any, options: argparse.Namespace) -> tuple[
 
 def _evaluate_detector(detector: Any, options: argparse.Namespace) -> tuple[Any, str, list]:
     from gcnet_jax.data.coco import load_coco
-    from gcnet_jax.inference.coco_evaluation import (
-        evaluate_detector,
-        format_coco_evaluation,
-        write_coco_evaluation,
-    )
+    from gcnet_jax.inference.coco_evaluation import format_coco_evaluation, write_coco_evaluation
+    from gcnet_jax.inference.detector_evaluation import evaluate_detector
 
     refuse_flags(options, 'a detector', ('data_dir',))
     evaluation = evaluate_detector(

@@ -16,7 +16,9 @@ def add_features(commands: argparse._SubParsersAction) -> None:
     add_checkpoint_flags(features)
     features.add_argument('images', nargs='+', metavar='IMAGE_OR_FOLDER', help=IMAGES_HELP)
     features.add_argument(
-        '--layer', default='pooled', help="'pooled', 'logits', or a map such as 'stage4'"
+        '--layer',
+        default='pooled',
+        help="'pooled', 'logits', or a map: such as 'stage4', of a detector 'p2' to 'p6' too",
     )
     features.add_argument('--out', required=True, metavar='FILE', help='.npz or .safetensors')
     features.add_argument('--overwrite', action='store_true', help='replace that file')

@@ -21,6 +21,8 @@ from gcnet_jax.tasks.instances import Instances
 
 # What makes the Instances of an image.
 DETECTIONS = ('boxes', 'scores', 'labels', 'valid', 'masks', 'original_size', 'finite')
+# Outputs about objects, which are not features of an image.
+NO_LAYERS = {*DETECTIONS, 'proposals'}
 # Below it the network itself drops what it finds.
 LOWEST_SCORE = 0.05
 
@@ -159,13 +161,7 @@ class Detector(StoredNetwork):
           The outputs of `MaskRCNN.outputs`, with 'boxes' in pixels of the original image;
           'original_size'; and 'finite', whether all of the pyramid is.
         """
-        preprocessing, size = self.description.preprocessing, inputs['size']
-        images = normalize(inputs['image'], preprocessing.mean, preprocessing.std)
-        # The padding is zero after the normalisation, not before.
-        rows = jnp.arange(images.shape[1]) < size[:, :1]
-        columns = jnp.arange(images.shape[2]) < size[:, 1:]
-        inside = rows[:, :, None, None] & columns[:, None, :, None]
-        outputs = self._apply(variables, jnp.where(inside, images, 0), size)
+        outputs = self._apply(variables, *self.module_inputs(inputs))
         pyramid = (value for name, value in outputs.items() if re.fullmatch(r'p\d', name))
         finite = jnp.stack([jnp.isfinite(values).all(axis=(1, 2, 3)) for values in pyramid])
         scale = jnp.tile(inputs['scale'], 2)[:, None]
@@ -175,6 +171,28 @@ class Detector(StoredNetwork):
             'finite': finite.all(axis=0),
             'original_size': inputs['original_size'],
         }
+
+    def module_inputs(self, inputs: Inputs) -> tuple[Array, ...]:
+        """Returns the arguments of the module: normalised images, and their sizes."""
+        preprocessing, size = self.description.preprocessing, inputs['size']
+        images = normalize(inputs['image'], preprocessing.mean, preprocessing.std)
+        # The padding is zero after the normalisation, not before.
+        rows = jnp.arange(images.shape[1]) < size[:, :1]
+        columns = jnp.arange(images.shape[2]) < size[:, 1:]
+        inside = rows[:, :, None, None] & columns[:, None, :, None]
+        return jnp.where(inside, images, 0), size
+
+    @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """The shape of what `features` returns of an image that fills both limits, by its name."""
+        return {name: shape for name, shape in self.output_shapes.items() if name not in NO_LAYERS}
+
+    def _check_layer(self, layer: str) -> None:
+        if layer in NO_LAYERS:
+            layers = ', '.join(self.layers)
+            raise ConfigError(f'{layer!r} is what predict gives, not a layer; layers: {layers}')
+        if layer not in self.layers:
+            raise ConfigError(unknown_name(f'layer of {self.description.name}', layer, self.layers))
 
     def _check(self, variables: Mapping[str, Any]) -> None:
         if self.description.task != 'detection':

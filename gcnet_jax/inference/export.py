@@ -1,30 +1,29 @@
 """A stored network as one file that runs elsewhere: a JAX export artifact, or ONNX.
 
-Both take uint8 images `[batch, height, width, 3]`, of any batch size, and return probabilities; the
-normalisation is inside. Beside FILE lies FILE.json with the label names and how images are resized
-and cropped, which is not inside.
+Both take uint8 images `[batch, height, width, 3]`, of any batch size; the normalisation is inside.
+A classifier returns probabilities; a detector takes the sizes of the images too and returns what it
+finds. Beside FILE lies FILE.json with inputs, outputs, label names and how images are resized and
+cropped, which is not inside.
 """
 
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jaxtyping import Array, Float, UInt8
 
 from gcnet_jax.data.sizes import Size
-from gcnet_jax.errors import CheckpointError, UserError, import_optional
+from gcnet_jax.errors import UserError, import_optional
 from gcnet_jax.files import as_path, write_whole
-from gcnet_jax.inference.classifier import LOGITS, Classifier
+from gcnet_jax.inference.exported import Exported, load_exported
 from gcnet_jax.ops.primitives import standard_primitives
-from gcnet_jax.stored import ModelDescription
+from gcnet_jax.stored import read_model_description
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # Onnxruntime reads it since 1.18.
@@ -33,8 +32,12 @@ OPSET = 21
 TOLERANCE = 1e-4
 CHECKED_BATCHES = (1, 3)
 
-Images = UInt8[Array, 'batch height width 3']
-Probabilities = Float[Array, 'batch classes']
+# What stops it in jax2onnx 0.17: scatters under `vmap` (non-maximum suppression), searchsorted, and
+# a switch of more than two branches (RoIAlign). In 0.13 also the primitive that jnp.stack is.
+NO_DETECTORS = (
+    'a detector cannot become an ONNX file: jax2onnx cannot convert its non-maximum suppression '
+    'and RoIAlign; export it as .jaxexport'
+)
 
 
 def export_jax(
@@ -49,14 +52,15 @@ def export_jax(
 
     It needs nothing but jax and flatbuffers; jax of the same version or a later one:
 
-        jax.export.deserialize(bytearray(open(FILE, 'rb').read())).call(images)
+        jax.export.deserialize(bytearray(open(FILE, 'rb').read())).call(images)  # and sizes
 
     Args:
       checkpoint: A workdir, one of its checkpoints, or a ported directory.
       out: The file.
       choose: 'best' or 'newest', where there are several checkpoints.
       size: Size of the images in pixels, one number for a square or height and width; None for the
-        network's own.
+        network's own. Of a detector that of the canvas that images are laid on: global context
+        sees all of it.
       overwrite: Replace a file of that name.
 
     Returns:
@@ -67,10 +71,10 @@ def export_jax(
       UserError: The file exists, or cannot be written.
     """
     out = check_new(out, overwrite)
-    classifier = _load(checkpoint, choose, size)
-    exporter = export.export(jax.jit(_probabilities(classifier)), platforms=PLATFORMS)
-    data = exporter(_any_batch(classifier)).serialize()
-    _write(out, bytes(data), classifier.description)
+    exported = load_exported(checkpoint, choose, size)
+    exporter = export.export(jax.jit(exported.function), platforms=PLATFORMS)
+    data = exporter(*exported.inputs).serialize()
+    _write(out, bytes(data), exported)
     return len(data)
 
 
@@ -93,17 +97,18 @@ def export_onnx(
     Raises:
       CheckpointError: It cannot be read, or holds no classifier.
       ConfigError: jax2onnx or onnxruntime is not installed.
-      UserError: The conversion failed or gives other results; the file exists, or cannot be
-        written.
+      UserError: It is a detector; the conversion failed or gives other results; the file exists, or
+        cannot be written.
     """
     out = check_new(out, overwrite)
+    if read_model_description(checkpoint, choose).task == 'detection':
+        raise UserError(NO_DETECTORS)
     for name in ('jax2onnx', 'onnxruntime'):
         _import(name)
-    classifier = _load(checkpoint, choose, size, dtype='float32', fold=False)
-    classify = _probabilities(classifier)
-    data = _to_onnx(classify, classifier)
-    difference = _compare(data, classify, classifier.image_shape)
-    _write(out, data, classifier.description)
+    exported = load_exported(checkpoint, choose, size, dtype='float32', fold=False)
+    data = _to_onnx(exported)
+    difference = _compare(data, exported)
+    _write(out, data, exported)
     return difference
 
 
@@ -121,48 +126,17 @@ def check_new(out: str | os.PathLike, overwrite: bool) -> Path:
     return out
 
 
-def _load(
-    checkpoint: str | os.PathLike, choose: str, size: Size | None, **options: Any
-) -> Classifier:
-    one_device = jax.local_devices()[:1]
-    classifier = Classifier.load(
-        checkpoint, choose=choose, size=size, devices=one_device, **options
-    )
-    description = classifier.description
-    if not classifier.num_classes:
-        raise CheckpointError(
-            f'{checkpoint}: {description.name} was stored without a classifier, so that there are '
-            'no probabilities to export'
-        )
-    return classifier
-
-
-def _probabilities(classifier: Classifier) -> Callable[[Images], Probabilities]:
-    """Returns the function to export; the variables are constants of it."""
-    variables = jax.device_get(classifier.variables)
-
-    def classify(images: Images) -> Probabilities:
-        return classifier.task.probabilities(classifier.compute(variables, images)[LOGITS])
-
-    return classify
-
-
-def _any_batch(classifier: Classifier) -> jax.ShapeDtypeStruct:
-    batch = export.symbolic_shape('batch')
-    return jax.ShapeDtypeStruct((*batch, *classifier.image_shape, 3), jnp.uint8)
-
-
-def _to_onnx(classify: Callable[[Images], Probabilities], classifier: Classifier) -> bytes:
-    jax2onnx, name = _import('jax2onnx'), classifier.description.name
+def _to_onnx(exported: Exported) -> bytes:
+    jax2onnx, name = _import('jax2onnx'), exported.description.name
     with _quiet('jax2onnx', 'onnx_ir'):
         try:
             model = jax2onnx.to_onnx(
-                standard_primitives(classify),
-                inputs=[_any_batch(classifier)],
+                standard_primitives(exported.function),
+                inputs=list(exported.inputs),
                 model_name=name,
                 opset=OPSET,
-                input_names=['images'],
-                output_names=['probabilities'],
+                input_names=list(exported.input_notes),
+                output_names=list(exported.output_notes),
             )
         except Exception as error:  # What it cannot convert makes errors of any kind.
             reason = ' '.join(str(error).split())[:200] or type(error).__name__
@@ -190,20 +164,18 @@ def _quiet(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _compare(
-    data: bytes, classify: Callable[[Images], Probabilities], shape: tuple[int, int]
-) -> float:
+def _compare(data: bytes, exported: Exported) -> float:
     """Runs both on the same images; returns the largest difference of a probability.
 
     Raises:
       UserError: They differ.
     """
     session = _import('onnxruntime').InferenceSession(data, providers=['CPUExecutionProvider'])
-    expected_of = jax.jit(classify)
+    expected_of, shape = jax.jit(exported.function), exported.inputs[0].shape[1:]
     generator = np.random.default_rng(0)
     largest = 0.0
     for batch in CHECKED_BATCHES:
-        images = generator.integers(0, 256, (batch, *shape, 3), np.uint8)
+        images = generator.integers(0, 256, (batch, *shape), np.uint8)
         expected = np.asarray(expected_of(images), np.float64)
         (found,) = session.run(None, {'images': images})
         # Of many classes all probabilities are small: their logarithms show what these hide.
@@ -225,19 +197,9 @@ def _import(name: str) -> Any:
     return import_optional(name, 'an ONNX file', advice + "pip install '.[onnx]'")
 
 
-def _write(out: Path, data: bytes, description: ModelDescription) -> None:
+def _write(out: Path, data: bytes, exported: Exported) -> None:
     """Writes the file and the JSON beside it, each whole or not at all."""
-    fields = description.to_json()
-    notes = {
-        'network': description.name,
-        'source': description.source,
-        'input': 'images: uint8 [batch, height, width, RGB]',
-        'output': 'probabilities: float32 [batch, class]',
-        'task': description.task,
-        'preprocessing': fields['preprocessing'],
-        'label_names': fields['label_names'],
-    }
-    text = json.dumps(notes, indent=1, ensure_ascii=False) + '\n'
+    text = json.dumps(exported.to_json(), indent=1, ensure_ascii=False) + '\n'
     for path, content in ((Path(f'{out}.json'), text.encode()), (out, data)):
         with write_whole(path, UserError) as partial:
             partial.write_bytes(content)

@@ -92,11 +92,19 @@ def _spool(path: Path, rows: Iterable[tuple[Any, np.ndarray]]) -> tuple[list[str
         for name, row in rows:
             row = np.asarray(row, '<f4')
             if names and row.shape != shape:
-                raise DataError(f'{name}: features of shape {row.shape} after {shape}')
+                raise DataError(
+                    f'{name}: its features are {_words(row.shape)}, those before {_words(shape)}; '
+                    'a file holds features of one shape: give images of one size in a file of '
+                    "their own, or take the layer 'pooled'"
+                )
             names.append(one_line(name, limit=4096))
             shape = row.shape
             file.write(row.tobytes())
     return names, (len(names), *shape)
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    return ' x '.join(map(str, shape)) or 'one number'
 
 
 def _write_safetensors(

@@ -21,12 +21,7 @@ from gcnet_jax.data.sizes import Size, format_size
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, unknown_name
 from gcnet_jax.inference.batches import Inputs, Row, batch_buckets, pad_batch, stream_rows
 from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
-from gcnet_jax.inference.images import (
-    LeftOut,
-    find_images,
-    list_images,
-    load_image,
-)
+from gcnet_jax.inference.images import LeftOut, find_images, list_images, load_image
 from gcnet_jax.inference.quantize import WEIGHTS, dequantize_kernels, quantize_kernels
 from gcnet_jax.stored import ModelDescription, find_checkpoint, load_variables
 from gcnet_jax.stored.checks import check_dtype, check_weights
@@ -172,8 +167,12 @@ class StoredNetwork:
           The outputs by their names, floating-point ones in float32. Under `jax.jit` only those
           that are used are computed.
         """
+        return self._apply(variables, *self.module_inputs(images))
+
+    def module_inputs(self, images: Inputs) -> tuple[Array, ...]:
+        """Returns the arguments of the module: of `compute`'s images, normalised ones."""
         preprocessing = self.description.preprocessing
-        return self._apply(variables, normalize(images, preprocessing.mean, preprocessing.std))
+        return (normalize(images, preprocessing.mean, preprocessing.std),)
 
     def _apply(self, variables: Mapping[str, Any], *inputs: Array) -> dict[str, Array]:
         """Returns every output of what the module itself reads."""
@@ -226,7 +225,6 @@ class StoredNetwork:
           DataError: An image cannot be read; the first such one is named.
           ConfigError: There is no such output.
         """
-
         self._names(outputs)
 
         def load(item: tuple[int, Any]) -> Any:
@@ -288,6 +286,7 @@ class StoredNetwork:
           DataError: An image cannot be read.
           ConfigError: There is no such layer, or images of different sizes give different maps.
         """
+        self._check_layer(layer)
         listed, single = list_images(images)
         rows = self.compute_all(listed, layer)
         if single:
@@ -309,6 +308,7 @@ class StoredNetwork:
         left_out: LeftOut | None = None,
     ) -> Iterator[tuple[Any, Float[np.ndarray, '*features'] | DataError]]:
         """Computes the features of a folder of any size, as `stream_outputs` does."""
+        self._check_layer(layer)
         return self.stream_outputs(source, layer, num_threads=num_threads, left_out=left_out)
 
     def _check(self, variables: Mapping[str, Any]) -> None:
@@ -332,6 +332,9 @@ class StoredNetwork:
                 f'{" ".join(str(error).split())[:200]}'
             ) from error
         self.output_shapes = {name: outputs[name].shape[1:] for name in names}
+
+    def _check_layer(self, layer: str) -> None:
+        self._names(layer)
 
     def _names(self, outputs: str | Sequence[str]) -> tuple[str, ...]:
         """Returns the names of outputs, each once and in one order; refuses unknown ones."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gcnet_jax.analysis import attention_maps
+from gcnet_jax.analysis.attention_maps import padding_share
 from gcnet_jax.context import GlobalContext, NonLocal, SqueezeExcite, insert
 from gcnet_jax.errors import UserError
 from gcnet_jax.models import create_model
@@ -81,3 +82,18 @@ def test_a_model_without_attention_is_refused():
     variables = model.init(jax.random.key(0), images())
     with pytest.raises(UserError, match=r'Inserted.* holds no block that attends'):
         attention_maps(model, variables, images())
+
+
+def test_the_share_of_padding_counts_parts_of_positions():
+    # 2 x 4 positions of 16 x 16 pixels; the image ends in the middle of the last column.
+    attention = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32) / 36
+    assert padding_share(attention, (32, 64), (32, 56)) == pytest.approx(0.5 * 12 / 36)
+    assert padding_share(attention, (32, 64), (16, 64)) == pytest.approx(26 / 36)
+    assert padding_share(attention, (32, 64), (32, 64)) == pytest.approx(0, abs=1e-7)
+
+
+def test_the_share_of_padding_is_the_mean_of_the_queries_in_the_image():
+    maps = np.zeros((2, 2, 2, 2), np.float32)
+    maps[0, 0, 0, 0] = maps[1, 0, 1, 1] = 1  # Only the second of those in the image looks outside.
+    maps[:, 1, 1, 1] = 1
+    assert padding_share(maps, (64, 64), (64, 32)) == pytest.approx(0.5)

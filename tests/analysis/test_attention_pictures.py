@@ -8,6 +8,7 @@ from gcnet_jax.__main__ import main
 from gcnet_jax.analysis import attention_maps, attention_pictures, query_distances
 from gcnet_jax.analysis.attention_pictures import write_pictures
 from gcnet_jax.data.preprocessing import Preprocessing
+from gcnet_jax.inference.detector import Detector
 from gcnet_jax.stored import ModelDescription, write_ported
 
 PREPROCESSING = Preprocessing(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), test_size=16)
@@ -188,6 +189,53 @@ def test_a_network_without_attention_is_refused(store, images, tmp_path, capsys)
     arguments = ['attention', '--checkpoint', str(directory), '--out', str(tmp_path / 'out')]
     assert main([*arguments, str(images)]) == 1
     assert 'ResNet holds no block that attends' in capsys.readouterr().err
+
+
+def test_a_detectors_maps_are_drawn_without_the_padding(
+    stored_detector, make, tmp_path, monkeypatch
+):
+    drawn = []
+    draw = attention_pictures.draw_attention
+
+    def watched(image, maps, **options):
+        drawn.append((image, maps, options))
+        return draw(image, maps, **options)
+
+    monkeypatch.setattr(attention_pictures, 'draw_attention', watched)
+    (tmp_path / 'a.png').write_bytes(make.encode(make.picture(3, 50, 60)))
+    arguments = ['attention', '--checkpoint', str(stored_detector.directory)]
+    assert main([*arguments, str(tmp_path / 'a.png'), '--out', str(tmp_path / 'out')]) == 0
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['a_attention.png']
+    ((image, maps, options),) = drawn
+    assert (image.shape, options['shown']) == ((64, 96, 3), (64, 77))
+
+    detector = Detector.load(stored_detector.directory, devices=stored_detector.one_device)
+    description = stored_detector.description
+    settings = description.preprocessing
+    inputs = detector.load_image(tmp_path / 'a.png')
+    pixels = (inputs['image'] / 255 - settings.mean) / settings.std
+    pixels[:, 77:] = 0
+    expected = attention_maps(
+        description.build().backbone,
+        {name: tree['backbone'] for name, tree in stored_detector.variables.items()},
+        pixels[None].astype(np.float32),
+        train=False,
+    )
+    assert sorted(maps) == sorted(expected)
+    assert all(path.startswith('stage') for path in maps)
+    for path, attention in maps.items():
+        np.testing.assert_allclose(attention, expected[path][0], rtol=1e-3, atol=1e-6)
+
+    inside = [np.clip(77 / 96 * n - np.arange(n), 0, 1) for n in (12, 6, 3)]
+    shares = [
+        1 - attention[0].sum(0) @ inside[(12, 6, 3).index(attention.shape[2])]
+        for attention in expected.values()
+    ]
+    found = detector(tmp_path / 'a.png')
+    best = ', '.join(f'{found.labels[i]} {found.scores[i]:.2f}' for i in range(3))
+    assert options['title'] == (
+        f'a.png: {best}; padding, 20% of the input, gets up to {max(shares):.0%} of the attention'
+    )
 
 
 @pytest.mark.parametrize(

@@ -162,12 +162,47 @@ def test_queries_have_a_panel_each_one_scale_and_a_mark():
     assert [text.get_text() for text in second.texts] == ['2']
 
 
+def test_padding_is_left_out_and_the_map_keeps_its_place():
+    image = np.random.default_rng(0).integers(0, 256, (400, 600, 3), np.uint8)
+    maps = {'a/pool': one_hot(4, 6, 1, 2) * 0.5 + one_hot(4, 6, 3, 5) * 0.8}
+    _, panel = panels(draw_attention(image, maps, shown=(260, 410)))
+    whole = overlay(image, maps['a/pool'], 0.5)
+    np.testing.assert_array_equal(panel.get_images()[0].get_array(), whole[:260, :410])
+    figure = draw_attention(image, maps, shown=(260, 410))
+    # The peak is that of the positions that are seen at least in part.
+    assert 'a\n4 x 6, peak 12 x uniform' in texts(figure)
+    assert 'what the network saw\n260 x 410' in texts(figure)
+
+
+def test_queries_lie_in_what_is_shown():
+    image = np.zeros((400, 600, 3), np.uint8)
+    maps = np.zeros((4, 6, 4, 6), np.float32)
+    maps[2, 4, 0, 0] = maps[0, 0, 3, 5] = 1
+    figure = draw_queries(image, {'a': maps}, queries=[(1, 1), (0, 0)], shown=(260, 410))
+    first, second = panels(figure)[1:]
+    assert 'query 1\n4 x 6, peak 24 x uniform' in texts(figure)
+    assert 'query 2\n4 x 6, peak 0.00 x uniform' in texts(figure)
+    # In the middle of what is shown of the position: rows 200 to 260, columns 400 to 410.
+    np.testing.assert_allclose(first.get_lines()[0].get_xydata()[0], [404.5, 229.5])
+    np.testing.assert_allclose(second.get_lines()[0].get_xydata()[0], [49.5, 49.5])
+
+
+def test_a_long_title_stays_inside():
+    for length in (20, 400):
+        figure = draw_attention(GREY, {'a/pool': one_hot(4, 6, 1, 2)}, title='a' * length)
+        figure.draw_without_rendering()
+        (title,) = (text for text in figure.texts if text.get_text().startswith('aa'))
+        box = title.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 @pytest.mark.parametrize(
     ('call', 'message'),
     [
         (lambda: draw_attention(GREY / 255, STAGES), r'uint8 \[height, width, 3\].*got float64'),
         (lambda: draw_attention(GREY[None], STAGES), r'of shape \(1, 40, 60, 3\)'),
         (lambda: draw_attention(GREY, {}), 'there is no attention map to draw'),
+        (lambda: draw_attention(GREY, STAGES, shown=(40, 61)), '40x60 pixels cannot be 40x61'),
         (
             lambda: draw_attention(GREY, {'a/pool': np.ones(3)}),
             r'a/pool: a map .* got shape \(3,\)',

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from gcnet_jax.__main__ import main
 from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import UserError
 from gcnet_jax.inference import export
+from gcnet_jax.inference.detector import Detector
 from gcnet_jax.inference.stored_network import StoredNetwork
 from gcnet_jax.porting import to_torch
 from gcnet_jax.stored import ModelDescription, write_ported
@@ -83,6 +86,8 @@ def test_it_is_for_every_platform_and_takes_pixels(exported):
 def test_labels_and_preprocessing_lie_beside_it(stored, exported):
     notes = json.loads(Path(f'{exported}.json').read_text())
     assert notes['label_names'] == list(stored.description.label_names)
+    assert notes['inputs'].keys() == {'images'}
+    assert notes['outputs'].keys() == {'probabilities'}
     assert notes['preprocessing']['test_size'] == 12
     assert notes['preprocessing']['crop_fraction'] == 0.8
 
@@ -119,6 +124,71 @@ def test_several_labels_per_image_have_sigmoids(stored, tmp_path):
     logits = network.dispatch(images, 'logits')[:3]
     expected = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     np.testing.assert_allclose(classify(images), expected, atol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def exported_detector(stored_detector, tmp_path_factory):
+    out = tmp_path_factory.mktemp('export') / 'detector.jaxexport'
+    assert run(stored_detector.directory, out, '--size', '96') == 0
+    return out
+
+
+def test_a_detector_finds_the_same_in_any_number_of_images(
+    stored_detector, exported_detector, make
+):
+    artifact = jax_export.deserialize(bytearray(exported_detector.read_bytes()))
+    assert artifact.platforms == ('cpu', 'cuda', 'tpu')
+    pictures = [make.picture(0, 40, 50), make.picture(1, 60, 40)]
+    # By the rule beside the file: limits of 64 and 96 pixels, on a square of 96.
+    sizes = np.array([(64, 80), (96, 64)], np.int32)
+    images = np.zeros((2, 96, 96, 3), np.uint8)
+    for image, picture, (height, width) in zip(images, pictures, sizes, strict=True):
+        image[:height, :width] = cv2.resize(picture, (int(width), int(height)))
+    found = jax.device_get(jax.jit(artifact.call)(images, sizes))
+
+    detector = Detector.load(
+        stored_detector.directory, canvas=96, devices=stored_detector.one_device
+    )
+    for row, (picture, expected) in enumerate(zip(pictures, detector(pictures), strict=True)):
+        valid = found['valid'][row]
+        assert 0 < valid.sum() == len(expected)
+        scale = np.tile(sizes[row, ::-1] / np.array(picture.shape[1::-1]), 2)
+        np.testing.assert_allclose(found['boxes'][row][valid] / scale, expected.boxes, atol=1e-2)
+        np.testing.assert_allclose(found['scores'][row][valid], expected.scores, atol=1e-5)
+        np.testing.assert_array_equal(found['labels'][row][valid], expected.classes)
+        masks = expected.mask_probabilities
+        np.testing.assert_allclose(found['masks'][row][valid], masks, atol=1e-4)
+
+
+def test_what_a_detector_takes_and_gives_lies_beside_it(exported_detector):
+    notes = json.loads(Path(f'{exported_detector}.json').read_text())
+    assert notes['label_names'] == ['ant', 'bee', 'cat']
+    assert notes['inputs']['images'].startswith('uint8 [batch, 96, 96, RGB]')
+    assert list(notes['inputs']) == ['images', 'sizes']
+    artifact = jax_export.deserialize(bytearray(exported_detector.read_bytes()))
+    outputs = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
+    assert notes['outputs'].keys() == outputs.keys()
+    for name, note in notes['outputs'].items():
+        assert note.startswith(f'{outputs[name].dtype} [batch, object'), name
+    assert 'min(64 / min(h, w), 96 / max(h, w), 96 / h, 96 / w)' in notes['resize']
+
+
+@pytest.mark.parametrize(
+    ('out', 'size', 'message'),
+    [
+        ('d.jaxexport', '64x90', 'a multiple of 32 pixels high and wide, got 64x90'),
+        ('d.jaxexport', '0', 'a multiple of 32 pixels high and wide, got 0x0'),
+        ('d.onnx', '64x96', 'a detector cannot become an ONNX file: .* export it as .jaxexport'),
+    ],
+)
+def test_a_detector_that_cannot_be_exported_is_one_line(
+    stored_detector, tmp_path, capsys, out, size, message
+):
+    assert run(stored_detector.directory, tmp_path / out, '--size', size) == 1
+    printed = capsys.readouterr().err
+    assert re.search(message, printed)
+    assert printed.count('\n') == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_replaced_only_on_demand(stored, tmp_path, capsys):
@@ -273,9 +343,12 @@ def test_onnx_gives_the_probabilities_of_the_network_for_any_batch(network, tmp_
 @pytest.mark.parametrize('network', ['resnet18'], indirect=True)
 def test_an_onnx_file_that_gives_something_else_is_not_written(network, tmp_path, monkeypatch):
     convert = export._to_onnx
-    monkeypatch.setattr(
-        export, '_to_onnx', lambda classify, *rest: convert(lambda x: classify(255 - x), *rest)
-    )
+
+    def convert_another(exported):
+        other = dataclasses.replace(exported, function=lambda x: exported.function(255 - x))
+        return convert(other)
+
+    monkeypatch.setattr(export, '_to_onnx', convert_another)
     with pytest.raises(UserError, match=r'onnxruntime gives other probabilities .* nothing was'):
         export.export_onnx(network[2], tmp_path / 'network.onnx')
     assert [path.name for path in tmp_path.iterdir()] == ['stored']
