@@ -144,7 +144,8 @@ def _window_shapes(shapes: np.ndarray) -> list[tuple[int, int]]:
     """Every window, no larger than the maps; the last three have room for whatever is left."""
     (tallest, widest), last = shapes.max(axis=0).tolist(), tuple(shapes[-1].tolist())
     rest = (last, (32, widest), (tallest, 32))
-    return [(min(height, tallest), min(width, widest)) for height, width in (*WINDOWS, *rest)]
+    windows = ((min(height, tallest), min(width, widest)) for height, width in (*WINDOWS, *rest))
+    return list(dict.fromkeys(windows))  # On small maps some are the same.
 
 
 def _by_kind(kind: Int[Array, ' n'], kinds: int, together: int) -> tuple[Array, Array, Array]:

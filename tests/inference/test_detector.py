@@ -159,10 +159,12 @@ def test_exif_orientation_is_applied(detector, landscape, tmp_path):
     exif[0x0112] = 6  # To be turned by 90 degrees clockwise for showing.
     turned = Image.fromarray(np.rot90(image))
     turned.save(tmp_path / 'turned.png', exif=exif)
-    for given in (tmp_path / 'turned.png', Image.open(tmp_path / 'turned.png')):
-        inputs = detector.load_image(given)
-        np.testing.assert_array_equal(inputs['image'], detector.load_image(image)['image'])
-        assert inputs['original_size'].tolist() == [48, 70]
+    expected = detector.load_image(image)['image']
+    with Image.open(tmp_path / 'turned.png') as opened:
+        for given in (tmp_path / 'turned.png', opened):
+            inputs = detector.load_image(given)
+            np.testing.assert_array_equal(inputs['image'], expected)
+            assert inputs['original_size'].tolist() == [48, 70]
 
 
 def test_images_that_cannot_be_read_are_named_and_the_rest_is_done(detector, landscape, tmp_path):
