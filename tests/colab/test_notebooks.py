@@ -20,8 +20,14 @@ EXPECTED = {
     'train_tpu': ['! NO TPU: jax', 'eval/accuracy', 'train/loss'],
     'inference_and_attention': ['digits/digit_', '%'],
     'port_from_pytorch': ['tensors', '%'],
+    'detect_and_segment': ['china.jpg: ', 'AP50'],
 }
-PICTURES = {'train_tpu': 2, 'inference_and_attention': 6, 'port_from_pytorch': 1}
+PICTURES = {
+    'train_tpu': 2,
+    'inference_and_attention': 6,
+    'port_from_pytorch': 1,
+    'detect_and_segment': 3,
+}
 
 
 def read(path):
@@ -38,7 +44,7 @@ def notebook(request):
     return request.param
 
 
-def test_there_are_three():
+def test_there_are_four():
     assert {path.stem for path in NOTEBOOKS} == set(EXPECTED)
 
 
