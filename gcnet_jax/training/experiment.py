@@ -153,7 +153,7 @@ def build(
     _check_divisible(config, mesh, batch_size, step_options.accumulation_steps)
     initial = read_initial_description(init_from, workdir)
     config = take_network(config, initial)
-    model_entry(config.model.name)  # A wrong name is reported before the data set is opened.
+    _check_trainable(config.model.name, initial)  # Before the data set is opened.
     train_source, evaluation_source = _open_sources(config) if sources is None else sources
     description = _describe(config, train_source, evaluation_source, initial)
     _check_sizes(description, mesh)
@@ -199,6 +199,17 @@ def _step_options(config: ConfigDict) -> StepOptions:
         ema_decay=config.training.ema_decay,
         frozen=parse_patterns(config.optimizer.frozen),
     )
+
+
+def _check_trainable(name: str, initial: ModelDescription | None) -> None:
+    """Refuses networks that no task here trains, and unknown ones."""
+    for network in (name, *([] if initial is None else [initial.name])):
+        if model_entry(network).task == 'detection':
+            raise ConfigError(
+                f'{network} is a detector, and detectors cannot be trained yet: choose a '
+                'classifier; to start one from the backbone in a file of mmdetection, port the '
+                'file with --model and the name of the classifier'
+            )
 
 
 def _check_divisible(config: ConfigDict, mesh: Mesh, batch: int, micro: int) -> None:

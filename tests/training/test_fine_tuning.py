@@ -11,7 +11,7 @@ from PIL import Image
 
 from gcnet_jax.commands import config_files
 from gcnet_jax.data.folder import prepare_folder
-from gcnet_jax.data.preprocessing import Preprocessing
+from gcnet_jax.data.preprocessing import KeepRatio, Preprocessing
 from gcnet_jax.data.sources import load_source
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.inference.classifier import Classifier
@@ -303,6 +303,20 @@ def test_a_batch_larger_than_the_data_set_is_pointed_out(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'batch_size is 48, and there are only 32 training images: a step takes 1.5' in printed
     assert assemble(tiny_config(batch_size=32)).notes == ()
+
+
+def test_detectors_are_not_trained(tmp_path):
+    name = 'mask_rcnn_resnet50_fpn'
+    config = tiny_config()
+    config.model.name = name
+    with pytest.raises(ConfigError, match=f'{name} is a detector.*cannot be trained yet'):
+        assemble(config)
+    description = ModelDescription(name, {}, preprocessing=KeepRatio(), task='detection')
+    write_ported(tmp_path, description, {'params': {'scale': np.ones(1)}})
+    config = tiny_config()
+    config.training.init_from = str(tmp_path)
+    with pytest.raises(ConfigError, match=f'{name} is a detector'):
+        assemble(config)
 
 
 @pytest.mark.slow
