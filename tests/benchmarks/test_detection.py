@@ -1,0 +1,48 @@
+"""The table of detectors: a row for each part, and weights that both sides can draw."""
+
+import numpy as np
+import pytest
+
+from benchmarks import detection, detection_sides
+
+
+def answer(whole, parts, peak, detections=100):
+    seconds = dict.fromkeys(detection.PARTS, (parts, parts / 2)) | {'whole': (whole, whole)}
+    return {'seconds': seconds, 'peak_bytes': peak * 2**20, 'detections': detections}
+
+
+def test_medians_of_parts_and_of_the_whole_are_compared():
+    answers = {
+        'gcnet_jax': [answer(2, 9, 100), answer(4, 9, 120), answer(3, 9, 110)],
+        'gcnet_jax by part': [answer(9, 1, 500)],
+        'mmdetection': [answer(6, 0.5, 200)],
+    }
+    *parts, whole = detection.rows(answers)
+    assert [row['part'] for row in parts] == list(detection.PARTS)
+    assert {row['speed ratio'] for row in parts} == {0.5}
+    assert (whole['seconds'], whole['mmdetection'], whole['speed ratio']) == (3, 6, 2)
+    assert (whole['peak MiB'], whole['their peak MiB']) == (120, 200)
+    assert whole['spread'] == pytest.approx(2 / 3)
+
+
+def test_without_mmdetection_its_columns_are_empty():
+    answers = {'gcnet_jax': [answer(2, 9, 100)], 'gcnet_jax by part': [answer(9, 1, 500)]}
+    whole = detection.rows(answers)[-1]
+    assert whole['seconds'] == 2
+    assert whole['mmdetection'] is whole['speed ratio'] is whole['their peak MiB'] is None
+
+
+def test_weights_depend_on_the_name_alone_and_have_the_gain_of_their_layer():
+    name, shape = 'neck.lateral_convs.0.conv.weight', (64, 32, 1, 1)
+    kernel = detection_sides.draw(name, shape)
+    np.testing.assert_array_equal(kernel, detection_sides.draw(name, shape))
+    assert kernel.std() * np.sqrt(32) == pytest.approx(0.4, rel=0.1)
+    assert (detection_sides.draw('a.running_var', (9,)) > 0).all()
+    bias = detection_sides.draw('roi_head.bbox_head.fc_cls.bias', (81,))
+    assert bias[-1] > 10 > np.abs(bias[:-1]).max()
+
+
+def test_an_interpreter_alone_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        detection.main(['--mmdetection-python', 'python'])
+    assert 'go together' in capsys.readouterr().err
