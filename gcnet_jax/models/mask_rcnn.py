@@ -3,13 +3,16 @@
 The rules are those of mmdetection from version 2.13 on.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from gcnet_jax.data.sizes import format_size
 from gcnet_jax.errors import ConfigError
@@ -27,6 +30,8 @@ from gcnet_jax.ops.boxes import decode_deltas
 from gcnet_jax.ops.roi_align import roi_align
 
 STRIDES = (4, 8, 16, 32, 64)
+# Masks that are computed, or skipped, together.
+MASK_CHUNK = 10
 # Standard deviations of the deltas of each stage of the cascade; Mask R-CNN is the first alone.
 STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 
@@ -143,12 +148,40 @@ class MaskRCNN(nn.Module):
         return detect(boxes, proposals.valid, mean, deltas, stages[-1], image_sizes)
 
     def masks(self, pyramid, detections: Detections) -> Float[Array, 'batch n 28 28']:
-        """Returns the mask of every detection, as probabilities on a grid over its box."""
+        """Returns the mask of every detection, as probabilities on a grid over its box.
+
+        Where there are fewer detections than places, the heads do not run for chunks of empty
+        places, which get zeros.
+        """
         features = self._sample(pyramid, detections.boxes, MASK_SIZE)
         labels = detections.labels.reshape(-1)
-        masks = [jax.nn.sigmoid(head(features, labels)) for head in self.mask_head]
-        mean = sum(masks) / len(masks)
-        return mean.reshape(*detections.labels.shape, *mean.shape[1:])
+        if self.is_initializing():
+            masks = _mean_mask(self.mask_head, features, labels)
+        else:
+            masks = self._masks_of_chunks(features, labels, detections.valid.reshape(-1))
+        return masks.reshape(*detections.labels.shape, *masks.shape[1:])
+
+    def _masks_of_chunks(self, features, labels: Int[Array, ' n'], valid: Bool[Array, ' n']):
+        # Modules cannot be called inside JAX's loops, functions of their variables can.
+        heads = [
+            partial(module.apply, variables)
+            for module, variables in (head.unbind() for head in self.mask_head)
+        ]
+        size = math.gcd(MASK_CHUNK, len(labels))
+
+        def compute(chunk):
+            return _mean_mask(heads, *chunk)
+
+        def compute_or_skip(chunk):
+            *given, valid = chunk
+            shape = jax.eval_shape(compute, given).shape
+            return lax.cond(valid.any(), compute, lambda _: jnp.zeros(shape, jnp.float32), given)
+
+        chunks = [
+            values.reshape(-1, size, *values.shape[1:]) for values in (features, labels, valid)
+        ]
+        masks = lax.map(compute_or_skip, tuple(chunks))
+        return masks.reshape(-1, *masks.shape[2:])
 
     def _sample(
         self, pyramid, boxes: Float[Array, 'batch n 4'], size: int
@@ -156,6 +189,14 @@ class MaskRCNN(nn.Module):
         batch, count, _ = boxes.shape
         images = jnp.repeat(jnp.arange(batch), count)
         return roi_align(pyramid[:4], STRIDES[:4], boxes.reshape(-1, 4), images, size)
+
+
+def _mean_mask(
+    heads: Sequence[Callable], features, labels: Int[Array, ' n']
+) -> Float[Array, 'n 28 28']:
+    """The mean of the heads' probabilities, not of their logits."""
+    masks = [jax.nn.sigmoid(head(features, labels)) for head in heads]
+    return sum(masks) / len(masks)
 
 
 def maps_by_stride(outputs: Mapping[str, Array], size: tuple[int, int]) -> list[Array]:
@@ -168,9 +209,7 @@ def maps_by_stride(outputs: Mapping[str, Array], size: tuple[int, int]) -> list[
     shapes = {value.shape[1:3]: value for value in stages.values()}
     maps = [shapes.get(tuple(-(-side // stride) for side in size)) for stride in STRIDES[:4]]
     if any(features is None for features in maps):
-        found = ', '.join(
-            f'{name} {value.shape[1]}x{value.shape[2]}' for name, value in stages.items()
-        )
+        found = ', '.join(f'{name} {format_size(v.shape[1:3])}' for name, v in stages.items())
         raise ConfigError(
             f'a detector needs a backbone with maps at strides {STRIDES[:4]}; this one makes of an '
             f'image of {format_size(size)} pixels {found}'

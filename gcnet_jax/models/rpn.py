@@ -66,20 +66,23 @@ class RPNHead(nn.Module):
         )
 
 
-def anchor_boxes(height: int, width: int, stride: int) -> Float[np.ndarray, 'n 4']:
-    """Returns one level's anchors by row, column and ratio, centred on multiples of stride."""
-    roots = np.sqrt(np.asarray(RATIOS))
+def anchor_boxes(height: int, width: int, stride: int) -> Float[Array, 'n 4']:
+    """Returns one level's anchors by row, column and ratio, centred on multiples of stride.
+
+    Computed in the program, not a constant of it: a TPU would pad each box to 128 numbers.
+    """
+    roots = np.sqrt(np.asarray(RATIOS, np.float32))
     half = np.stack([stride * SCALE / roots, stride * SCALE * roots], axis=1) / 2
-    x, y = np.meshgrid(np.arange(width) * stride, np.arange(height) * stride)
-    centre = np.stack([x, y], axis=-1).reshape(-1, 1, 2)
-    boxes = np.concatenate([centre - half, centre + half], axis=-1)
-    return boxes.reshape(-1, 4).astype(np.float32)
+    around = np.concatenate([-half, half], axis=1).astype(np.float32)
+    x, y = (jnp.arange(length, dtype=jnp.float32) * stride for length in (width, height))
+    centre = jnp.stack(jnp.broadcast_arrays(x[None, :], y[:, None]), axis=-1)
+    return (jnp.tile(centre, 2)[:, :, None] + around).reshape(-1, 4)
 
 
 def propose(
     logits: Sequence[Float[Array, 'batch _']],
     deltas: Sequence[Float[Array, 'batch _ 4']],
-    anchors: Sequence[Float[np.ndarray, '_ 4']],
+    anchors: Sequence[Float[Array, '_ 4']],
     image_sizes: Float[Array, 'batch 2'],
 ) -> Proposals:
     """Chooses the proposals of every image.
@@ -118,14 +121,14 @@ def propose(
 def _candidates(
     logits: Float[Array, ' n'],
     deltas: Float[Array, 'n 4'],
-    anchors: Float[np.ndarray, 'n 4'],
+    anchors: Float[Array, 'n 4'],
     image_size: Float[Array, '2'],
 ) -> tuple[Float[Array, 'k 4'], Float[Array, ' k']]:
     """The best boxes of one level with their scores; all of them, unsorted, where there are few.
 
     Ranked by score: where the sigmoid saturates, scores tie and logits do not.
     """
-    scores, anchors = jax.nn.sigmoid(logits), jnp.asarray(anchors)
+    scores = jax.nn.sigmoid(logits)
     if len(anchors) > CANDIDATES:
         scores, index = lax.top_k(scores, CANDIDATES)
         anchors, deltas = anchors[index], deltas[index]
