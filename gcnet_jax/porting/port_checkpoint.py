@@ -201,7 +201,12 @@ def _labels_of(source: Source, loaded: Loaded, checkpoint: object) -> tuple[str,
     if source.config is not None:
         labels, whose = source.config.label_names, 'its config'
     else:
-        labels, whose = _labels_in(loaded.metadata), 'it'
+        try:
+            labels, whose = _labels_in(loaded.metadata), 'it'
+        except ConfigError as error:
+            raise CheckpointError(
+                f'{one_line(checkpoint)}: {error}; or give the names with --label-names'
+            ) from None
     if len(labels) not in (0, classes):
         raise CheckpointError(
             f'{one_line(checkpoint)}: {whose} names {len(labels)} labels and the network has '

@@ -142,13 +142,14 @@ def check_told(file: TorchFile, name: str, options: Mapping[str, Any]) -> None:
       CheckpointError: They contradict each other; says both.
     """
     settings = dict(model_entry(name).module.keywords) | dict(options)
-    context = settings.get('context')
+    context = settings.get('context') or {'ratio': 0}
     found = {
         'backbone': _BACKBONES.get(settings['backbone'], settings['backbone']),
         'heads': 'Cascade Mask R-CNN' if settings.get('cascade') else 'Mask R-CNN',
         'convolutions': 'deformable' if settings.get('deformable_stages') else 'ordinary',
-        'context': _ratio(context['ratio']) if context else 'none',
     }
+    if isinstance(context, Mapping) and 'ratio' in context:
+        found['context'] = _ratio(context['ratio'])
     for source, told in (('name', told_by_name(file.path)), ('config', _config(file.metadata))):
         wrong = [key for key, value in told.items() if key in found and value != found[key]]
         if wrong:
@@ -201,15 +202,17 @@ def told_by_name(path: Path) -> dict[str, Any]:
     groups = f'_{found["groups"]}' if found['groups'] else ''
     caffe = '_caffe' if 'caffe' in words else ''
     ratios = [word for word in words if re.fullmatch(r'r(4|16)', word)]
-    context = {'context': 'none'} if 'gcb' not in words else {}
-    return {
+    told = {
         'backbone': f'{found["backbone"]}{groups}{caffe}',
         'heads': 'Cascade Mask R-CNN' if found['cascade'] else 'Mask R-CNN',
         'convolutions': 'deformable' if {'dconv', 'dcn', 'mdconv'} & {*words} else 'ordinary',
         'norm': 'syncbn' in words,
-        **context,
-        **({'context': ratios[0]} if ratios and 'gcb' in words else {}),
     }
+    if 'gcb' not in words:
+        told['context'] = 'none'
+    elif ratios:
+        told['context'] = ratios[0]
+    return told
 
 
 def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,15 +230,19 @@ def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
             told['backbone'] = f'x{depth[1]}_{groups[1]}x{width[1]}d'
         is_deformable = re.search(_setting('type', 'DCN(?:v2)?'), text)
         told['convolutions'] = 'deformable' if is_deformable else 'ordinary'
-        ratio = r'(?s)ContextBlock.{0,200}?\bratio[\'"]?\s*[=:]\s*([\d.]+)(?:\s*/\s*([\d.]+))?'
-        if 'ContextBlock' not in text:
+        block = re.search(r'[^()]*ContextBlock[^()]*', text)
+        ratio = block and re.search(
+            _setting('ratio', _NUMBER) + rf'(?:\s*/\s*({_NUMBER}))?', block[0]
+        )
+        if not block:
             told['context'] = 'none'
-        elif found := re.search(ratio, text):
-            told['context'] = _ratio(float(found[1]) / float(found[2] or 1))
+        elif ratio:
+            told['context'] = _ratio(float(ratio[1]) / (float(ratio[2] or 1) or 1))
         return told
     return {}
 
 
+_NUMBER = r'\d+\.?\d*'
 _HEADS = {
     'MaskRCNN': 'Mask R-CNN',
     'CascadeRCNN': 'Cascade Mask R-CNN',
@@ -246,7 +253,7 @@ _HEADS = {
 
 def _setting(name: str, value: str) -> str:
     """The pattern of a setting in Python (`depth=50`) or JSON (`"depth": 50`)."""
-    return rf'\b{name}[\'"]?\s*[=:]\s*[\'"]?({value})\b'
+    return rf'\b{name}[\'"]?\s*[=:]\s*[\'"]?({value})(?!\w)'
 
 
 def _config_texts(metadata: Mapping[str, Any]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from gcnet_jax.errors import UserError
 from gcnet_jax.inference import export
 from gcnet_jax.inference.detector import Detector
 from gcnet_jax.inference.stored_network import StoredNetwork
-from gcnet_jax.porting import to_torch
+from gcnet_jax.porting import read_checkpoint, to_torch
 from gcnet_jax.stored import ModelDescription, write_ported
 
 ALONE = """
@@ -213,6 +213,7 @@ def test_a_file_is_replaced_only_on_demand(stored, tmp_path, capsys):
         ('network.jaxexport', ['--size', '-1'], 'size must be 1 or more, got -1'),
         ('network.jaxexport', ['--family', 'timm'], '--family has no meaning with .jaxexport'),
         ('network.safetensors', ['--size', '8'], '--size has no meaning with .safetensors'),
+        ('network.pth', ['--size', '8'], '--size has no meaning with .pth'),
         ('network.safetensors', ['--size', '0'], '--size has no meaning with .safetensors'),
         ('network.safetensors', ['--family', 'keras'], 'keras'),
     ],
@@ -240,12 +241,13 @@ def test_a_checkpoint_without_a_classifier_or_without_anything_is_refused(
     assert 'no such directory' in capsys.readouterr().err
 
 
-def test_safetensors_go_through_the_port_back(stored, tmp_path, capsys):
-    out = tmp_path / 'network.safetensors'
+@pytest.mark.parametrize('kind', ['safetensors', 'pth'])
+def test_pytorch_s_files_go_through_the_port_back(stored, tmp_path, capsys, kind):
+    out = tmp_path / f'network.{kind}'
     assert run(stored.directory, out, '--family', 'gccnn') == 0
     assert 'gccnn: ' in capsys.readouterr().out
     expected = to_torch(stored.description.build(), stored.variables, 'gccnn')
-    found = load_file(out)
+    found = load_file(out) if kind == 'safetensors' else read_checkpoint(out).tensors
     assert found.keys() == expected.keys()
     for name, values in found.items():
         np.testing.assert_array_equal(values, expected[name])

@@ -100,19 +100,3 @@ def detector_image(height: int, width: int, seed: int) -> np.ndarray:
         image[top : top + tall, left : left + wide] += draw.integers(-80, 80, 3)
     image += draw.integers(-12, 13, image.shape)
     return np.clip(image, 0, 255).astype(np.uint8)
-
-
-SAMPLED = 256
-
-
-def summary(values: np.ndarray) -> np.ndarray:
-    """Some values of an array from all over it, and of the rest its largest and its sums.
-
-    Returns:
-      Up to `SAMPLED` values, then the largest absolute value, the mean and the mean of squares.
-    """
-    flat = np.asarray(values, np.float32).reshape(-1)
-    positions = np.unique(np.linspace(0, flat.size - 1, SAMPLED).astype(int))
-    wide = flat.astype(np.float64)
-    rest = [np.abs(flat).max(), wide.mean(), np.square(wide).mean()]
-    return np.concatenate([flat[positions], rest]).astype(np.float32)

@@ -15,17 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from tests.porting import mmdetection_peer as peer
-from tests.porting.detector_weights import (
-    detector_image,
-    detector_weights,
-    summary,
-    with_background,
-)
+from tests.porting.detector_checks import summary
+from tests.porting.detector_configs import CONFIGS
+from tests.porting.detector_weights import detector_image, detector_weights, with_background
 
 GOLDEN = Path(__file__).parent / 'golden'
 SEED = 0
-LANDSCAPE, PORTRAIT = (75, 125), (125, 75)
-LIMITS = (167, 100)  # Long and short side: 100x167, padded to 128x192.
+# Both are padded to 128x128, so that the tests compile one program for them.
+LANDSCAPE, PORTRAIT = (75, 91), (91, 75)
+LIMITS = (121, 100)  # Of the long and the short side.
 X101 = 'mask-rcnn_x101-32x4d-syncbn'
 R50 = 'mask-rcnn_r50-gcb-r16-c3-c5_fpn_1x_coco'
 # The configuration, the image's size, and what is added to the background (None: what suits it).
@@ -42,29 +40,30 @@ CASES = {
     ),
 }
 LEAST = {
-    'rpn_overlap': 3e-5,
+    'rpn_overlap': 4e-5,
     'rpn_order': 5e-6,
     'level': 1e-4,
-    'score': 3e-5,
-    'overlap': 2e-4,
-    'order': 1e-5,
+    'score': 5e-5,
+    'overlap': 3e-4,
+    'order': 4e-5,
 }
 
 
 def choose(model, weights, size, background):
     """(seed of the image, background, its stages) of the first image without close decisions."""
     for seed in range(100):
-        image = detector_image(*size, seed)
-        if background is None:
+        image, more = detector_image(*size, seed), background
+        if more is None:
             peer.load(model, weights)
-            background = peer.choose_background(peer.run(model, image, LIMITS))
-        peer.load(model, weights | with_background(weights, background))
+            more = peer.choose_background(peer.run(model, image, LIMITS), candidates=60)
+        peer.load(model, weights | with_background(weights, more))
         kept = peer.run(model, image, LIMITS)
         found = peer.margins(kept)
         close = {name: value for name, value in found.items() if value < LEAST[name]}
-        print(seed, background, len(kept['rois0']), len(kept['labels']), close, flush=True)
-        if not close:
-            return seed, background, kept
+        count = len(kept['labels'])
+        print(seed, more, len(kept['rois0']), count, close, flush=True)
+        if not close and (count > 20 or background is not None):
+            return seed, more, kept
     raise SystemExit('every image has a close decision')
 
 
@@ -75,7 +74,7 @@ def write(case: str) -> None:
     weights = detector_weights(shapes, SEED)
     image_seed, background, kept = choose(model, weights, size, background)
     told = {
-        'model': peer.CONFIGS[config],
+        'model': CONFIGS[config],
         'seed': SEED,
         'background': background,
         'image': [*size, image_seed],
@@ -88,6 +87,7 @@ def write(case: str) -> None:
         told=np.frombuffer(json.dumps(told).encode(), np.uint8),
         **maps,
         proposals=kept['rois0'],
+        proposal_scores=kept['rpn_nms'][1][kept['rpn_nms'][3]][: len(kept['rois0'])],
         **{name: kept[name] for name in ('boxes', 'original_boxes', 'scores', 'size')},
         labels=kept['labels'].astype(np.uint8),
         masks=kept['masks'][:5],

@@ -20,6 +20,7 @@ from gcnet_jax.models import create_model
 from gcnet_jax.porting import load_torch, to_torch, write_safetensors
 from gcnet_jax.porting.names import pair_names
 from gcnet_jax.porting.recognise import family_of
+from gcnet_jax.porting.torch_writer import write_torch
 from tests.porting.seeded import seeded_images, seeded_tensors
 
 pytestmark = pytest.mark.torch
@@ -254,9 +255,19 @@ def test_the_reverse_port_loads_strictly(peer, tmp_path):
 
     name, network, model, variables = peer
     path = tmp_path / 'back.safetensors'
-    write_safetensors(path, to_torch(model, variables, LIBRARIES[name]))
+    tensors = to_torch(model, variables, LIBRARIES[name])
+    write_safetensors(path, tensors)
     state = {key: torch.tensor(value) for key, value in load_file(path).items()}
     path.unlink()
+    for meta in (None, {'CLASSES': ('cat', 'Größe'), 'epoch': 2**40, 'rate': 0.1, 'none': []}):
+        path = tmp_path / 'back.pth'
+        write_torch(path, tensors, meta=meta)
+        loaded = torch.load(path, weights_only=True, mmap=True)
+        assert meta is None or loaded['meta'] == meta
+        loaded = loaded if meta is None else loaded['state_dict']
+        assert list(loaded) == list(tensors)
+        assert all(torch.equal(loaded[key], state[key]) for key in state)
+        path.unlink()
     fresh = peers.build(name)
     if LIBRARIES[name] == 'mmdetection':  # a backbone: the classifier is not a detector's
         state = {key.removeprefix('backbone.'): value for key, value in state.items()}

@@ -23,6 +23,7 @@ from gcnet_jax.porting import (
     write_safetensors,
 )
 from gcnet_jax.porting.convert import variable_shapes
+from gcnet_jax.porting.files import read_checkpoint
 from gcnet_jax.porting.load import load_named
 from gcnet_jax.stored import load_variables
 from tests.porting.seeded import generator, seeded_images, seeded_tensors
@@ -264,8 +265,28 @@ def test_a_ported_directory_is_a_checkpoint_and_goes_back(tmp_path, plain):
     with pytest.raises(CheckpointError, match='exists'):
         port_reverse(tmp_path / 'ported', 'torchvision', back)
     port_reverse(tmp_path / 'ported', 'torchvision', back, overwrite=True)
-    with pytest.raises(CheckpointError, match=r'must end in \.safetensors'):
-        port_reverse(tmp_path / 'ported', 'torchvision', tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match=r'must end in \.safetensors or \.pth'):
+        port_reverse(tmp_path / 'ported', 'torchvision', tmp_path / 'a.bin')
+
+
+def test_a_pth_file_has_the_same_bytes(tmp_path, plain):
+    names = tmp_path / 'names.txt'
+    names.write_text(''.join(f'class {n}\n' for n in range(10)))
+    port(plain, tmp_path / 'ported', label_names=names)
+    original = load_file(plain)
+    for family, meta in (('torchvision', {}), ('mmdetection', {'CLASSES'})):
+        port_reverse(tmp_path / 'ported', family, tmp_path / 'back.pth', overwrite=True)
+        file = read_checkpoint(tmp_path / 'back.pth')
+        assert file.wrapper == ('state_dict' if meta else '')
+        assert file.metadata.get('meta', {}).keys() == set(meta)
+        found = {name.removeprefix('backbone.') for name in file.tensors}
+        assert found == {name for name in original if not meta or not name.startswith('fc.')}
+        for name in file.tensors:
+            if not name.endswith('num_batches_tracked'):
+                value = original[name.removeprefix('backbone.')]
+                assert file.tensors[name].tobytes() == value.tobytes()
+    with pytest.raises(CheckpointError, match='exists'):
+        port_reverse(tmp_path / 'ported', 'torchvision', tmp_path / 'back.pth')
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig'])
