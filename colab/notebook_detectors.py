@@ -49,7 +49,7 @@ def write_random_detector(directory: str | os.PathLike) -> Path:
     variables = jax.device_get(init(jax.random.key(0), np.zeros((1, 64, 96, 3), np.float32)))
     # Of random logits none is certain; certain ones make objects.
     logits = variables['params']['box_head_0']['logits']
-    logits['kernel'] = 200 * logits['kernel']
+    logits['kernel'] = 40 * logits['kernel']
     write_ported(directory, description, variables)
     return Path(directory)
 
@@ -77,6 +77,8 @@ def write_coco(directory: str | os.PathLike, detector: Any, images: Any, most: i
         )
         best = found.take(range(min(most, len(found))))
         for item, mask in zip(best.to_json(), best.masks, strict=True):
+            if not mask.any():
+                continue  # Less than a pixel.
             left, top, right, bottom = item['box']
             contents['annotations'].append(
                 {
