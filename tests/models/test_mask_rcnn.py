@@ -8,9 +8,11 @@ import pytest
 from gcnet_jax.models import create_model
 from gcnet_jax.models.fpn import FeaturePyramid, upsample_nearest
 from gcnet_jax.models.mask_rcnn import MaskRCNN
-from gcnet_jax.models.roi_heads import BoxHead, DoubleSize, MaskHead, detect
+from gcnet_jax.models.roi_heads import BoxHead, Detections, DoubleSize, MaskHead, detect
 from gcnet_jax.models.rpn import anchor_boxes, propose
+from gcnet_jax.ops.roi_align import roi_align
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 STDS = (0.1, 0.1, 0.2, 0.2)
 
 
@@ -132,6 +134,34 @@ def test_the_whole_detector_is_one_program_and_images_do_not_disturb_each_other(
     np.testing.assert_array_equal(alone.labels[0], detections.labels[1])
     np.testing.assert_allclose(alone.boxes[0], detections.boxes[1], atol=1e-3)
     np.testing.assert_allclose(alone_masks[0], masks[1], atol=1e-4)
+
+
+def test_masks_are_computed_for_chunks_that_hold_a_detection(random_variables):
+    backbone = create_model('gc_resnet18', num_classes=0, widths=(4, 4, 8, 8), context=None)
+    model = MaskRCNN(backbone, num_classes=3, cascade=True, channels=8, box_channels=16)
+    images = draw(1, 64, 64, 3)
+    variables = random_variables(model, images, train=False)
+    boxes = np.tile(np.float32([[4, 8, 40, 50]]), (1, 100, 1))
+    valid = (np.arange(100) < 13)[None]  # One chunk of ten, and three places of the next.
+    labels = np.arange(100)[None] % 3
+    detections = Detections(boxes, np.ones((1, 100), np.float32), labels, valid)
+
+    @jax.jit
+    def compute(images):
+        pyramid = model.apply(variables, images, train=False, method='pyramid')
+        return pyramid, model.apply(variables, pyramid, detections, method='masks')
+
+    pyramid, masks = compute(images)
+    assert (np.asarray(masks[0, 20:]) == 0).all()
+    features = roi_align(pyramid[:4], (4, 8, 16, 32), boxes[0, :3], np.zeros(3, int), 14)
+    every = [
+        MaskHead(3, 8).apply({'params': variables['params'][f'mask_head_{stage}']}, features)
+        for stage in range(3)
+    ]
+    mean = sum(1 / (1 + np.exp(-np.asarray(logits))) for logits in every) / 3
+    for index in range(20):
+        expected = mean[index % 3, ..., index % 3]
+        np.testing.assert_allclose(masks[0, index], expected, atol=1e-4)
 
 
 def test_a_box_head_has_the_background_last():
