@@ -4,7 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-from gcnet_jax.errors import one_line
+from gcnet_jax.errors import UserError, one_line
 
 
 def who_else_can_write(path: str | os.PathLike) -> str:
@@ -34,6 +34,26 @@ def is_own_file(path: str | os.PathLike) -> bool:
     status = os.lstat(path)
     is_own = not hasattr(os, 'geteuid') or status.st_uid == os.geteuid()
     return stat.S_ISREG(status.st_mode) and is_own and not _others_write(status)
+
+
+def private_directory(path: str | os.PathLike) -> Path:
+    """Makes a directory, or takes the one that is there, if it is the user's alone.
+
+    Raises:
+      UserError: Somebody else can write to it or to a directory above it, or it cannot be made.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reason = who_else_can_write(path)
+    except OSError as error:
+        raise UserError(f'cannot use {one_line(path)}: {error.strerror or error}') from error
+    if reason:
+        raise UserError(
+            f'{one_line(path)} is not used, because programs are run from it and {reason}; '
+            'remove it or change its owner and mode'
+        )
+    return path
 
 
 def _others_write(status: os.stat_result) -> bool:
