@@ -7,13 +7,15 @@ from gcnet_jax.__main__ import main
 from gcnet_jax.data.coco_labels import COCO_LABELS
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models import create_model
-from gcnet_jax.porting import Report, load_torch, port, port_reverse
+from gcnet_jax.porting import Report, load_torch, port, port_reverse, to_torch
+from gcnet_jax.porting.convert import from_torch
 from gcnet_jax.porting.files import read_checkpoint
 from gcnet_jax.porting.load import Loaded, load_named
 from gcnet_jax.porting.recognise import recognise_family, recognise_model
 from gcnet_jax.porting.torch_writer import write_torch
 from tests.porting.detector_files import shapes_of, write_detector
 from tests.porting.detector_weights import detector_weights
+from tests.porting.seeded import in_memory
 
 NAME = 'gc_mask_rcnn_resnet50_fpn'
 WRITE = 'gcnet_jax.porting.port_checkpoint.write_ported'
@@ -29,7 +31,22 @@ def refused(path, message, *args, **options):
     assert len(str(caught.value)) < 1500
 
 
-def test_every_bit_comes_back(tmp_path, capsys):
+def test_every_bit_comes_back():
+    weights = detector_weights(CASCADE, 1)
+    tensors = in_memory(weights)
+    family = recognise_family(tensors)
+    name, options = recognise_model(tensors.shapes, family)
+    network = create_model(name, **options)
+    back = to_torch(network, from_torch(tensors, family, network)[0], 'mmdetection')
+    assert back.keys() == weights.keys()
+    for name, expected in weights.items():
+        found = back[name]
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype), name
+        assert found.tobytes() == expected.tobytes(), name
+
+
+@pytest.mark.slow
+def test_every_bit_comes_back_from_a_directory(tmp_path, capsys):
     weights = detector_weights(R50, 1)
     path = tmp_path / 'mask_rcnn_r50_fpn_r16_gcb_c3-c5_1x_coco.pth'
     write_torch(path, weights, meta={'epoch': 12})
