@@ -18,7 +18,11 @@ class Range(NamedTuple):
 
 
 def number(
-    low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+    low: int | float,
+    high: int | float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
 ) -> Range:
     """Numbers between two bounds, which are included unless they are open."""
 

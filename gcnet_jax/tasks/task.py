@@ -30,6 +30,7 @@ class Evaluation(Protocol):
         """Returns the metrics of all examples so far: 'loss', 'examples', and the task's own."""
 
 
+@runtime_checkable
 class Described(Protocol):
     """What a task reads of a stored network's description, see `gcnet_jax.stored`."""
 

@@ -192,7 +192,7 @@ def test_a_network_without_attention_is_refused(store, images, tmp_path, capsys)
 
 
 def test_a_detectors_maps_are_drawn_without_the_padding(
-    stored_detector, make, tmp_path, monkeypatch
+    stored_detector, make, tmp_path, monkeypatch, quick_compilation
 ):
     drawn = []
     draw = attention_pictures.draw_attention

@@ -77,6 +77,7 @@ def test_the_set_holds_the_best_of_what_was_found(helpers, tmp_path):
     assert metrics['mask']['AP'] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_random_detector_finds_something(helpers, tmp_path):
     from gcnet_jax.inference.detector import Detector
 

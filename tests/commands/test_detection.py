@@ -122,8 +122,6 @@ def test_evaluate_reports_average_precision_and_what_was_left_out(run, coco, tmp
     assert report['skipped'] == 1
     assert {'AP', 'AP50', 'AP75'} <= report['box'].keys() & report['mask'].keys()
     assert (tmp_path / 'report' / 'precision_recall.png').stat().st_size > 1000
-    code, out, _ = run('evaluate', '--data', coco, '--split', 'val', '--json')
-    assert json.loads(out[0])['box'] == report['box']
 
 
 @pytest.mark.parametrize(
