@@ -48,6 +48,13 @@ for name in ('gc_resnet50', 'gccnn'):
         return logits.sum()
 
     jax.eval_shape(jax.grad(loss), variables, images)
+detector = create_model(
+    'mask_rcnn_resnet50_fpn', backbone='resnet50', stage_sizes=(1, 1, 1, 1), widths=(4, 4, 4, 4),
+    deformable_stages=(4,), norm=None, cascade=True, num_classes=2, channels=4, box_channels=4,
+)
+images, sizes = jnp.zeros((2, 64, 96, 3)), jnp.zeros((2, 2))
+variables = jax.eval_shape(lambda: detector.init(jax.random.key(0), images, sizes, train=False))
+jax.eval_shape(lambda *given: detector.apply(*given, train=False), variables, images, sizes)
 for task in (
     tasks.Classification(4, (0.5,) * 3, (0.2,) * 3, mixup_alpha=0.2, class_weights=(1.0,) * 4),
     tasks.MultiLabel(4, (0.5,) * 3, (0.2,) * 3),
