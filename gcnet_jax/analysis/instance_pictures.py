@@ -134,9 +134,9 @@ def _draw_masks(
     """Colours the pixels of each mask in place; where masks overlap, the smallest box has them."""
     owner = np.full(pixels.shape[:2], -1, np.int32)
     edges = np.zeros(pixels.shape[:2], bool)
-    masks = list(instances.pasted_masks())
     for index in order:
-        top, left, inside = masks[index]
+        # One at a time: all together would take gigabytes for a large image.
+        ((top, left, inside),) = instances.take([index]).pasted_masks()
         inside = inside.repeat(factor, axis=0).repeat(factor, axis=1)
         part = np.s_[
             top * factor : top * factor + inside.shape[0],

@@ -8,6 +8,7 @@ from typing import Any
 from gcnet_jax.commands.common import refuse_flags
 from gcnet_jax.commands.images import add_checkpoint_flags, load_network
 from gcnet_jax.errors import one_line
+from gcnet_jax.files import make_directory
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
@@ -45,6 +46,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from gcnet_jax.inference.detector import Detector
 
+    if options.out is not None:
+        make_directory(options.out, '--out')  # Before hours of evaluation.
     network = load_network(options, fold=options.fold)
     run = _evaluate_detector if isinstance(network, Detector) else _evaluate_classifier
     evaluation, text, written = run(network, options)

@@ -87,7 +87,8 @@ def _detect(detector: Any, options: argparse.Namespace) -> int:
     for path, instances in stream:
         picture = '' if pictures is None else pictures.draw(path, instances)
         if options.json:
-            print(json.dumps({'image': str(path), 'objects': instances.to_json()}))
+            shown = {'picture': str(picture)} if picture else {}
+            print(json.dumps({'image': str(path), 'objects': instances.to_json(), **shown}))
         else:
             parts = (path, one_line(instances, 2000), picture)
             print(': '.join(one_line(part, 2000) for part in parts if part))

@@ -117,7 +117,7 @@ def _file_name(entry: dict[str, Any], where: str, file: object) -> str:
 def _check_categories(entries: list[Any], file: object) -> dict[int, str]:
     if not entries:
         raise DataError(f'{one_line(file)} lists no categories')
-    categories = {}
+    categories, names = {}, set()
     for place, entry in enumerate(entries):
         number = _number(entry, 'id', f'categories[{place}]', file)
         name = entry.get('name')
@@ -127,12 +127,13 @@ def _check_categories(entries: list[Any], file: object) -> dict[int, str]:
             raise DataError(
                 f'{one_line(file)}: category {number} is there twice; ids must be different'
             )
-        if name in categories.values():
+        if name in names:
             raise DataError(
                 f'{one_line(file)}: category {one_line(name, 60)!r} is there twice; categories are '
                 'told apart by their names'
             )
         categories[number] = name
+        names.add(name)
     return categories
 
 

@@ -110,8 +110,13 @@ class KeepRatio:
 
         With one number the long side keeps its ratio to the short one.
         """
+        if not _is_size(size):
+            raise ConfigError(
+                f'size must be a whole number from 1 to {MAX_SIZE} (the short side) or a pair of '
+                f'them (short, long), got {one_line(repr(size), 80)}'
+            )
         if isinstance(size, int):
-            size = (size, round(size * self.long_side / self.short_side))
+            size = (size, min(MAX_SIZE, round(size * self.long_side / self.short_side)))
         return dataclasses.replace(self, short_side=size[0], long_side=size[1])
 
     @property

@@ -125,10 +125,10 @@ class CocoEvaluator:
             )
         self.data = data
         self.label_names = tuple(label_names)
+        numbers = {name: number for number, name in data.categories.items()}
+        # Several labels may have one name.
         self._category_of = {
-            self.label_names.index(name): number
-            for number, name in data.categories.items()
-            if name in self.label_names
+            label: numbers[name] for label, name in enumerate(label_names) if name in numbers
         }
         if not self._category_of:
             raise DataError(
@@ -155,8 +155,9 @@ class CocoEvaluator:
         if tuple(instances.size) != self._sizes[image_id]:
             theirs = ' x '.join(map(str, self._sizes[image_id]))
             raise DataError(
-                f'image {image_id} is {" x ".join(map(str, instances.size))} pixels high and wide, '
-                f'and {theirs} by {one_line(self.data.file)}'
+                f'image {image_id} is {" x ".join(map(str, instances.size))} pixels high and wide '
+                f'once its EXIF orientation is applied, and {theirs} by '
+                f'{one_line(self.data.file)}: correct the annotations, or the orientation'
             )
         self._added[image_id] = self._sizes[image_id]
         if not len(instances):
@@ -196,7 +197,7 @@ class CocoEvaluator:
         """
         if not self._added:
             raise DataError(f'no image of {one_line(self.data.name)} was evaluated')
-        categories = sorted(self._category_of.values())
+        categories = sorted(set(self._category_of.values()))
         objects = [item for item in self._objects() if item['image_id'] in self._added]
         counts = collections.Counter(item['category_id'] for item in objects if not item['iscrowd'])
         found = {
@@ -240,7 +241,8 @@ class CocoEvaluator:
                 f'left out: {_count(unknown, "category", "categories")} that the detector does not '
                 f'know: {_listed(unknown)}; annotations of these: {objects:,}'
             )
-        absent = [name for name in self.label_names if name not in self.data.categories.values()]
+        known = set(self.data.categories.values())
+        absent = [name for name in self.label_names if name not in known]
         if absent:
             notes.append(
                 f'left out: {_count(absent, "label", "labels")} of the detector that the set has '

@@ -1,7 +1,6 @@
 """A detector from a checkpoint: images in, objects with boxes, labels and masks out."""
 
 import contextlib
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +50,7 @@ class Detector(StoredNetwork):
     """
 
     max_image_sizes = 128
+    size_advice = 'pad images to a few sizes with the option canvas'
 
     def __init__(
         self,
@@ -158,17 +158,14 @@ class Detector(StoredNetwork):
           inputs: As `load_image` makes them, with a batch dimension in front.
 
         Returns:
-          The outputs of `MaskRCNN.outputs`, with 'boxes' in pixels of the original image;
-          'original_size'; and 'finite', whether all of the pyramid is.
+          The outputs of `MaskRCNN.outputs`, with 'boxes' in pixels of the original image, and
+          'original_size'.
         """
         outputs = self._apply(variables, *self.module_inputs(inputs))
-        pyramid = (value for name, value in outputs.items() if re.fullmatch(r'p\d', name))
-        finite = jnp.stack([jnp.isfinite(values).all(axis=(1, 2, 3)) for values in pyramid])
         scale = jnp.tile(inputs['scale'], 2)[:, None]
         return {
             **outputs,
             'boxes': outputs['boxes'] / scale,
-            'finite': finite.all(axis=0),
             'original_size': inputs['original_size'],
         }
 
@@ -204,7 +201,7 @@ class Detector(StoredNetwork):
         names, classes = len(self.description.label_names), self.model.num_classes
         if names not in (0, classes):
             raise CheckpointError(f'it has {names} label names and {classes} classes')
-        self.output_shapes |= {'original_size': (2,), 'finite': ()}
+        self.output_shapes['original_size'] = (2,)
 
     def _check_images(self, images: Inputs) -> int:
         super()._check_images(images['image'])
@@ -248,8 +245,8 @@ class Detector(StoredNetwork):
     ) -> Instances:
         if not row['finite']:
             raise CheckpointError(
-                'the network gives features that are not finite: its training went wrong, or its '
-                'dtype is too small for it; choose another checkpoint, or dtype float32'
+                'features, logits or boxes are NaN or not finite: training diverged, or the range '
+                'of the dtype is too small; use another checkpoint, or dtype float32'
             )
         found = np.flatnonzero(row['valid'])
         labels = row['labels'][found]
@@ -276,10 +273,13 @@ def _canvases(
     """
     if canvas is None:
         return []
-    is_one = isinstance(canvas, int) or (
-        isinstance(canvas, tuple) and all(isinstance(side, int) for side in canvas)
-    )
-    sizes = [canvas] if is_one else list(canvas)
+    sides = isinstance(canvas, Sequence) and all(isinstance(side, int) for side in canvas)
+    if isinstance(canvas, list) and sides:
+        raise ConfigError(
+            f'canvas {one_line(repr(canvas), 80)} is ambiguous: write a tuple (height, width) for '
+            'one canvas, or a list of tuples for several'
+        )
+    sizes = list(canvas) if isinstance(canvas, Sequence) and not sides else [canvas]
     multiple = preprocessing.multiple_of
     for size in sizes:
         sides = size if isinstance(size, tuple) else (size, size)

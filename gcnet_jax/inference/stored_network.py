@@ -69,6 +69,7 @@ class StoredNetwork:
 
     # Each image size is compiled for itself, for every batch size that it is met with.
     max_image_sizes = 8
+    size_advice = 'resize to one of these'
 
     def __init__(
         self,
@@ -359,10 +360,10 @@ class StoredNetwork:
             raise ConfigError(f'at most batch_size={self.batch_size} images, got {len(images)}')
         size = images.shape[1:3]
         if size not in self._image_sizes and len(self._image_sizes) == self.max_image_sizes:
-            known = ', '.join(map(format_size, sorted(self._image_sizes)))
+            known = ', '.join(map(format_size, sorted(self._image_sizes)[:8]))
             raise ConfigError(
                 f'images of {format_size(size)} pixels: a network is compiled for at most '
-                f'{self.max_image_sizes} sizes, and this one was for {known}: resize to these'
+                f'{self.max_image_sizes} sizes, and this one was for {known}: {self.size_advice}'
             )
         self._image_sizes.add(size)
 

@@ -6,6 +6,7 @@ The rules are those of mmdetection from version 2.13 on.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ from gcnet_jax.models.roi_heads import (
     BoxHead,
     Detections,
     MaskHead,
+    all_finite,
     detect,
 )
 from gcnet_jax.models.rpn import Proposals, RPNHead, anchor_boxes, propose
@@ -88,7 +90,8 @@ class MaskRCNN(nn.Module):
           the boxes of the proposal network; of each detection, best first, 'boxes' (corners in
           pixels of `images`), 'scores', 'labels', 'valid' (False where there are fewer detections
           than places) and 'masks', the probability of every pixel of a 28 x 28 grid over its box to
-          be of the object.
+          be of the object; and 'finite', whether pyramid, logits and deltas of an image are finite:
+          where they are not, objects are missing.
         """
         if image_sizes is None:
             size = jnp.asarray(images.shape[1:3], jnp.float32)
@@ -97,12 +100,15 @@ class MaskRCNN(nn.Module):
         pyramid = self.neck(maps_by_stride(outputs, images.shape[1:3]))
         proposals = self.propose(pyramid, image_sizes)
         detections = self.detect(pyramid, proposals, image_sizes)
+        # XLA computes the head once, although it is called twice.
+        finite = [all_finite(values) for values in (*pyramid, *chain(*self.rpn_head(pyramid)))]
         return {
             **outputs,
             **{f'p{level}': features for level, features in enumerate(pyramid, start=2)},
             'proposals': proposals.boxes,
             **detections._asdict(),
             'masks': self.masks(pyramid, detections),
+            'finite': jnp.stack([*finite, detections.finite]).all(axis=0),
         }
 
     def __call__(

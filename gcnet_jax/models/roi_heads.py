@@ -25,12 +25,14 @@ class Detections(NamedTuple):
       scores: Probability of the label.
       labels: Class, from 0.
       valid: False where there are fewer detections than places.
+      finite: Whether the image's logits and deltas are; where they are not, objects are missing.
     """
 
     boxes: Float[Array, '*batch n 4']
     scores: Float[Array, '*batch n']
     labels: Int[Array, '*batch n']
     valid: Bool[Array, '*batch n']
+    finite: Bool[Array, '*batch'] | bool = True
 
 
 class BoxHead(nn.Module):
@@ -112,6 +114,11 @@ class DoubleSize(nn.Module):
         return output.reshape(batch, 2 * height, 2 * width, self.features) + bias
 
 
+def all_finite(values: Float[Array, 'batch *any']) -> Bool[Array, ' batch']:
+    """Whether no value of an image is NaN or infinite; such scores would pass for 'no object'."""
+    return jnp.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+
+
 def detect(
     boxes: Float[Array, 'batch n 4'],
     valid: Bool[Array, 'batch n'],
@@ -146,6 +153,7 @@ def detect(
             jnp.where(found, scores.reshape(-1)[best], 0),
             jnp.where(found, labels[best], 0),
             found,
+            all_finite(logits[None])[0] & all_finite(deltas[None])[0],
         )
 
     return jax.vmap(of_image)(boxes, valid, logits, deltas, image_sizes)

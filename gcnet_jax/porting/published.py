@@ -142,9 +142,10 @@ def check_told(file: TorchFile, name: str, options: Mapping[str, Any]) -> None:
       CheckpointError: They contradict each other; says both.
     """
     settings = dict(model_entry(name).module.keywords) | dict(options)
-    context = settings.get('context') or {'ratio': 0}
+    row = dict(model_entry(settings['backbone']).module.keywords)
+    context = settings.get('context', row.get('context')) or {'ratio': 0}
     found = {
-        'backbone': _BACKBONES.get(settings['backbone'], settings['backbone']),
+        'backbone': _short(settings['backbone']),
         'heads': 'Cascade Mask R-CNN' if settings.get('cascade') else 'Mask R-CNN',
         'convolutions': 'deformable' if settings.get('deformable_stages') else 'ordinary',
     }
@@ -155,9 +156,9 @@ def check_told(file: TorchFile, name: str, options: Mapping[str, Any]) -> None:
         if wrong:
             raise CheckpointError(
                 f'{one_line(file.path)}: its {source} says '
-                f'{", ".join(f"{key} {told[key]}" for key in wrong)}, and its tensors '
-                f'{", ".join(f"{key} {found[key]}" for key in wrong)}: it is not the file that it '
-                'says it is; fetch it again, or take it as it is with --ignore-architecture'
+                f'{", ".join(f"{key} {told[key]}" for key in wrong)}, and its tensors say '
+                f'{", ".join(f"{key} {found[key]}" for key in wrong)}: the file is mislabelled or '
+                'was replaced; download it again, or load it regardless with --ignore-architecture'
             )
 
 
@@ -178,7 +179,11 @@ def choose_norm(
     return name, dict(options) | ({} if is_synced else {'norm': FROZEN})
 
 
-_BACKBONES = {'resnet50': 'r50', 'resnet101': 'r101', 'resnext101_32x4d': 'x101_32x4d'}
+def _short(backbone: str) -> str:
+    """mmdetection's name of a backbone: 'r50' of 'resnet50', 'x101_32x4d' of 'resnext101_32x4d'."""
+    return re.sub('^resnet', 'r', re.sub('^resnext', 'x', backbone.removeprefix('gc_')))
+
+
 _STYLE = re.compile(
     r'(?P<cascade>cascade[-_])?mask[-_]rcnn_(.*[-_])?(?P<backbone>[rx](18|34|50|101|152))'
     r'([-_](?P<groups>\d+x\d+d))?[-_].*fpn.*_\dx(_coco)?([_.-]|$)'

@@ -147,9 +147,9 @@ def test_a_canvas_pads_further(description, variables, landscape):
         small(landscape[0])
 
 
-@pytest.mark.parametrize('canvas', [100, (64, 96, 3), [(64, 0)], (64.0, 64), 'large'])
+@pytest.mark.parametrize('canvas', [100, (64, 96, 3), [(64, 0)], (64.0, 64), 'large', [64, 96], []])
 def test_a_canvas_that_cannot_be_is_refused(description, variables, canvas):
-    with pytest.raises(ConfigError, match='a canvas is a multiple of 32 pixels'):
+    with pytest.raises(ConfigError, match='a canvas is a multiple of 32 pixels|ambiguous'):
         Detector(description, variables, canvas=canvas)
 
 
@@ -190,13 +190,16 @@ def test_features_are_those_of_the_pyramid(detector, landscape):
         detector.features([image, photograph(80, 50)], 'p3')
 
 
-def test_features_that_are_not_finite_are_refused(detector, landscape):
+@pytest.mark.parametrize(
+    'place', [('neck', 'lateral1'), ('rpn_head', 'deltas'), ('box_head_0', 'shared2')]
+)
+def test_what_is_not_finite_is_refused(detector, landscape, place):
     """Scores that are no numbers would pass for 'no objects'."""
     damaged = copy.copy(detector)  # It keeps what is compiled.
     damaged.variables = jax.tree.map(lambda leaf: leaf, detector.variables)
-    lateral = damaged.variables['params']['neck']['lateral1']
-    lateral['kernel'] = jnp.full_like(lateral['kernel'], 3e38)
-    with pytest.raises(CheckpointError, match='not finite'):
+    module = damaged.variables['params'][place[0]][place[1]]
+    module['kernel'] = jnp.full_like(module['kernel'], 3e38)
+    with pytest.raises(CheckpointError, match='NaN or not finite'):
         damaged(landscape[0])
 
 

@@ -39,13 +39,13 @@ def shortcuts(shapes: Shapes) -> str:
 def _structure(shapes: Shapes) -> tuple:
     """What tells the registered networks apart.
 
-    That is (blocks of each stage, whether bottlenecks, inputs per group of the first 3x3, width of
-    the stem, kind of the shortcuts).
+    That is (blocks of each stage, whether bottlenecks, width and inputs per group of the first 3x3,
+    width of the stem, kind of the shortcuts).
     """
     return (
         stage_sizes(shapes, r'layer(\d+)\.(\d+)\.'),
         'layer1.0.conv3.weight' in shapes,
-        shapes.get('layer1.0.conv2.weight', (0, 0))[1],
+        tuple(shapes.get('layer1.0.conv2.weight', (0, 0))[:2]),
         shapes['conv1.weight'][0] if 'conv1.weight' in shapes else 0,
         shortcuts(shapes),
     )
@@ -59,5 +59,6 @@ def _structure_of(model: nn.Module) -> tuple | None:
     is_bottleneck = model.block is BottleneckBlock
     width = model.widths[0]
     inner = width * model.base_width // 64 if is_bottleneck else width
+    first = (inner * model.groups if is_bottleneck else width, inner)
     stem = width if model.stem != 'none' else 0
-    return tuple(model.stage_sizes), is_bottleneck, inner, stem, model.shortcut
+    return tuple(model.stage_sizes), is_bottleneck, first, stem, model.shortcut
