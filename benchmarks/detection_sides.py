@@ -48,7 +48,8 @@ BIASES = {
     r'conv_offset\.': (0, 0.7),
     '': (0, 0.2),
 }
-BACKGROUND = 17.0  # Added to the background's logit.
+# Added to the background's logit, so that there are fifty to a hundred detections.
+BACKGROUND = {r'bbox_head\.\d': 13.0, '': 17.0}
 
 
 def draw(name: str, shape: Sequence[int]) -> np.ndarray:
@@ -67,7 +68,7 @@ def draw(name: str, shape: Sequence[int]) -> np.ndarray:
         mean, spread = choose(BIASES)
         values = mean + spread * values
         if name.endswith('fc_cls.bias'):
-            values[-1] += BACKGROUND
+            values[-1] += choose(BACKGROUND)
     elif len(shape) in (1, 3):  # Norms; the third one of a bottleneck is added to the shortcut.
         values = (0.2 if name.endswith('bn3.weight') else 1.0) * (1 + 0.2 * values)
     else:
@@ -231,7 +232,7 @@ def theirs(flags: argparse.Namespace) -> Callable[[Clock], int]:
         return clocks[-1](part, function, *inputs, **options)
 
     heads = model.roi_head.mask_head
-    pasting = heads[0] if isinstance(heads, torch.nn.ModuleList) else heads
+    pasting = heads[-1] if isinstance(heads, torch.nn.ModuleList) else heads
     for part, owner, method in (
         ('backbone', model.backbone, 'forward'),
         ('neck', model.neck, 'forward'),

@@ -149,7 +149,7 @@ def test_a_canvas_pads_further(description, variables, landscape):
 
 @pytest.mark.parametrize('canvas', [100, (64, 96, 3), [(64, 0)], (64.0, 64), 'large', [64, 96], []])
 def test_a_canvas_that_cannot_be_is_refused(description, variables, canvas):
-    with pytest.raises(ConfigError, match='a canvas is a multiple of 32 pixels|ambiguous'):
+    with pytest.raises(ConfigError, match=r'a canvas is a multiple of 32 pixels|ambiguous'):
         Detector(description, variables, canvas=canvas)
 
 

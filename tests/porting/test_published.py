@@ -106,10 +106,14 @@ def test_names_of_other_files_of_mmdetection(tmp_path, name, told):
     ('old', 'new', 'says'),
     [
         ('', '', ''),
-        ('depth=50', 'depth=101', 'backbone r101, and its tensors backbone r50'),
+        ('depth=50', 'depth=101', 'backbone r101, and its tensors say backbone r50'),
         ("'ResNet'", "'ResNeXt', groups=64, base_width=4", 'backbone x50_64x4d, and'),
-        ('MaskRCNN', 'CascadeRCNN', 'heads Cascade Mask R-CNN, and its tensors heads Mask R-CNN'),
-        ('ContextBlock', 'NonLocal2d', 'context none, and its tensors context r16'),
+        (
+            'MaskRCNN',
+            'CascadeRCNN',
+            'heads Cascade Mask R-CNN, and its tensors say heads Mask R-CNN',
+        ),
+        ('ContextBlock', 'NonLocal2d', 'context none, and its tensors say context r16'),
         ('depth=50', "depth=50, dcn=dict(type='DCN')", 'convolutions deformable, and'),
     ],
 )
@@ -128,7 +132,7 @@ def test_another_ratio_in_the_config(tmp_path):
     configs = [PYTHON.replace('1. / 16', new) for new in ('1. / 4', '0.25', '1/4')]
     for config in (*configs, SORTED.replace('0.0625', '0.25')):
         file = named(tmp_path / 'a.pth', {'meta': {'config': config}})
-        with pytest.raises(CheckpointError, match='context r4, and its tensors context r16'):
+        with pytest.raises(CheckpointError, match='context r4, and its tensors say context r16'):
             check_told(file, 'gc_mask_rcnn_resnet50_fpn', {})
 
 
@@ -215,6 +219,18 @@ def test_a_file_of_2019_names_the_one_that_replaced_it(tmp_path, monkeypatch):
     assert load_named(path, 'gc_resnet50', num_classes=0).name == 'gc_resnet50'
 
 
+@pytest.mark.parametrize(
+    ('backbone', 'told'),
+    [('resnet18', 'r18'), ('gc_resnet152', 'r152'), ('resnext50_32x4d', 'x50_32x4d')],
+)
+def test_backbones_of_other_depths_are_no_contradiction(backbone, told, tmp_path):
+    path = tmp_path / f'mask_rcnn_{told}_fpn_1x_coco.pth'
+    options = {'backbone': backbone, 'context': None}
+    check_told(TorchFile(path, {}), 'mask_rcnn_resnet50_fpn', options)
+    with pytest.raises(CheckpointError, match=f'backbone {told}, and its tensors say backbone r34'):
+        check_told(TorchFile(path, {}), 'mask_rcnn_resnet50_fpn', {'backbone': 'resnet34'})
+
+
 def test_a_name_that_contradicts_its_tensors(tmp_path):
     wrong = 'cascade_mask_rcnn_x101_32x4d_fpn_syncbn-backbone_dconv_c3-c5_r4_gcb_c3-c5_1x_coco.pth'
     path = write_detector(tmp_path / wrong, shapes_of('r50_r16_landscape'))
@@ -222,7 +238,7 @@ def test_a_name_that_contradicts_its_tensors(tmp_path):
         load_torch(path)
     assert (
         'its name says backbone x101_32x4d, heads Cascade Mask R-CNN, convolutions deformable, '
-        'context r4, and its tensors backbone r50, heads Mask R-CNN, convolutions ordinary, '
+        'context r4, and its tensors say backbone r50, heads Mask R-CNN, convolutions ordinary, '
         'context r16: ' in str(caught.value)
     )
     assert '\n' not in str(caught.value)
