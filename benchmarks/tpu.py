@@ -29,7 +29,8 @@ from gcnet_jax.models import create_model, list_models
 from gcnet_jax.models.resnet import ResNet
 from gcnet_jax.planning.chips import topology_devices
 from gcnet_jax.planning.inference import compile_inference
-from gcnet_jax.planning.plan import Program, compile_step, describe
+from gcnet_jax.planning.plan import compile_step, describe
+from gcnet_jax.planning.program import Program
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'imagenet.py'
 DETECTORS, DETECTOR_SIZE = list_models(task='detection'), (800, 1344)

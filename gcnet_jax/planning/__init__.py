@@ -2,7 +2,8 @@
 
 from gcnet_jax.planning.chips import CHIPS, Chip, PlanError, parse_topology, prepare_process
 from gcnet_jax.planning.durations import announcer
-from gcnet_jax.planning.plan import Plan, Program, make_plan, make_plans
+from gcnet_jax.planning.plan import Plan, make_plan, make_plans
+from gcnet_jax.planning.program import Program
 from gcnet_jax.planning.report import format_plans, format_progress, plan_to_dict
 
 __all__ = [

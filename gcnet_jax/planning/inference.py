@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from gcnet_jax.planning.plan import Program, compile_lowered, placed
+from gcnet_jax.planning.program import Program, compile_lowered, placed
 
 
 def compile_inference(

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gcnet_jax.planning.chips import GIB
-from gcnet_jax.planning.plan import Plan, Program
+from gcnet_jax.planning.plan import Plan
+from gcnet_jax.planning.program import Program
 
 NOTE = """\
 Bounds from the TPU compiler, not measurements: no TPU was used. A step takes at least the time of

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from gcnet_jax.commands.config_files import load_config
 from gcnet_jax.planning.chips import CHIPS
 from gcnet_jax.planning.hlo import Collective, Traffic
-from gcnet_jax.planning.plan import Plan, Program
+from gcnet_jax.planning.plan import Plan
+from gcnet_jax.planning.program import Program
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
