@@ -191,6 +191,7 @@ def test_a_network_without_attention_is_refused(store, images, tmp_path, capsys)
     assert 'ResNet holds no block that attends' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_detectors_maps_are_drawn_without_the_padding(
     stored_detector, make, tmp_path, monkeypatch, quick_compilation
 ):

@@ -51,6 +51,7 @@ def run(checkpoint, *arguments):
     return main(['evaluate', '--checkpoint', str(checkpoint), *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_a_detector_is_judged_by_average_precision(stored_detector, annotated, tmp_path, capsys):
     out = tmp_path / 'report'
     assert run(stored_detector.directory, '--data', annotated, '--out', out) == 0

@@ -30,6 +30,7 @@ def run(stored_detector, folder, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_pooled_features_are_those_of_the_backbone_with_its_padding(stored_detector, run, folder):
     code, out, err = run('abc')
     assert (code, err) == (0, '')
