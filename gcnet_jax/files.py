@@ -210,21 +210,20 @@ def write_whole(path: str | os.PathLike, error: type[UserError]) -> Iterator[Pat
             partial.unlink(missing_ok=True)
 
 
-def make_directory(place: str | os.PathLike, what: str) -> Path:
+def make_directory(place: str | os.PathLike, what: str, error: type[UserError] = UserError) -> Path:
     """Makes a directory if need be, and returns its path.
 
     Args:
       place: The directory.
       what: The flag that named it, for errors.
-
-    Raises:
-      UserError: It cannot be made.
+      error: What to raise if it cannot be made.
     """
     path = as_path(place, what)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'cannot make the directory {one_line(path)}: {reason(error)}') from error
+    except OSError as problem:
+        message = f'cannot make the directory {one_line(path)}: {reason(problem)}'
+        raise error(message) from problem
     return path
 
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +13,10 @@ from jaxtyping import Float
 
 from gcnet_jax.data.coco import CocoSet
 from gcnet_jax.errors import ConfigError, DataError, one_line
-from gcnet_jax.files import as_path, reason, write_whole
 from gcnet_jax.inference.average_precision import CURVES, METRICS, average_precision
+from gcnet_jax.inference.report_files import write_report
 from gcnet_jax.tasks.instances import Instances
 
-REPORT_FILE = 'evaluation.json'
 PICTURE_FILE = 'precision_recall.png'
 # Classes that are listed as text, and names in a note.
 MAX_LISTED = 20
@@ -283,7 +281,8 @@ def format_coco_evaluation(evaluation: CocoEvaluation) -> str:
     """Lays a result out as text: the figures, and the classes from the worst to the best."""
     skipped = f' ({evaluation.skipped:,} left out)' if evaluation.skipped else ''
     lines = [
-        f'{evaluation.data} {evaluation.split}: {evaluation.examples:,} images{skipped}, '
+        f'{one_line(evaluation.data)} {one_line(evaluation.split)}: '
+        f'{evaluation.examples:,} images{skipped}, '
         f'{evaluation.objects:,} objects, {evaluation.detections:,} detections',
         _row('', 9, evaluation.metrics),
         *(
@@ -322,20 +321,8 @@ def write_coco_evaluation(evaluation: CocoEvaluation, directory: str | os.PathLi
     Raises:
       DataError: It cannot be written.
     """
-    directory = as_path(directory, '--out')
-    files = [directory / REPORT_FILE]
     figure = draw_precision(evaluation) if evaluation.objects else None
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f'cannot write into {one_line(directory)}: {reason(error)}') from error
-    with write_whole(files[0], DataError) as aside:
-        aside.write_text(json.dumps(evaluation.to_json(), indent=1) + '\n')
-    if figure is not None:
-        files.append(directory / PICTURE_FILE)
-        with write_whole(files[1], DataError) as aside:
-            figure.savefig(aside, format='png', dpi=120)
-    return files
+    return write_report(directory, evaluation.to_json(), PICTURE_FILE, figure)
 
 
 def draw_precision(evaluation: CocoEvaluation) -> Any:

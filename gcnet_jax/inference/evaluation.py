@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -17,10 +16,9 @@ from tqdm import tqdm
 from gcnet_jax.data.loader import Batches, evaluation_batches
 from gcnet_jax.data.sources import Source
 from gcnet_jax.errors import DataError, changed_names, one_line
-from gcnet_jax.files import make_directory, write_whole
 from gcnet_jax.inference.classifier import LOGITS, Classifier, check_finite
+from gcnet_jax.inference.report_files import write_report
 
-REPORT_FILE = 'evaluation.json'
 PICTURE_FILE = 'confusion.png'
 # More names than this cannot be read along the axes of a picture.
 MAX_NAMED_CLASSES = 60
@@ -242,16 +240,8 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> li
     Raises:
       DataError: It cannot be written.
     """
-    directory = make_directory(directory, '--out')
-    report, picture = directory / REPORT_FILE, directory / PICTURE_FILE
     figure = None if evaluation.confusion is None else draw_confusion(evaluation)
-    with write_whole(report, DataError) as aside:
-        aside.write_text(json.dumps(evaluation.to_json(), indent=1) + '\n')
-    if figure is None:
-        return [report]
-    with write_whole(picture, DataError) as aside:
-        figure.savefig(aside, format='png', dpi=120)
-    return [report, picture]
+    return write_report(directory, evaluation.to_json(), PICTURE_FILE, figure)
 
 
 def draw_confusion(evaluation: Evaluation) -> Any:

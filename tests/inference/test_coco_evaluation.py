@@ -340,7 +340,7 @@ def test_a_file_that_cannot_be_written(load, tmp_path, read_only):
     evaluation = evaluate_instances(data, LABELS, perfect(data))
     with pytest.raises(DataError, match=read_only):
         write_coco_evaluation(evaluation, tmp_path)
-    with pytest.raises(DataError, match='cannot write into'):
+    with pytest.raises(DataError, match='cannot make the directory'):
         write_coco_evaluation(evaluation, tmp_path / 'images/2.png')
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcnet_jax.errors import CheckpointError, DataError, UserError
+from gcnet_jax.errors import CheckpointError, DataError
 from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.inference.evaluation import (
     Evaluation,
@@ -199,7 +199,7 @@ def test_the_report_is_whole_and_its_picture_opens(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='cannot make the directory'):
+    with pytest.raises(DataError, match='cannot make the directory'):
         write_evaluation(made(), tmp_path / 'file')
 
 
