@@ -16,14 +16,13 @@ from gcnet_jax.errors import CheckpointError, ConfigError, DataError, one_line, 
 from gcnet_jax.inference.batches import Inputs
 from gcnet_jax.inference.images import LeftOut, list_images, load_keeping_ratio
 from gcnet_jax.inference.stored_network import StoredNetwork
+from gcnet_jax.models.roi_heads import SCORE_THRESHOLD
 from gcnet_jax.tasks.instances import Instances
 
 # What makes the Instances of an image.
-DETECTIONS = ('boxes', 'scores', 'labels', 'valid', 'masks', 'original_size', 'finite')
+INSTANCE_OUTPUTS = ('boxes', 'scores', 'labels', 'valid', 'masks', 'original_size', 'finite')
 # Outputs about objects, which are not features of an image.
-NO_LAYERS = {*DETECTIONS, 'proposals'}
-# Below it the network itself drops what it finds.
-LOWEST_SCORE = 0.05
+NO_LAYERS = {*INSTANCE_OUTPUTS, 'proposals'}
 
 
 class Detector(StoredNetwork):
@@ -66,7 +65,7 @@ class Detector(StoredNetwork):
         self,
         images: Any,
         *,
-        threshold: float = LOWEST_SCORE,
+        threshold: float = SCORE_THRESHOLD,
         classes: Collection[str] | None = None,
     ) -> Instances | list[Instances]:
         """Finds the objects in one image or several.
@@ -87,7 +86,7 @@ class Detector(StoredNetwork):
         """
         self._check_choice(threshold, classes)
         listed, single = list_images(images)
-        rows = self.compute_all(listed, DETECTIONS)
+        rows = self.compute_all(listed, INSTANCE_OUTPUTS)
         found = [self._instances(row, threshold, classes) for row in rows]
         return found[0] if single else found
 
@@ -95,7 +94,7 @@ class Detector(StoredNetwork):
         self,
         source: Any,
         *,
-        threshold: float = LOWEST_SCORE,
+        threshold: float = SCORE_THRESHOLD,
         classes: Collection[str] | None = None,
         num_threads: int | None = None,
         left_out: LeftOut | None = None,
@@ -114,7 +113,9 @@ class Detector(StoredNetwork):
           none.
         """
         self._check_choice(threshold, classes)
-        rows = self.stream_outputs(source, DETECTIONS, num_threads=num_threads, left_out=left_out)
+        rows = self.stream_outputs(
+            source, INSTANCE_OUTPUTS, num_threads=num_threads, left_out=left_out
+        )
         return self._stream(rows, threshold, classes)
 
     def _stream(

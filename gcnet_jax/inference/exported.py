@@ -25,12 +25,12 @@ Images = UInt8[Array, 'batch height width 3']
 Probabilities = Float[Array, 'batch classes']
 
 # Outputs of a detector's function, in words.
-DETECTIONS = {
+OUTPUT_NOTES = {
     'boxes': 'float32 [batch, object, left top right bottom], in pixels of the canvas',
     'scores': 'float32 [batch, object], falling',
     'labels': 'int32 [batch, object]: index into label_names',
     'valid': 'bool [batch, object]: False where there are fewer objects than places',
-    'masks': 'float32 [batch, object, 28, 28]: how likely each cell of the box is of the object',
+    'masks': 'float32 [batch, object, 28, 28]: probability of each cell of the box',
 }
 
 
@@ -126,7 +126,7 @@ def _of_detector(detector: Detector, size: Size | None) -> Exported:
             'original_size': size[None],
         }
         outputs = detector.compute(variables, inputs)
-        return {name: outputs[name][0] for name in DETECTIONS}
+        return {name: outputs[name][0] for name in OUTPUT_NOTES}
 
     def detect(images: Images, sizes: Int[Array, 'batch 2']) -> dict[str, Array]:
         # One after the other: then their number need not be known.
@@ -138,14 +138,14 @@ def _of_detector(detector: Detector, size: Size | None) -> Exported:
         detect,
         _any_batch_of(((height, width, 3), jnp.uint8), ((2,), jnp.int32)),
         {
-            'images': f'uint8 [batch, {height}, {width}, RGB]: resized, at the top left; 0 else',
+            'images': f'uint8 [batch, {height}, {width}, RGB]: at the top left, zeros elsewhere',
             'sizes': 'int32 [batch, 2]: height and width of each image on its canvas',
         },
-        DETECTIONS,
+        OUTPUT_NOTES,
         {
             'resize': f'bilinearly, without antialiasing, by min({short} / min(h, w), {long} / '
             f'max(h, w), {height} / h, {width} / w), rounded to whole pixels; divide the boxes by '
-            'what that made of each side'
+            'the resulting scale of each side'
         },
     )
 

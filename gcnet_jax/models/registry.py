@@ -90,6 +90,12 @@ def _with_backbone(
             unknown_name(f'backbone of {entry.name}', name, list_models(task='classification'))
         )
     of_backbone = {key: value for key, value in options.items() if key not in own}
+    # The backbone has no classifier, which alone reads a dropout rate.
+    known = module_options(model_entry(name).module.func).keys() - {'dropout_rate'}
+    for option in sorted(of_backbone.keys() - known):
+        raise ConfigError(
+            unknown_name(f'option of {entry.name} over {name}', option, {*own, *known})
+        )
     if 'dtype' in options:
         of_backbone['dtype'] = options['dtype']
     backbone = create_model(name, num_classes=0, **of_backbone)

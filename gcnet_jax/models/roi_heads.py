@@ -14,7 +14,7 @@ from gcnet_jax.ops.nms import pick_best, separate
 
 BOX_SIZE, MASK_SIZE = 7, 14
 # Detections of an image, the lowest score of one, and the largest overlap of two of one class.
-DETECTIONS, SCORE_THRESHOLD, OVERLAP_THRESHOLD = 100, 0.05, 0.5
+MAX_DETECTIONS, SCORE_THRESHOLD, OVERLAP_THRESHOLD = 100, 0.05, 0.5
 
 
 class Detections(NamedTuple):
@@ -146,7 +146,7 @@ def detect(
         labels = jnp.tile(jnp.arange(classes), len(boxes))
         moved = separate(decoded, labels, candidates)
         best, found = pick_best(
-            moved, scores.reshape(-1), candidates, OVERLAP_THRESHOLD, DETECTIONS
+            moved, scores.reshape(-1), candidates, OVERLAP_THRESHOLD, MAX_DETECTIONS
         )
         return Detections(
             jnp.where(found[:, None], decoded[best], 0),

@@ -1,4 +1,4 @@
-"""The published detectors: what their names and their training configs say, and which to take.
+"""The published detectors: what their names and training configs say, and which were replaced.
 
 Sources: `configs/gcnet/metafile.yml` of mmdetection 3.3.0 for the files of version 2 and later, and
 the README of the official repository for those of 2019. The last eight digits of a name are the
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from gcnet_jax.errors import CheckpointError, one_line
+from gcnet_jax.models.detectors import FROZEN
 from gcnet_jax.models.mask_rcnn import MaskRCNN
 from gcnet_jax.models.registry import list_models, model_entry
 from gcnet_jax.porting.families.rules import Family
 from gcnet_jax.porting.files import TorchFile
 
 SYNCBN = '_syncbn'
-FROZEN = {'kind': 'frozen'}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,6 +51,13 @@ def test_dtype_by_name_is_the_dtype():
         ('resnet50', {'context': 'gc'}, "context must be a mapping .* got 'gc'"),
         ('resnet50', {'context': [1]}, 'each entry must be a mapping, got 1'),
         ('resnet50', {'context': {'position': 'after_conv3'}}, 'global_context needs stages'),
+        (
+            'mask_rcnn_resnet50_fpn',
+            {'box_chanels': 3},
+            "over resnet50 'box_chanels'.*'box_channels'",
+        ),
+        ('mask_rcnn_resnet50_fpn', {'dropout_rate': 0.5}, "over resnet50 'dropout_rate'"),
+        ('mask_rcnn_resnet50_fpn', {'backbone': 'resnet5'}, 'unknown backbone of mask_rcnn'),
     ],
 )
 def test_wrong_names_and_options_are_refused(name, options, message):

@@ -17,7 +17,7 @@ from gcnet_jax.data import keep_ratio
 from gcnet_jax.data.on_device import normalize
 from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.models.mask_rcnn import STDS, STRIDES
-from gcnet_jax.models.roi_heads import BOX_SIZE, DETECTIONS, Detections, detect
+from gcnet_jax.models.roi_heads import BOX_SIZE, MAX_DETECTIONS, Detections, detect
 from gcnet_jax.models.rpn import PROPOSALS, anchor_boxes, propose
 from gcnet_jax.ops.boxes import decode_deltas
 from gcnet_jax.porting import port, port_reverse
@@ -212,8 +212,8 @@ def test_the_same_proposals_and_detections(pair):
     pyramid = [kept[f'p{k}'] for k in LEVELS]
     count = len(kept['labels'])
     theirs = Detections(
-        *(filled(kept[name], DETECTIONS)[None] for name in ('boxes', 'scores', 'labels')),
-        valid=(np.arange(DETECTIONS) < count)[None],
+        *(filled(kept[name], MAX_DETECTIONS)[None] for name in ('boxes', 'scores', 'labels')),
+        valid=(np.arange(MAX_DETECTIONS) < count)[None],
     )
     values = np.asarray(parts(masks, pyramid, theirs)[0, :count])
     assert close(values, kept['masks']) < 1e-5
