@@ -14,18 +14,18 @@ from gcnet_jax.files import make_directory
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         'evaluate',
-        help='accuracy, loss and confusions on a data set; of a detector average precision',
+        help='accuracy, loss and confusions on a data set; for a detector, average precision',
     )
     add_checkpoint_flags(evaluate)
     evaluate.add_argument(
         '--data',
         required=True,
-        help="what config.data.name says; of a detector a folder in COCO's format",
+        help="what config.data.name says; for a detector, a folder in COCO's format",
     )
     evaluate.add_argument(
         '--split',
         help="such as 'test' or 'train[:10%%]'; default: test, or validation where there is none; "
-        'of a detector the SPLIT of its annotation file instances_SPLIT.json',
+        'for a detector, the SPLIT of its annotation file instances_SPLIT.json',
     )
     evaluate.add_argument('--data-dir', help="where data sets live; default: TFDS's directory")
     evaluate.add_argument(

@@ -29,7 +29,7 @@ def add_checkpoint_flags(command: argparse.ArgumentParser) -> None:
         '--choose', choices=('best', 'newest'), default='best', help='of several checkpoints'
     )
     command.add_argument(
-        '--batch-size', type=int, help='images at once; default: 32, of a detector 1'
+        '--batch-size', type=int, help='images at once; default: 32, or 1 for a detector'
     )
     command.add_argument(
         '--dtype', choices=('float32', 'bfloat16'), help='of the computation; default: as trained'

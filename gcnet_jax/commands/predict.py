@@ -23,20 +23,22 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
     predict = commands.add_parser('predict', help='what is in these images')
     add_checkpoint_flags(predict)
     predict.add_argument('images', nargs='+', metavar='IMAGE', help=IMAGES_HELP)
-    predict.add_argument('--json', action='store_true', help='one JSON object a line and image')
     predict.add_argument(
-        '--top-k', type=int, help=f'of a classifier: labels per image; default: {TOP_K}'
+        '--json', action='store_true', help='one JSON object per image, one per line'
+    )
+    predict.add_argument(
+        '--top-k', type=int, help=f'classifiers only: labels per image; default: {TOP_K}'
     )
     predict.add_argument(
         '--threshold',
         type=float,
-        help=f'of a detector: lowest score of an object; default: {THRESHOLD}',
+        help=f'detectors only: lowest score of an object; default: {THRESHOLD}',
     )
     predict.add_argument(
-        '--classes', nargs='+', metavar='LABEL', help='of a detector: labels that are wanted'
+        '--classes', nargs='+', metavar='LABEL', help='detectors only: labels that are wanted'
     )
     predict.add_argument(
-        '--draw', metavar='DIR', help='of a detector: write NAME.png with boxes and masks there'
+        '--draw', metavar='DIR', help='detectors only: write NAME.png with boxes and masks there'
     )
     predict.set_defaults(run=_predict)
 

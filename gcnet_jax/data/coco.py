@@ -142,8 +142,9 @@ def _find_file(root: Path, split: str | None) -> tuple[str, Path]:
             'instances_*.json, annotations/instances.json and instances.json'
         )
     if len(files) > 1:
+        alone = '' if '' not in files else f'; {PLAIN_FILE} is read only where it is alone'
         raise ConfigError(
-            f'{one_line(root)} has annotations of several splits, {_listed(files)}; choose one'
+            f'{one_line(root)} has annotations of several splits, {_listed(files)}; choose one{alone}'
         )
     return next(iter(files.items()))
 

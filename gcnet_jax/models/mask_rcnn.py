@@ -87,11 +87,10 @@ class MaskRCNN(nn.Module):
 
         Returns:
           The backbone's outputs; the pyramid's maps 'p2' to 'p6', at strides 4 to 64; 'proposals',
-          the boxes of the proposal network; of each detection, best first, 'boxes' (corners in
-          pixels of `images`), 'scores', 'labels', 'valid' (False where there are fewer detections
-          than places) and 'masks', the probability of every pixel of a 28 x 28 grid over its box to
-          be of the object; and 'finite', whether pyramid, logits and deltas of an image are finite:
-          where they are not, objects are missing.
+          the boxes of the proposal network. For each detection, best first: 'boxes' (corners in
+          pixels of `images`), 'scores', 'labels', 'valid' (False for unused places) and 'masks' (on
+          a 28 x 28 grid over the box, the probability that each cell belongs to the object). And
+          'finite': whether an image's pyramid, logits and deltas are; if not, objects are missing.
         """
         if image_sizes is None:
             size = jnp.asarray(images.shape[1:3], jnp.float32)
@@ -217,7 +216,7 @@ def maps_by_stride(outputs: Mapping[str, Array], size: tuple[int, int]) -> list[
     if any(features is None for features in maps):
         found = ', '.join(f'{name} {format_size(v.shape[1:3])}' for name, v in stages.items())
         raise ConfigError(
-            f'a detector needs a backbone with maps at strides {STRIDES[:4]}; this one makes of an '
-            f'image of {format_size(size)} pixels {found}'
+            f'a detector needs a backbone with maps at strides 4, 8, 16 and 32; for an image of '
+            f'{format_size(size)} pixels this one has {found}'
         )
     return maps
