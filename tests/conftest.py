@@ -89,7 +89,7 @@ def stored(tmp_path_factory, random_variables):
     """A checkpoint of a small network with context blocks."""
     # Here, because most tests need neither.
     from gcnet_jax.data.preprocessing import Preprocessing
-    from gcnet_jax.stored import ModelDescription, write_ported
+    from gcnet_jax.stored import ModelDescription
 
     preprocessing = Preprocessing(
         mean=(0.4, 0.5, 0.6),
@@ -99,24 +99,14 @@ def stored(tmp_path_factory, random_variables):
         test_size=12,
     )
     description = ModelDescription('gccnn', OPTIONS, LABELS, preprocessing, 'a test')
-    directory = tmp_path_factory.mktemp('stored') / 'network'
-    variables = random_variables(
-        description.build(), np.zeros((1, 12, 12, 3), np.float32), train=False
-    )
-    write_ported(directory, description, variables)
-    return types.SimpleNamespace(
-        directory=directory,
-        description=description,
-        variables=variables,
-        one_device=jax.devices()[:1],
-    )
+    return _write(description, (12, 12), tmp_path_factory, random_variables)
 
 
 @pytest.fixture(scope='session')
 def stored_detector(tmp_path_factory, random_variables):
     """A checkpoint of a small detector with context blocks, for images up to 64 x 96 pixels."""
     from gcnet_jax.data.preprocessing import KeepRatio
-    from gcnet_jax.stored import ModelDescription, write_ported
+    from gcnet_jax.stored import ModelDescription
 
     options = {
         'backbone': 'gc_resnet18',
@@ -131,10 +121,45 @@ def stored_detector(tmp_path_factory, random_variables):
     )
     name, labels = 'mask_rcnn_resnet50_fpn', ('ant', 'bee', 'cat')
     description = ModelDescription(name, options, labels, preprocessing, 'a test', 'detection')
-    directory = tmp_path_factory.mktemp('stored') / 'detector'
-    variables = random_variables(
-        description.build(), np.zeros((1, 64, 96, 3), np.float32), train=False
+    return _write(description, (64, 96), tmp_path_factory, random_variables)
+
+
+@pytest.fixture(scope='session')
+def certain_detector(tmp_path_factory, random_variables):
+    """A smaller one with large logits: of random ones none is certain enough for an object."""
+    from gcnet_jax.data.preprocessing import KeepRatio
+    from gcnet_jax.stored import ModelDescription
+
+    options = {
+        'backbone': 'gc_resnet18',
+        'norm': None,
+        'widths': (4, 4, 8, 8),
+        'context': {'block': 'global_context', 'stages': (3,), 'position': 'after_conv2'},
+        'channels': 8,
+        'box_channels': 16,
+        'num_classes': 3,
+    }
+    description = ModelDescription(
+        *('mask_rcnn_resnet50_fpn', options, ('ant', 'bee', 'cat')),
+        KeepRatio(short_side=64, long_side=96),
+        task='detection',
     )
+
+    def variables_of(*inputs, **named):
+        variables = random_variables(*inputs, **named)
+        logits = variables['params']['box_head_0']['logits']
+        logits['kernel'] = 20 * np.asarray(logits['kernel'])
+        return variables
+
+    return _write(description, (64, 64), tmp_path_factory, variables_of)
+
+
+def _write(description, size, tmp_path_factory, random_variables):
+    from gcnet_jax.stored import write_ported
+
+    directory = tmp_path_factory.mktemp('stored') / 'network'
+    images = np.zeros((1, *size, 3), np.float32)
+    variables = random_variables(description.build(), images, train=False)
     write_ported(directory, description, variables)
     return types.SimpleNamespace(
         directory=directory,

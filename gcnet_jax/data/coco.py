@@ -144,7 +144,8 @@ def _find_file(root: Path, split: str | None) -> tuple[str, Path]:
     if len(files) > 1:
         alone = '' if '' not in files else f'; {PLAIN_FILE} is read only where it is alone'
         raise ConfigError(
-            f'{one_line(root)} has annotations of several splits, {_listed(files)}; choose one{alone}'
+            f'{one_line(root)} has annotations of several splits, {_listed(files)}; choose one'
+            f'{alone}'
         )
     return next(iter(files.items()))
 

@@ -2,42 +2,14 @@
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from gcnet_jax.__main__ import main
 from gcnet_jax.commands.common import EXIT_SOME_IMAGES_FAILED
-from gcnet_jax.data.preprocessing import KeepRatio
-from gcnet_jax.stored import ModelDescription, write_ported
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
-LABELS = ('ant', 'bee', 'cat')
-
-
-@pytest.fixture(scope='module')
-def checkpoint(tmp_path_factory, random_variables):
-    options = {
-        'backbone': 'gc_resnet18',
-        'widths': (4, 4, 8, 8),
-        'context': None,
-        'norm': None,
-        'num_classes': 3,
-        'channels': 8,
-        'box_channels': 16,
-    }
-    description = ModelDescription(
-        *('mask_rcnn_resnet50_fpn', options, LABELS),
-        KeepRatio(short_side=64, long_side=64),
-        task='detection',
-    )
-    variables = random_variables(description.build(), jnp.zeros((1, 64, 64, 3)), train=False)
-    logits = variables['params']['box_head_0']['logits']
-    logits['kernel'] = 20 * np.asarray(logits['kernel'])
-    directory = tmp_path_factory.mktemp('detector') / 'network'
-    write_ported(directory, description, variables)
-    return directory
 
 
 @pytest.fixture(scope='module')
@@ -76,9 +48,11 @@ def coco(tmp_path_factory):
 
 
 @pytest.fixture
-def run(checkpoint, capsys):
+def run(certain_detector, capsys):
     def call(command, *arguments):
-        code = main([command, '--checkpoint', str(checkpoint), *map(str, arguments)])
+        code = main(
+            [command, '--checkpoint', str(certain_detector.directory), *map(str, arguments)]
+        )
         captured = capsys.readouterr()
         return code, captured.out.splitlines(), captured.err.splitlines()
 

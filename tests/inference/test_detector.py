@@ -9,25 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError
 from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.inference.detector import Detector
 from gcnet_jax.inference.load import load_network
-from gcnet_jax.stored import ModelDescription, write_ported
+from gcnet_jax.stored import write_ported
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 LABELS = ('ant', 'bee', 'cat')
-NAME = 'mask_rcnn_resnet50_fpn'
-OPTIONS = {
-    'backbone': 'gc_resnet18',
-    'widths': (4, 4, 8, 8),
-    'context': {'block': 'global_context', 'stages': (3,), 'position': 'after_conv2'},
-    'norm': None,
-    'num_classes': 3,
-    'channels': 8,
-    'box_channels': 16,
-}
 
 
 def photograph(height, width, seed=0):
@@ -39,19 +28,13 @@ def photograph(height, width, seed=0):
 
 
 @pytest.fixture(scope='module')
-def description():
-    return ModelDescription(
-        NAME, OPTIONS, LABELS, KeepRatio(short_side=64, long_side=96), task='detection'
-    )
+def description(certain_detector):
+    return certain_detector.description
 
 
 @pytest.fixture(scope='module')
-def variables(description, random_variables):
-    variables = random_variables(description.build(), jnp.zeros((1, 64, 64, 3)), train=False)
-    # Of random logits none is certain; certain ones make objects.
-    logits = variables['params']['box_head_0']['logits']
-    logits['kernel'] = 20 * np.asarray(logits['kernel'])
-    return variables
+def variables(certain_detector):
+    return certain_detector.variables
 
 
 @pytest.fixture(scope='module')
