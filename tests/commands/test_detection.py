@@ -105,6 +105,8 @@ def test_evaluate_reports_average_precision_and_what_was_left_out(run, coco, tmp
         (('predict', 'a.png', '--classes', 'ape'), "unknown label 'ape'"),
         (('predict', 'a.png', '--threshold', 2), 'threshold must be from 0 to 1'),
         (('evaluate', '--data', 'nowhere'), 'nowhere'),
+        # Before the evaluation, not after hours of it.
+        (('evaluate', '--data', 'nowhere', '--out', __file__), 'cannot make the directory'),
         (('evaluate', '--data', '.', '--data-dir', 'x'), '--data-dir has no meaning'),
     ],
 )

@@ -335,6 +335,19 @@ def test_nothing_to_find_gives_no_picture(load, annotations, tmp_path):
     assert 'NaN' not in report.read_text()
 
 
+def test_labels_of_one_name_are_one_class(load):
+    """As ImageNet has two classes called 'crane': objects of both count."""
+    data = load()
+    twice = ('person', 'bicycle', 'dog', 'dog')
+    predictions = [
+        (number, dataclasses.replace(found, classes=np.where(found.classes == 2, 3, found.classes)))
+        for number, found in perfect(data)
+    ]
+    evaluation = evaluate_instances(data, twice, predictions)
+    assert evaluation.metrics['box']['AP'] == pytest.approx(1)
+    assert [result.label for result in evaluation.classes] == ['dog', 'person']
+
+
 def test_a_file_that_cannot_be_written(load, tmp_path, read_only):
     data = load()
     evaluation = evaluate_instances(data, LABELS, perfect(data))

@@ -206,3 +206,10 @@ def test_size_sets_the_limits_of_the_sides(description, variables, tmp_path):
     assert detector.load_image(photograph(48, 96))['image'].shape == (32, 64, 3)
     with pytest.raises(ConfigError, match='short_side is 50 and long_side 40'):
         Detector.load(tmp_path / 'detector', size=(50, 40))
+
+
+def test_more_padded_sizes_than_are_compiled_are_answered_with_the_canvas(detector, landscape):
+    full = copy.copy(detector)
+    full._image_sizes = {(side, side) for side in range(detector.max_image_sizes)}
+    with pytest.raises(ConfigError, match=r'at most 128 sizes.*option canvas'):
+        full(landscape[0])

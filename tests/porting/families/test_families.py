@@ -5,8 +5,10 @@ from pathlib import Path
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models import create_model
 from gcnet_jax.models.mask_rcnn import MaskRCNN
 from gcnet_jax.porting import families
@@ -20,6 +22,7 @@ from gcnet_jax.porting.families import (
     timm_efficientnet,
     torchvision,
 )
+from gcnet_jax.porting.families.resnet import plain_network
 from gcnet_jax.porting.families.rules import under
 from gcnet_jax.porting.names import KINDS, pair_by_rules, pair_names
 
@@ -133,3 +136,18 @@ def test_every_file_that_defines_a_family_is_in_the_list():
 @pytest.mark.parametrize('family', FAMILIES, ids=lambda family: family.library)
 def test_every_rule_is_of_a_known_kind(family):
     assert {rule.kind for rule in family.rules('', '')} <= {*KINDS}
+
+
+def test_cardinalities_of_a_resnext_are_told_apart():
+    """32x4d and 64x4d have as many inputs per group; only the width of the 3x3 differs."""
+    model = create_model('resnext101_32x4d', num_classes=0)
+    targets = variable_shapes(model)
+    pairings, _ = pair_names(torchvision.FAMILY, targets)
+    shapes = {
+        pairing.theirs: pairing.leaf.to_theirs(np.empty(targets[pairing.ours].shape)).shape
+        for pairing in pairings
+    }
+    assert plain_network(shapes) == 'resnext101_32x4d'
+    shapes['layer1.0.conv2.weight'] = (256, 4, 3, 3)
+    with pytest.raises(CheckpointError, match='no registered network'):
+        plain_network(shapes)
