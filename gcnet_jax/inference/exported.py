@@ -31,6 +31,7 @@ OUTPUT_NOTES = {
     'labels': 'int32 [batch, object]: index into label_names',
     'valid': 'bool [batch, object]: False where there are fewer objects than places',
     'masks': 'float32 [batch, object, 28, 28]: probability of each cell of the box',
+    'finite': 'bool [batch]: False where numbers overflowed, so that objects are missing',
 }
 
 

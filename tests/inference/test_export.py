@@ -158,6 +158,7 @@ def test_a_detector_finds_the_same_in_any_number_of_images(
         np.testing.assert_array_equal(found['labels'][row][valid], expected.classes)
         masks = expected.mask_probabilities
         np.testing.assert_allclose(found['masks'][row][valid], masks, atol=1e-4)
+        assert found['finite'][row]
 
 
 def test_what_a_detector_takes_and_gives_lies_beside_it(exported_detector):
@@ -168,6 +169,7 @@ def test_what_a_detector_takes_and_gives_lies_beside_it(exported_detector):
     artifact = jax_export.deserialize(bytearray(exported_detector.read_bytes()))
     outputs = jax.tree.unflatten(artifact.out_tree, artifact.out_avals)
     assert notes['outputs'].keys() == outputs.keys()
+    assert notes['outputs'].pop('finite').startswith(f'{outputs["finite"].dtype} [batch]')
     for name, note in notes['outputs'].items():
         assert note.startswith(f'{outputs[name].dtype} [batch, object'), name
     assert 'min(64 / min(h, w), 96 / max(h, w), 96 / h, 96 / w)' in notes['resize']
