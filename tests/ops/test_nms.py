@@ -65,6 +65,14 @@ def test_groups_do_not_suppress_each_other():
     assert np.asarray(best)[np.asarray(found)].tolist() == expected
 
 
+def test_groups_are_moved_by_the_largest_valid_coordinate_and_one():
+    """mmcv's offset to the bit: its rounding decides overlaps near the threshold."""
+    boxes, _, groups, valid = crowd(50, 3, groups=4)
+    boxes[~valid] += 1000
+    offset = groups.astype(np.float32) * (boxes[valid].max() + np.float32(1))
+    np.testing.assert_array_equal(nms.separate(boxes, groups, valid), boxes + offset[:, None])
+
+
 def test_a_chain_that_needs_a_round_for_every_box():
     """Each box overlaps the next: every other one stays."""
     left = 6 * np.arange(40, dtype=np.float32)
