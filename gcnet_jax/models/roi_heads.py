@@ -25,14 +25,14 @@ class Detections(NamedTuple):
       scores: Probability of the label.
       labels: Class, from 0.
       valid: False where there are fewer detections than places.
-      finite: Whether the image's logits and deltas are; where they are not, objects are missing.
+      finite: Whether the image's logits and boxes are; where they are not, objects are missing.
     """
 
     boxes: Float[Array, '*batch n 4']
     scores: Float[Array, '*batch n']
     labels: Int[Array, '*batch n']
     valid: Bool[Array, '*batch n']
-    finite: Bool[Array, '*batch'] | bool = True
+    finite: Bool[Array, '*batch']
 
 
 class BoxHead(nn.Module):
@@ -153,7 +153,8 @@ def detect(
             jnp.where(found, scores.reshape(-1)[best], 0),
             jnp.where(found, labels[best], 0),
             found,
-            all_finite(logits[None])[0] & all_finite(deltas[None])[0],
+            # The boxes too: those of a cascade come from the deltas of an earlier stage.
+            jnp.stack([all_finite(part[None])[0] for part in (boxes, logits, deltas)]).all(),
         )
 
     return jax.vmap(of_image)(boxes, valid, logits, deltas, image_sizes)

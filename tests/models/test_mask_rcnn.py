@@ -144,7 +144,7 @@ def test_masks_are_computed_for_chunks_that_hold_a_detection(random_variables):
     boxes = np.tile(np.float32([[4, 8, 40, 50]]), (1, 100, 1))
     valid = (np.arange(100) < 13)[None]  # One chunk of ten, and three places of the next.
     labels = np.arange(100)[None] % 3
-    detections = Detections(boxes, np.ones((1, 100), np.float32), labels, valid)
+    detections = Detections(boxes, np.ones((1, 100), np.float32), labels, valid, np.array([True]))
 
     @jax.jit
     def compute(images):

@@ -214,6 +214,7 @@ def test_the_same_proposals_and_detections(pair):
     theirs = Detections(
         *(filled(kept[name], MAX_DETECTIONS)[None] for name in ('boxes', 'scores', 'labels')),
         valid=(np.arange(MAX_DETECTIONS) < count)[None],
+        finite=np.array([True]),
     )
     values = np.asarray(parts(masks, pyramid, theirs)[0, :count])
     assert close(values, kept['masks']) < 1e-5
