@@ -47,14 +47,8 @@ class Preprocessing:
             )
         for name in ('train_size', 'test_size'):
             size = getattr(self, name)
-            if not _is_size(size):
-                raise ConfigError(
-                    f'{name} must be a whole number from 1 to {MAX_SIZE} or a pair of them, height '
-                    f'and width, got {one_line(repr(size), 80)}'
-                )
-            if isinstance(size, tuple) and size[0] == size[1]:
-                # One way to say it, so that descriptions of the same images are equal.
-                object.__setattr__(self, name, size[0])
+            _check_size(name, size)
+            object.__setattr__(self, name, _canonical(size))
 
     def with_size(self, size: Size) -> 'Preprocessing':
         """Returns the same with other sizes of images at inference."""
@@ -73,7 +67,7 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class KeepRatio:
-    """What a detector expects of its images: whole, in their own ratio, padded on two sides.
+    """What a detector or a segmenter expects of its images: whole, in their own ratio, padded.
 
     An image is resized until a side reaches its limit, normalised, and padded with zeros on the
     right and at the bottom (mmdetection's `Resize(keep_ratio=True)` and `Pad`).
@@ -82,6 +76,8 @@ class KeepRatio:
       mean, std: A value a channel, on the scale where 255 is 1.
       short_side, long_side: Limits of the resized image's sides, in pixels.
       multiple_of: Height and width of the padded image are the next multiples of it.
+      train_size: Height and width of the crops that a segmenter is trained on, in pixels; one
+        number for a square; None for what is not trained on crops.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -89,6 +85,7 @@ class KeepRatio:
     short_side: int = 800
     long_side: int = 1333
     multiple_of: int = 32
+    train_size: Size | None = None
 
     def __post_init__(self):
         _check_statistics(self)
@@ -104,6 +101,9 @@ class KeepRatio:
                 f'short_side is {self.short_side} and long_side {self.long_side}; '
                 'the short side cannot be the longer one'
             )
+        if self.train_size is not None:
+            _check_size('train_size', self.train_size)
+            object.__setattr__(self, 'train_size', _canonical(self.train_size))
 
     def with_size(self, size: Size) -> 'KeepRatio':
         """Returns the same with other limits: of the short side, or of the short and the long one.
@@ -118,6 +118,11 @@ class KeepRatio:
         if isinstance(size, int):
             size = (size, min(MAX_SIZE, round(size * self.long_side / self.short_side)))
         return dataclasses.replace(self, short_side=size[0], long_side=size[1])
+
+    @property
+    def train_shape(self) -> tuple[int, int]:
+        """Height and width of training crops in pixels."""
+        return height_and_width(self.train_size)
 
     @property
     def test_shape(self) -> tuple[int, int]:
@@ -143,6 +148,19 @@ def _check_statistics(preprocessing: Any) -> None:
                 f'{name} must be three {"positive " if name == "std" else ""}numbers on the '
                 f'scale where 255 is 1, got {one_line(repr(values), 80)}'
             )
+
+
+def _check_size(name: str, size: Any) -> None:
+    if not _is_size(size):
+        raise ConfigError(
+            f'{name} must be a whole number from 1 to {MAX_SIZE} or a pair of them, height '
+            f'and width, got {one_line(repr(size), 80)}'
+        )
+
+
+def _canonical(size: Size) -> Size:
+    """One way to write a square, so that descriptions of the same images are equal."""
+    return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
 
 
 def _is_size(size: Any) -> bool:

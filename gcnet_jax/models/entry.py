@@ -14,10 +14,10 @@ class ModelEntry:
 
     Attributes:
       name: What `create_model` knows it by.
-      module: Its class and the options that make it; a detector's backbone is a name.
+      module: Its class and the options that make it; a backbone in it is a name.
       preprocessing: What it expects of its images.
       description: A line for people.
-      task: What it is for: 'classification' or 'detection'.
+      task: What it is for: 'classification', 'detection' or 'segmentation'.
     """
 
     name: str

@@ -20,6 +20,7 @@ MAX_BLOCKS = 1000
 MAX_STAGES = 16
 MAX_WIDTH = 16_384
 MAX_CLASSES = 1_000_000
+MAX_WINDOW = 4096
 
 
 def _is_whole(value: Any) -> bool:
@@ -43,6 +44,7 @@ _TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     float: (_is_number, 'a finite number'),
     str: (lambda value: isinstance(value, str), 'a string'),
     int | None: (lambda value: value is None or _is_whole(value), 'a whole number or None'),
+    float | None: (lambda value: value is None or _is_number(value), 'a finite number or None'),
     Sequence[int]: (
         lambda value: _is_list(value) and all(map(_is_whole, value)),
         'a list of whole numbers',
@@ -52,6 +54,10 @@ _TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
 
 def _between(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
     return lambda value: low <= value <= high, f'from {low} to {high:,}'
+
+
+def _none_or_between(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value is None or low <= value <= high, f'None, or from {low} to {high:,}'
 
 
 def _each_between(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
@@ -79,6 +85,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     'base_width': _between(1, MAX_WIDTH),
     'channels': _between(1, MAX_WIDTH),
     'box_channels': _between(1, MAX_WIDTH),
+    'auxiliary_channels': _between(0, MAX_WIDTH),
+    'window': _none_or_between(1, MAX_WINDOW),
+    'window_stride': _none_or_between(1, MAX_WINDOW),
     'group_size': _between(0, MAX_WIDTH),
     'hidden_channels': (
         lambda value: value is None or 1 <= value <= MAX_WIDTH,
@@ -86,7 +95,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     'output_stride': (lambda value: value in (None, 4, 8, 16, 32), '4, 8, 16, 32 or None'),
     'norm_epsilon': (lambda value: 0 < value < 1, 'in (0, 1)'),
-    'context_ratio': (lambda value: 0 < value <= 1, 'in (0, 1]'),
+    'context_ratio': (lambda value: value is None or 0 < value <= 1, 'in (0, 1]'),
     'dropout_rate': _RATE,
     'stochastic_depth_rate': _RATE,
 }

@@ -16,9 +16,10 @@ from gcnet_jax.models.layers import parse_norm
 from gcnet_jax.models.options import check_options, module_options
 from gcnet_jax.models.placement import parse_context
 from gcnet_jax.models.resnet import BasicBlock
+from gcnet_jax.models.segmenters import SEGMENTERS
 
 DTYPES = ('float32', 'bfloat16', 'float16')
-_MODELS = {entry.name: entry for entry in (*CLASSIFIERS, *DETECTORS)}
+_MODELS = {entry.name: entry for entry in (*CLASSIFIERS, *DETECTORS, *SEGMENTERS)}
 
 
 def list_models(pattern: str = '*', task: str | None = None) -> list[str]:
@@ -26,7 +27,7 @@ def list_models(pattern: str = '*', task: str | None = None) -> list[str]:
 
     Args:
       pattern: Of the names.
-      task: 'classification' or 'detection'; None for all.
+      task: 'classification', 'detection' or 'segmentation'; None for all.
     """
     names = fnmatch.filter(_MODELS, pattern)
     return sorted(name for name in names if task in (None, _MODELS[name].task))
@@ -50,9 +51,9 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
       name: One of `list_models()`.
       **overrides: Attributes of its module that differ from the row's, such as `num_classes`,
         `dtype` (also as a string: 'bfloat16'), `dropout_rate`, `context` (see `parse_context`;
-        None for the plain network), or `norm` (see `parse_norm`). A detector's `backbone` is the
-        name of a classifier here, and whatever the detector does not know itself, such as
-        `context`, is an option of the backbone.
+        None for the plain network), or `norm` (see `parse_norm`). The `backbone` of a detector or a
+        segmenter is the name of a classifier here, and whatever the detector does not know itself,
+        such as `context`, is an option of the backbone. `norm` and `dtype` are both's.
 
     Raises:
       ConfigError: An unknown name or option (names the nearest), or a value out of range.
@@ -79,7 +80,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 def _with_backbone(
     entry: ModelEntry, options: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Builds a detector's backbone from what is not the detector's own.
+    """Builds a detector's or segmenter's backbone from what is not its own.
 
     Returns:
       The options, and those that differ from the row's, with the backbone built.
@@ -96,8 +97,7 @@ def _with_backbone(
         raise ConfigError(
             unknown_name(f'option of {entry.name} over {name}', option, {*own, *known})
         )
-    if 'dtype' in options:
-        of_backbone['dtype'] = options['dtype']
+    of_backbone |= {key: options[key] for key in ('dtype', 'norm') if key in options}
     backbone = create_model(name, num_classes=0, **of_backbone)
     kept = [
         {key: value for key, value in given.items() if key in own and key != 'backbone'}

@@ -32,7 +32,7 @@ class Program:
     Attributes:
       arguments, outputs, temporaries, code: What lies in the main memory.
       aliased: Counted in both arguments and outputs: the new state takes the place of the old one.
-      flops: As the compiler counts them.
+      flops: As the compiler counts them: a loop's body once.
       bytes_accessed: As the compiler counts them: memory on the chip too, and a loop's body once.
       traffic: HBM bytes and collectives.
       compile_seconds: How long the compiler took here.

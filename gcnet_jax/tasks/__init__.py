@@ -19,8 +19,8 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, MultiLabel)}
-# What stored networks are for; detectors are not trained here yet.
-STORED_TASKS = (*TASKS, 'detection')
+# What stored networks are for; detectors and segmenters are not trained here yet.
+STORED_TASKS = (*TASKS, 'detection', 'segmentation')
 
 
 def find_task(name: object) -> type[Task]:
