@@ -1,4 +1,4 @@
-"""Bilinear resizing by PyTorch's rules (`torch.nn.functional.interpolate`), without antialiasing."""
+"""Bilinear resizing by the rules of PyTorch's `interpolate`, without antialiasing."""
 
 import jax
 import jax.numpy as jnp
