@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from gcnet_jax.data import keep_ratio
-from gcnet_jax.data.on_device import normalize
+from gcnet_jax.data.on_device import normalize, zero_padding
 from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.data.sizes import Size, format_size, height_and_width
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, one_line, unknown_name
@@ -174,11 +174,7 @@ class Detector(StoredNetwork):
         """Returns the arguments of the module: normalised images, and their sizes."""
         preprocessing, size = self.description.preprocessing, inputs['size']
         images = normalize(inputs['image'], preprocessing.mean, preprocessing.std)
-        # The padding is zero after the normalisation, not before.
-        rows = jnp.arange(images.shape[1]) < size[:, :1]
-        columns = jnp.arange(images.shape[2]) < size[:, 1:]
-        inside = rows[:, :, None, None] & columns[:, None, :, None]
-        return jnp.where(inside, images, 0), size
+        return zero_padding(images, size), size
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,15 @@ from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.models.options import check_options, module_options
 from gcnet_jax.models.placement import parse_context
 from gcnet_jax.models.registry import model_entry
-from gcnet_jax.training.config import default_config, leaves, name_network, name_task
+from gcnet_jax.tasks import find_task
+from gcnet_jax.training.config import (
+    default_config,
+    default_config_of,
+    explain_unread,
+    leaves,
+    name_network,
+    name_task,
+)
 from gcnet_jax.training.initial import read_initial_description
 
 # What follows the checkpoint of `training.init_from` where the command line does not set it.
@@ -59,13 +67,17 @@ def override(
     given = [(text, *_split(text)) for text in overrides]
     last = {path: value for _, path, value in given}
     name = last.get('model.name')
-    if 'task.name' in last and last['task.name'] != config.get('task', {}).get('name'):
+    if 'task.name' in last and last['task.name'] != _task_name(config):
         name_task(config, last['task.name'])
-    if last.get('training.init_from'):
-        config.data.update(dict.fromkeys(FOLLOWING))
+    place = last.get('training.init_from')
+    # A backbone's checkpoint knows neither the network around it nor the size of its images.
+    whole = place and not _fills_backbone(config, place, workdir)
+    if place:
+        following = FOLLOWING if whole else ('mean', 'std')
+        config.data.update({key: None for key in following if key in config.data})
     if name is not None and name != config.model.name:
         name_network(config, name)
-    elif name is None and last.get('training.init_from'):
+    elif name is None and whole:
         name_network(config, None)
     closed = _model_keys()
     options = [
@@ -80,6 +92,19 @@ def override(
         for path, value in options:
             network.set(path, value)
     return config
+
+
+def _task_name(config: ConfigDict) -> object:
+    """Returns the name of a config's task; one of an earlier version has no such group."""
+    return config.get('task', {}).get('name', 'classification')
+
+
+def _fills_backbone(config: ConfigDict, place: str, workdir: Path | None) -> bool:
+    """Whether the checkpoint that a run starts from fills no more than its network's backbone."""
+    task = find_task(_task_name(config))
+    if not task.backbones:
+        return False
+    return read_initial_description(place, workdir).task in task.backbones
 
 
 def _model_keys() -> set[str]:
@@ -102,10 +127,12 @@ def _set_ordinary(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         path = _split(text)[0]
         if path not in known and not any(name.startswith(path + '.') for name in known):
             names = [f'config.{name}' for name in known]
-            raise ConfigError(unknown_name('setting', f'config.{path}', names))
+            raise ConfigError(
+                explain_unread(path) or unknown_name('setting', f'config.{path}', names)
+            )
     # What may be unset is unset by None, also where a config file has set it to a tuple.
     unset = [path for path, value in map(_split, overrides) if value == 'None']
-    defaults = dict(leaves(default_config().to_dict()))
+    defaults = dict(leaves(default_config_of(_task_name(config)).to_dict()))
     for path in unset:
         if path in defaults and defaults[path] is None:
             *groups, key = path.split('.')
