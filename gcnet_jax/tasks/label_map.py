@@ -44,7 +44,7 @@ class LabelMap:
         return self.pixel_counts / self.labels.size
 
     def found(self) -> list[tuple[int, int]]:
-        """Returns the labels that occur, each with its number of pixels, the most frequent first."""
+        """Returns the labels that occur, with their numbers of pixels, the most frequent first."""
         counts = self.pixel_counts
         order = np.argsort(-counts, kind='stable')
         return [(int(label), int(counts[label])) for label in order if counts[label]]
