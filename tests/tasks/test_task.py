@@ -41,7 +41,7 @@ def test_every_task_can_be_configured_and_prepares_what_its_batch_spec_names(nam
     assert config.task.to_dict().keys() == {'name', *TASKS[name].settings}
     assert TASKS[name].ranges.keys() == TASKS[name].settings.keys()
     assert TASKS[name].data_ranges.keys() == TASKS[name].data_settings.keys()
-    assert config.data.keys() >= TASKS[name].data_settings.keys()
+    assert set(config.data) >= TASKS[name].data_settings.keys()
     task = TASKS[name](3, (0.5,) * 3, (0.2,) * 3)
     shapes = task.batch_shapes(4, 8, 6)
     assert shapes.keys() == task.batch_spec().keys()
