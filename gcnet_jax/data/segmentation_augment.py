@@ -17,7 +17,7 @@ from gcnet_jax.data.keep_ratio import pad, resize, resize_labels, shape_within
 from gcnet_jax.data.label_maps import IGNORED, LabelMap
 from gcnet_jax.data.preprocess import Box
 from gcnet_jax.data.preprocessing import MAX_SIZE, KeepRatio
-from gcnet_jax.data.segmentation_pairs import decode_pair
+from gcnet_jax.data.segmentation_pairs import decode_picture
 from gcnet_jax.data.sizes import Size, height_and_width
 from gcnet_jax.errors import ConfigError
 
@@ -70,12 +70,11 @@ class SegmentationOptions:
 
 def augment_pair(
     image: bytes,
-    label: bytes,
-    num_classes: int,
+    labels: LabelMap,
     rng: np.random.Generator,
     options: SegmentationOptions,
 ) -> tuple[RGB, LabelMap]:
-    """Makes a training example of an encoded image and its label map.
+    """Makes a training example of an encoded image and its decoded label map.
 
     An image that becomes smaller than the crop is padded on the right and at the bottom. Its labels
     there are 255, and its pixels the mean colour of `preprocessing`, rounded: mmsegmentation pads
@@ -85,20 +84,15 @@ def augment_pair(
     Args:
       image: Any image; a JPEG that becomes at most half as large is decoded at a half, a quarter or
         an eighth of its resolution.
-      label: A PNG; see `label_maps`.
-      num_classes: Labels are below it, or 255.
+      labels: Of the image's size; see `segmentation_pairs.decode_labels`.
       rng: Source of randomness; the result is a function of its state.
       options: What to do.
 
     Raises:
-      DataError: One of the two is damaged, they differ in size, a label is no class, or the image
-        is too elongated.
+      DataError: The image is damaged, of another size than the label map, or too elongated.
     """
-    limits = draw_limits(rng, options)
-    pixels, labels = decode_pair(
-        image, label, num_classes, lambda height, width: shape_within(height, width, *limits)
-    )
-    size = shape_within(*labels.shape, *limits)
+    size = shape_within(*labels.shape, *draw_limits(rng, options))
+    pixels = decode_picture(image, labels.shape, size)
     labels = resize_labels(labels, size)
     left, top, right, bottom = sample_crop(labels, rng, options.size, options.category_max_ratio)
     labels = labels[top:bottom, left:right]
@@ -112,13 +106,11 @@ def augment_pair(
     return pad(pixels, crop, _mean_colour(options.preprocessing)), pad(labels, crop, IGNORED)
 
 
-def fit_pair(
-    image: bytes, label: bytes, num_classes: int, canvas: Size
-) -> tuple[RGB, LabelMap, tuple[int, int]]:
+def fit_pair(image: bytes, labels: LabelMap, canvas: Size) -> tuple[RGB, LabelMap, tuple[int, int]]:
     """Resizes an image and its label map to fit into a canvas, and pads them.
 
     Args:
-      image, label, num_classes: As in `augment_pair`; the image is decoded at full resolution.
+      image, labels: As in `augment_pair`; the image is decoded at full resolution.
       canvas: Height and width of the results; one number for a square.
 
     Returns:
@@ -128,15 +120,12 @@ def fit_pair(
     Raises:
       DataError: As `augment_pair`.
     """
-    pixels, labels = decode_pair(image, label, num_classes)
-    shape, (height, width) = labels.shape, height_and_width(canvas)
-    scale = min(height / shape[0], width / shape[1])
-    size = shape_within(*shape, scale * min(shape), scale * max(shape))
-    return (
-        pad(resize(pixels, size), (height, width)),
-        pad(resize_labels(labels, size), (height, width), IGNORED),
-        size,
-    )
+    pixels = decode_picture(image, labels.shape)
+    (height, width), canvas = labels.shape, height_and_width(canvas)
+    scale = min(canvas[0] / height, canvas[1] / width)
+    size = shape_within(height, width, scale * min(height, width), scale * max(height, width))
+    labels = pad(resize_labels(labels, size), canvas, IGNORED)
+    return pad(resize(pixels, size), canvas), labels, size
 
 
 def draw_limits(rng: np.random.Generator, options: SegmentationOptions) -> tuple[int, int]:

@@ -1,8 +1,5 @@
 """An encoded image and its label map: decoded together, and checked against each other."""
 
-import math
-from collections.abc import Callable
-
 import numpy as np
 
 from gcnet_jax.data.decode import RGB, opened, to_array, to_rgb, upright
@@ -45,37 +42,28 @@ def reduce_labels(labels: LabelMap) -> LabelMap:
     return np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - np.uint8(1))
 
 
-def decode_pair(
-    image: bytes,
-    label: bytes,
-    num_classes: int,
-    wanted: Callable[[int, int], tuple[int, int]] | None = None,
-    *,
-    reduce_zero_label: bool = False,
-) -> tuple[RGB, LabelMap]:
-    """Decodes an image, turned as its EXIF orientation says, and its label map.
+def decode_picture(
+    data: bytes, shape: tuple[int, int], wanted: tuple[int, int] | None = None
+) -> RGB:
+    """Decodes the image of a label map, turned as its EXIF orientation says.
 
     Args:
-      image: An image of any format that is read.
-      label: A PNG; see `label_maps`.
-      num_classes: Labels are below it, or 255.
-      wanted: Returns for height and width of the image those that it will be resized to; a JPEG is
-        decoded at the least share of its resolution that is not below that. None for all of it.
-      reduce_zero_label: See `reduce_labels`.
+      data: An image of any format that is read.
+      shape: Height and width of the label map, which must be those of the image.
+      wanted: Height and width that the image will be resized to; a JPEG is decoded at the least
+        share of its resolution that is not below them. None for all of it.
 
     Raises:
-      DataError: One of the two is damaged, they differ in size, or a label is no class.
+      DataError: The image is damaged or of another size.
     """
-    labels = decode_labels(label, num_classes, reduce_zero_label=reduce_zero_label)
-    with opened(image) as picture:
-        swapped = orientation(picture, image) in SWAPPED
-        shape = picture.size if swapped else picture.size[::-1]
-        if shape != labels.shape:
+    with opened(data) as image:
+        swapped = orientation(image, data) in SWAPPED
+        height, width = image.size if swapped else image.size[::-1]
+        if (height, width) != shape:
             raise DataError(
-                f'the image has {shape[1]} x {shape[0]} pixels and its label map '
-                f'{labels.shape[1]} x {labels.shape[0]}; they must have the same size'
+                f'the image has {width} x {height} pixels and its label map '
+                f'{shape[1]} x {shape[0]}; they must have the same size'
             )
         if wanted:
-            scale = wanted(*shape)[0] / shape[0]
-            picture.draft('RGB', tuple(math.ceil(side * scale) for side in picture.size))
-        return to_array(upright(to_rgb(picture), picture, image)), labels
+            image.draft('RGB', wanted if swapped else wanted[::-1])
+        return to_array(upright(to_rgb(image), image, data))
