@@ -59,6 +59,8 @@ def pad(image: np.ndarray, size: tuple[int, int], value: Any = 0) -> np.ndarray:
       size: Height and width of the result.
       value: Of the padding; one number, or one a channel.
     """
+    if image.shape[:2] == size:
+        return image
     padded = np.full((*size, *image.shape[2:]), value, image.dtype)
     padded[: image.shape[0], : image.shape[1]] = image
     return padded

@@ -50,12 +50,10 @@ class PreparedSegmentation(PreparedSet):
     unlabelled: int = 0
 
     def shares(self) -> tuple[tuple[float, ...], float]:
-        """Returns the share of each class in the training pixels that count, and that of 255."""
-        counted = sum(self.pixels[: len(self.label_names)])
-        ignored = self.pixels[IGNORED] / max(sum(self.pixels), 1)
-        return tuple(
-            count / max(counted, 1) for count in self.pixels[: len(self.label_names)]
-        ), ignored
+        """Returns the share of each class in the pixels of the training images, and that of 255."""
+        total = max(sum(self.pixels), 1)
+        shares = tuple(count / total for count in self.pixels[: len(self.label_names)])
+        return shares, self.pixels[IGNORED] / total
 
 
 def prepare_segmentation(
