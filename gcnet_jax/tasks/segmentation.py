@@ -129,7 +129,9 @@ class Segmentation(ClassTask):
 
     @classmethod
     def read_label_names(cls, name: str, data_dir: str | None = None) -> tuple[str, ...]:
-        return cls.load_source(name, 'train', data_dir, purpose='selection').label_names
+        from gcnet_jax.data import segmentation_sources
+
+        return segmentation_sources.read_segmentation_names(name, data_dir)
 
     @classmethod
     def train_loader(cls, data: Mapping[str, Any], preprocessing: KeepRatio) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gcnet_jax.data.loader import Batches
+from gcnet_jax.data.batches import Batches
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.models.registry import list_models, model_entry
 from gcnet_jax.stored import ModelDescription

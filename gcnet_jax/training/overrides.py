@@ -18,9 +18,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gcnet_jax.errors import ConfigError, unknown_name
-from gcnet_jax.models.options import check_options, module_options
+from gcnet_jax.models.options import check_options
 from gcnet_jax.models.placement import parse_context
-from gcnet_jax.models.registry import model_entry
+from gcnet_jax.models.registry import model_entry, option_readers
 from gcnet_jax.tasks import find_task
 from gcnet_jax.training.config import (
     default_config,
@@ -89,7 +89,8 @@ def override(
     config = _set_ordinary(config, ordinary)
     if options:
         network = _Network(config, workdir)
-        for path, value in options:
+        # The backbone first: it says what the other options may be.
+        for path, value in sorted(options, key=lambda option: option[0] != 'model.backbone'):
             network.set(path, value)
     return config
 
@@ -168,15 +169,25 @@ class _Network:
                 )
             description = read_initial_description(place, workdir)
             self._name, stored = description.name, description.options
-        module = model_entry(self._name).module
-        self._module = module.func
-        self._known = module_options(self._module)
-        self._defaults = {**module.keywords, **stored}
+        self._row = {**model_entry(self._name).module.keywords, **stored}
+
+    @property
+    def _readers(self) -> dict[str, type]:
+        """The options that the network takes as it is now, with the modules they configure."""
+        return option_readers(self._name, {**self._row, **self._model.to_dict()})
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        """The options where the config sets none; a network over another has that one's too."""
+        backbone = self._model.get('backbone', self._row.get('backbone'))
+        below = {} if backbone is None else model_entry(backbone).module.keywords
+        return {**below, **self._row}
 
     def set(self, path: str, text: str) -> None:
         """Sets one option, or one entry of its context, by the path on the command line."""
         option, *inner = re.findall(r'[^.\[\]]+', path.removeprefix('model.'))
-        if option not in self._known:
+        readers = self._readers
+        if option not in readers:
             raise self._unknown(path)
         value = _read(text)
         if inner:
@@ -186,7 +197,9 @@ class _Network:
         try:
             if option == 'context':
                 parse_context(value)
-            check_options(self._name, self._module, {option: value})
+            check_options(self._name, readers[option], {option: value})
+            if option == 'backbone':
+                option_readers(self._name, {option: value})
         except ConfigError as error:
             raise ConfigError(f'config.{path}={text}: {error}') from error
         if option in self._model:
@@ -195,7 +208,7 @@ class _Network:
 
     def _unknown(self, path: str) -> ConfigError:
         names = {f'config.{key}' for key in _model_keys()}
-        names |= {f'config.model.{option}' for option in self._known if option != 'norm'}
+        names |= {f'config.model.{option}' for option in self._readers if option != 'norm'}
         names |= {f'config.{name}' for name, _ in leaves({'model': self._context_tree()})}
         return ConfigError(unknown_name('setting', f'config.{path}', names))
 
