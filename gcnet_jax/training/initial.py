@@ -18,12 +18,24 @@ from ml_collections import ConfigDict
 from gcnet_jax.data.preprocessing import KeepRatio, Preprocessing
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import as_place, explain_bucket
-from gcnet_jax.models.registry import model_entry
+from gcnet_jax.models.registry import create_model, model_entry
 from gcnet_jax.stored import ModelDescription, read_model_description
 from gcnet_jax.tasks import find_task
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.workdir import read_own_config, read_own_description
 
+# Attributes of a network that no parameter's shape depends on, and the size of its classifier.
+SHAPELESS = {
+    'num_classes',
+    'dropout_rate',
+    'stochastic_depth_rate',
+    'zero_init_residual',
+    'output_stride',
+    'norm',
+    'dtype',
+    'parent',
+    'name',
+}
 # Endings of the files that `python -m gcnet_jax port` reads.
 TORCH_FILES = ('.safetensors', '.pth', '.pt', '.bin')
 
@@ -207,7 +219,9 @@ def explain_other_network(
 ) -> ConfigError:
     """Returns the error for a checkpoint whose weights do not fit, naming both networks."""
     detail = str(error).removeprefix(f'{place} is of another network: ')
-    if here.name != there.name:
+    if there.task in find_task(here.task).backbones:
+        what, advice = _explain_other_backbone(here, there)
+    elif here.name != there.name:
         what = f'holds {there.name}, and config.model.name is {here.name}'
         advice = 'leave config.model.name unset to take the network of the checkpoint'
         if not here.name.startswith('gc_'):
@@ -231,6 +245,30 @@ def explain_other_network(
         f'config.training.init_from: {place} {what}, which cannot be filled from '
         f'it ({detail}); {advice}'
     )
+
+
+def _explain_other_backbone(here: ModelDescription, there: ModelDescription) -> tuple[str, str]:
+    """Says how a network's backbone differs from the one a checkpoint holds, and what to set."""
+    own = _value(here, 'backbone', model_entry(here.name).module.keywords)
+    what = f'holds {there.name}, and the backbone of {here.name} is {own}'
+    flags = [] if own == there.name else [f'--config.model.backbone={there.name}']
+    theirs = there.build()
+    try:
+        ours = create_model(here.name, **{**here.options, 'backbone': there.name}).backbone
+    except ConfigError:  # Its options are of another kind of network.
+        return what, f'give {flags[0]}, without the options of {own}'
+    keys = [
+        field.name
+        for field in dataclasses.fields(theirs)
+        if field.name not in SHAPELESS and getattr(theirs, field.name) != getattr(ours, field.name)
+    ]
+    for key in keys:
+        value = there.options.get(key, getattr(theirs, key))
+        what += (
+            f'; {key} is {one_line(value, 80)} there and {one_line(getattr(ours, key), 80)} here'
+        )
+        flags.append(f'--config.model.{key}={one_line(value, 80)}')
+    return what, f'give {" ".join(flags)}' if flags else 'choose another checkpoint'
 
 
 def _value(description: ModelDescription, key: str, defaults: Mapping[str, Any]) -> Any:
