@@ -9,9 +9,8 @@ stem of three convolutions, or a segmenter; from a ported ResNet-50 of torchvisi
 77.7% mIoU. Cityscapes must have been prepared from images and `labelTrainIds` maps:
 `python -m gcnet_jax prepare --task segmentation DIRECTORY --name cityscapes --labels cityscapes`.
 
-The differences: weight decay spares norms and biases, the learning rate reaches its end one step
-later, and evaluation is at the training images' scale of 1024x2048, as theirs is. The run has not
-been made here.
+What differs: the type of the computation is bfloat16, weight decay spares norms and biases, and the
+learning rate reaches its end one step later. The run has not been made here.
 """
 
 from ml_collections import ConfigDict
@@ -30,6 +29,7 @@ def get_config(variant: str = 'gc') -> ConfigDict:
     name_task(config, 'segmentation')
     config.model.name = f'{variant}_resnet50_d8_cityscapes'
     config.model.num_classes = 19
+    config.model.dtype = 'bfloat16'
     config.data.name = 'cityscapes'
     config.data.image_size = (512, 1024)
     config.data.evaluation_image_size = (1024, 2048)
