@@ -45,7 +45,7 @@ def draw_label_map(
       colors: Of each label; None for those of `data.segmentation_labels.palette`.
 
     Returns:
-      A picture in RGB, as wide as the image, or as a multiple of a small image.
+      A picture in RGB with the image, or with a multiple of a small image, at the top left.
 
     Raises:
       ConfigError: The image is not of the size of the label map.
@@ -55,7 +55,8 @@ def draw_label_map(
     pixels, factor = enlarged(image, label_map.size, 'labels')
     _draw_labels(pixels, label_map.labels, colors, factor)
     legend = _draw_legend(label_map, colors, pixels.shape[1], max(pixels.shape[:2]))
-    picture = Image.new('RGB', (pixels.shape[1], pixels.shape[0] + legend.height), PAPER)
+    size = (max(pixels.shape[1], legend.width), pixels.shape[0] + legend.height)
+    picture = Image.new('RGB', size, PAPER)
     picture.paste(Image.fromarray(pixels), (0, 0))
     picture.paste(legend, (0, pixels.shape[0]))
     return picture
@@ -145,7 +146,7 @@ def _draw_legend(
     columns = max(1, min(len(entries), (width - gap) // column))
     row = round(letter * 1.6)
     height = -(-len(entries) // columns) * row + 2 * gap
-    picture = Image.new('RGB', (width, height), PAPER)
+    picture = Image.new('RGB', (max(width, column + gap), height), PAPER)
     draw = ImageDraw.Draw(picture)
     for index, (color, name, share) in enumerate(entries):
         left, top = gap + index % columns * column, gap + index // columns * row
