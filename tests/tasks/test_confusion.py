@@ -25,7 +25,8 @@ def test_figures_of_classes_by_sets_of_pixels() -> None:
     ious, accuracies = _by_hand(labels, answers, 6)
     np.testing.assert_allclose(confusion.iou(matrix), ious, rtol=1e-12)
     np.testing.assert_allclose(confusion.accuracy(matrix), accuracies, rtol=1e-12)
-    assert np.isnan(confusion.iou(matrix)[5]) and confusion.iou(matrix)[4] == 0
+    assert np.isnan(confusion.iou(matrix)[5])
+    assert confusion.iou(matrix)[4] == 0
     figures = confusion.summary(matrix)
     assert figures['miou'] == pytest.approx(ious[:5].mean(), rel=1e-12)
     assert figures['mean_accuracy'] == pytest.approx(accuracies[:4].mean(), rel=1e-12)
