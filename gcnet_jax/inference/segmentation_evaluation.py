@@ -36,7 +36,7 @@ class SegmentationEvaluation:
 
     Attributes:
       data, split: What was evaluated on.
-      label_names: Name of each class, in the order of the network.
+      label_names: Name of each class, in the network's order.
       examples: Images that counted, each once.
       skipped: Damaged images and label maps that were left out.
       images_per_second: With reading, decoding and compiling.
@@ -147,7 +147,7 @@ def evaluate_segmenter(
     return SegmentationEvaluation(
         data=source.name,
         split=source.split,
-        label_names=segmenter.label_names,
+        label_names=_label_names(segmenter, source),
         examples=len(source) - skipped,
         skipped=skipped,
         images_per_second=(len(source) - skipped) / (time.perf_counter() - began),
@@ -182,14 +182,14 @@ def match_labels(segmenter: Segmenter, source: SegmentationSource) -> Int[np.nda
     ours, theirs = _names(segmenter.description.label_names), _names(source.label_names)
     count, where = segmenter.model.num_classes, f'data set {source.name!r}'
     advice = 'evaluate on the data set that it was trained on, or on one with the same labels'
-    if len(source.label_names) != count:
+    # A set without names has as many classes as its largest label says.
+    if (theirs and len(theirs) != count) or source.num_classes > count:
         raise DataError(
-            f'the checkpoint has {count} classes and {where} has {len(source.label_names)}: '
-            f'{advice}'
+            f'the checkpoint has {count} classes and {where} has {source.num_classes}: {advice}'
         )
     classes = np.full(256, count, np.int32)
     if not (ours and theirs):
-        classes[:count] = np.arange(count)
+        classes[: source.num_classes] = np.arange(source.num_classes)
         return classes
     if changed := changed_names(ours, theirs):
         raise DataError(
@@ -197,6 +197,13 @@ def match_labels(segmenter: Segmenter, source: SegmentationSource) -> Int[np.nda
         )
     classes[:count] = [ours.index(name) for name in theirs]
     return classes
+
+
+def _label_names(segmenter: Segmenter, source: SegmentationSource) -> tuple[str, ...]:
+    """Returns the name of each class: the segmenter's, else those of the set."""
+    if segmenter.description.label_names or source.num_classes != segmenter.model.num_classes:
+        return segmenter.label_names
+    return source.label_names
 
 
 def _names(label_names: tuple[str, ...]) -> tuple[str, ...]:
