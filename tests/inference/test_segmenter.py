@@ -48,7 +48,6 @@ def check_labels(found, logits):
     sure = best[..., -1] - best[..., -2] > 1e-4
     assert sure.mean() > 0.99
     np.testing.assert_array_equal(found[sure], logits.argmax(axis=-1)[sure])
-    assert len(np.unique(found)) > 1
 
 
 @pytest.mark.parametrize(
@@ -67,6 +66,7 @@ def test_labels_are_those_of_the_largest_logits_at_the_original_size(
         stored_segmenter.description, stored_segmenter.variables, image, resized
     )
     check_labels(found.labels, logits)
+    assert shape != (48, 70) or len(found.found()) > 1
     np.testing.assert_allclose(found.probabilities, jax.nn.softmax(logits), atol=1e-5)
     assert segmenter(image).probabilities is None
 
