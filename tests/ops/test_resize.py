@@ -1,11 +1,11 @@
-"""Bilinear resizing against a loop over pixels, and against PyTorch's `interpolate`."""
+"""Bilinear resizing against sums written out by hand and PyTorch, and functions of blocks."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gcnet_jax.ops.resize import resize_bilinear, resize_weights
+from gcnet_jax.ops.resize import map_resized, resize_bilinear, resize_weights
 
 # Enlarged, shrunk, one axis of each, left as it is, to and from a single position.
 SIZES = [
@@ -21,36 +21,84 @@ SIZES = [
 ]
 
 
-def by_pixel(values, size, align_corners):
-    """One pixel after the other, in float64."""
+def place(index, old, new, align_corners):
+    """Where a new position lies among the old ones, by PyTorch's definition."""
+    if align_corners:
+        return index * (old - 1) / (new - 1) if new > 1 else 0
+    return max((index + 0.5) * old / new - 0.5, 0)
+
+
+def by_hand(values, size, align_corners):
+    """Every value for itself, in float64."""
     batch, height, width, channels = values.shape
+    values = values.astype(np.float64)
     result = np.zeros((batch, *size, channels))
-    for row in range(size[0]):
-        for column in range(size[1]):
-            places = []
-            for place, old, new in ((row, height, size[0]), (column, width, size[1])):
-                if align_corners:
-                    places.append(place * (old - 1) / (new - 1) if new > 1 else 0.0)
-                else:
-                    places.append(max((place + 0.5) * old / new - 0.5, 0.0))
-            y, x = places
-            for tap_y in {int(y), min(int(y) + 1, height - 1)}:
-                for tap_x in {int(x), min(int(x) + 1, width - 1)}:
-                    # What lies at the border counts in full, however far beyond it the place is.
-                    down = 1.0 if tap_y == y or height - 1 <= y else 1 - abs(y - tap_y)
-                    across = 1.0 if tap_x == x or width - 1 <= x else 1 - abs(x - tap_x)
-                    result[:, row, column] += down * across * values[:, tap_y, tap_x]
+    for row, column in np.ndindex(*size):
+        y = place(row, height, size[0], align_corners)
+        x = place(column, width, size[1], align_corners)
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+        upper = values[:, top, left] * (1 - x + left) + values[:, top, right] * (x - left)
+        lower = values[:, bottom, left] * (1 - x + left) + values[:, bottom, right] * (x - left)
+        result[:, row, column] = upper * (1 - y + top) + lower * (y - top)
     return result
+
+
+@pytest.fixture
+def values():
+    return np.random.default_rng(0).normal(size=(2, 5, 7, 3)).astype(np.float32)
 
 
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize(('old', 'new'), SIZES)
-def test_as_a_loop_over_pixels(old, new, align_corners):
+def test_values_are_bilinear(old, new, align_corners):
     values = np.random.default_rng(0).normal(size=(2, *old, 3)).astype(np.float32)
+    expected = by_hand(values, new, align_corners)
     found = resize_bilinear(jnp.asarray(values), new, align_corners=align_corners)
     assert (found.shape, found.dtype) == ((2, *new, 3), jnp.float32)
     # Places are rounded to float32, as in PyTorch.
-    np.testing.assert_allclose(found, by_pixel(values, new, align_corners), atol=5e-6)
+    np.testing.assert_allclose(found, expected, atol=5e-6)
+    whole = map_resized(
+        lambda given: given, jnp.asarray(values), new, align_corners=align_corners, max_values=10**6
+    )
+    np.testing.assert_allclose(whole, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('max_values', [1, 200, 500, 10**6])
+def test_blocks_of_rows_give_what_the_whole_gives(values, align_corners, max_values):
+    size = (13, 11)
+    seen = []
+
+    def labels(rows):
+        seen.append(rows.shape)
+        return jnp.argmax(rows, axis=-1).astype(jnp.uint8)
+
+    found = map_resized(labels, values, size, align_corners=align_corners, max_values=max_values)
+    assert found.shape == (2, *size)
+    expected = by_hand(values, size, align_corners)
+    best = np.sort(expected, axis=-1)
+    sure = best[..., -1] - best[..., -2] > 1e-5
+    assert sure.mean() > 0.99
+    np.testing.assert_array_equal(found[sure], expected.argmax(axis=-1)[sure])
+    assert len({*seen}) == 1
+    assert np.prod(seen[0]) <= max(max_values, 2 * 11 * 3)
+
+
+def test_memory_does_not_grow_with_the_result():
+    """Of an image of 4000 x 4000 pixels the resized logits of 150 classes would be 9.6 GB."""
+
+    def label(logits):
+        return map_resized(
+            lambda rows: jnp.argmax(rows, axis=-1).astype(jnp.uint8),
+            logits,
+            (4000, 4000),
+            max_values=2**24,
+        )
+
+    logits = jax.ShapeDtypeStruct((1, 64, 64, 150), jnp.float32)
+    memory = jax.jit(label).lower(logits).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 400e6
 
 
 @pytest.mark.parametrize('align_corners', [False, True])
@@ -89,7 +137,8 @@ def test_the_type_stays_and_the_gradient_is_the_transpose():
 @pytest.mark.torch
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize(
-    ('old', 'new'), [*SIZES, ((97, 97), (769, 769)), ((65, 129), (512, 1024)), ((1024, 71), (777, 40))]
+    ('old', 'new'),
+    [*SIZES, ((97, 97), (769, 769)), ((65, 129), (512, 1024)), ((1024, 71), (777, 40))],
 )
 def test_as_pytorch(old, new, align_corners):
     import torch
