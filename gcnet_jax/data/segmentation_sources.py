@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from gcnet_jax.data.builders import find_builder
-from gcnet_jax.data.folder_entries import SPLIT_FOLDERS, shown
+from gcnet_jax.data.folder_entries import MAX_LISTED, SPLIT_FOLDERS, shown
 from gcnet_jax.data.image_limits import image_file
 from gcnet_jax.data.label_maps import IGNORED, LabelMap
 from gcnet_jax.data.records import default_data_dir
@@ -285,7 +285,7 @@ def _find_keys(info: tfds.core.DatasetInfo, name: str) -> tuple[str, str]:
             f'LabeledImage, or an Image called {", ".join(LABEL_KEYS[:-1])} or {LABEL_KEYS[-1]}), '
             f'and has {found or "no features"}'
         )
-    if info.name in RAW_SETS and 'labelTrainIds' not in str(info.description):
+    if info.name in RAW_SETS:
         raise DataError(
             f"data set {name!r} stores Cityscapes' raw labels (33 of them, and 0 for unlabelled); "
             'make *_gtFine_labelTrainIds.png of the original files (pip install cityscapesscripts, '
@@ -322,9 +322,11 @@ def _load_folder(
     split = _folder_split(folder, name, split, purpose)
     found = find_pairs(folder, split)
     if found.problems:
+        count = len(found.problems)
         raise DataError(
-            f'{len(found.problems)} files of {shown(name)} split {split!r} have no partner: '
-            f'{"; ".join(found.problems[:3])}'
+            f'{count} file{"s" if count > 1 else ""} of {shown(name)} split {split!r} cannot be '
+            f'used: {"; ".join(found.problems[:MAX_LISTED])}'
+            f'{f" and {count - MAX_LISTED} more" if count > MAX_LISTED else ""}'
         )
     names = class_names(folder, label_names) or _numbered(folder, reduce_zero_label)
     return FolderMaps(name, split, names, folder.root, tuple(found.pairs), reduce_zero_label)
