@@ -191,8 +191,7 @@ def load_segmentation(
 
     Args:
       name: The name of a prepared set (`prepare_segmentation`) or of one of TFDS's, or a folder as
-        `prepare_segmentation` takes it, which is read as it is. What holds a slash or is `.` or
-        `..` and is a directory is a folder.
+        `prepare_segmentation` takes it, which is read as it is; see `is_folder`.
       split: A split; of a set also a part of it, as in `sources.load_source`. None for the one to
         measure a network on; of a folder that is `val`.
       data_dir: Directory of the prepared sets; TFDS's (`~/tensorflow_datasets`) if None.
@@ -224,12 +223,13 @@ def load_segmentation(
 def is_folder(name: str | os.PathLike) -> bool:
     """Returns whether `load_segmentation` takes a name to be a folder's.
 
-    A name of letters alone is a data set's, even if there is a folder of that name: `./voc` is the
-    folder.
+    A path is one that begins with `.`, `/` or `~`, or that holds a slash and is a directory. A name
+    of letters alone is a data set's, even if there is a folder of that name: `./voc` is the folder.
     """
     text = os.fsdecode(name)
-    looks_so = text in ('.', '..') or text.startswith('~') or '/' in text or os.sep in text
-    return isinstance(name, os.PathLike) or (looks_so and as_path(text).is_dir())
+    if isinstance(name, os.PathLike) or text.startswith(('.', '/', '~')) or os.path.isabs(text):
+        return True
+    return ('/' in text or os.sep in text) and as_path(text).is_dir()
 
 
 def read_segmentation_names(

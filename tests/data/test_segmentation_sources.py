@@ -212,10 +212,13 @@ def test_folders_that_cannot_be_used(root):
 
 def test_what_counts_as_a_folder(root, monkeypatch):
     monkeypatch.chdir(root.parent)
-    for name in (root, str(root), './folder', 'folder/', '.', '../' + root.parent.name):
+    absent = ('/absent', './absent', '~/absent')
+    for name in (root, str(root), './folder', 'folder/', '.', '../' + root.parent.name, *absent):
         assert is_folder(name), name
     for name in ('folder', 'voc/2012', 'absent', 'voc:1.0.0'):
         assert not is_folder(name), name
+    with pytest.raises(DataError, match=r"^'/absent' is not a directory"):
+        load_segmentation('/absent')
 
 
 def test_sources_can_be_pickled(root, data_dir):
