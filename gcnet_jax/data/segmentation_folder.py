@@ -94,18 +94,7 @@ def prepare_segmentation(
     check_set_name(name, data_dir, overwrite)
     folder = open_folder(as_path(directory))
     names = class_names(folder, label_names)
-    splits, problems, counts = {}, [], {}
-    for split in folder.splits:
-        found = find_pairs(folder, split)
-        checked = check_pairs(folder.root, found.pairs, names, reduce_zero_label)
-        splits[split] = [pair for pair in found.pairs if pair not in checked.problems]
-        counts[split] = checked.counts
-        problems += [*found.problems, *checked.problems.values()]
-    if problems and not skip_damaged:
-        raise damaged_files(folder.root, problems, 'cannot be used')
-    for split, pairs in splits.items():
-        if not pairs:
-            raise DataError(f'{split} of {shown(folder.root)} has no image with a label map')
+    splits, problems, counts = _usable(folder, names, reduce_zero_label, skip_damaged)
     are_named, names = names is not None, names or numbered_names(sum(counts.values()))
     make_builder = functools.partial(
         _make_builder, name, folder.root, names, splits, reduce_zero_label
@@ -123,6 +112,28 @@ def prepare_segmentation(
         are_named=are_named,
         unlabelled=_count_unlabelled(folder),
     )
+
+
+def _usable(
+    folder: SegmentationFolder,
+    label_names: tuple[str, ...] | None,
+    reduce_zero_label: bool,
+    skip_damaged: bool,
+) -> tuple[dict[str, list[Pair]], list[str], dict[str, Int[np.ndarray, ' 256']]]:
+    """Returns the intact pairs of each split, what is wrong with others, and the pixels' counts."""
+    splits, problems, counts = {}, [], {}
+    for split in folder.splits:
+        found = find_pairs(folder, split)
+        checked = check_pairs(folder.root, found.pairs, label_names, reduce_zero_label)
+        splits[split] = [pair for pair in found.pairs if pair not in checked.problems]
+        counts[split] = checked.counts
+        problems += [*found.problems, *checked.problems.values()]
+    if problems and not skip_damaged:
+        raise damaged_files(folder.root, problems, 'cannot be used')
+    for split, pairs in splits.items():
+        if not pairs:
+            raise DataError(f'{split} of {shown(folder.root)} has no image with a label map')
+    return splits, problems, counts
 
 
 def class_names(

@@ -29,10 +29,13 @@ def decode_labels(
         labels = reduce_labels(labels)
     beyond = labels[(labels >= num_classes) & (labels != IGNORED)]
     if beyond.size:
+        first = int(reduce_zero_label)
+        count = '1 pixel has' if beyond.size == 1 else f'{beyond.size:,} pixels have'
+        largest = f'{"" if beyond.size == 1 else "up to "}{int(beyond.max()) + first}'
         raise DataError(
-            f'{name}: the label {beyond.max() + reduce_zero_label} of {beyond.size:,} pixels '
-            f'stands for no class; labels are {int(reduce_zero_label)} to '
-            f'{num_classes - 1 + reduce_zero_label}, and {IGNORED} for pixels that do not count'
+            f'{name}: {count} a label that is no class, {largest}; labels are {first} to '
+            f'{num_classes - 1 + first}, and {"0 and " if first else ""}{IGNORED} for pixels that '
+            'do not count'
         )
     return labels
 

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from gcnet_jax.data.builders import find_builder
-from gcnet_jax.data.folder_entries import SPLIT_FOLDERS, shown
+from gcnet_jax.data.folder_entries import MAX_LISTED, SPLIT_FOLDERS, shown
 from gcnet_jax.data.image_limits import image_file
 from gcnet_jax.data.label_maps import IGNORED, LabelMap
 from gcnet_jax.data.records import default_data_dir
@@ -191,8 +191,7 @@ def load_segmentation(
 
     Args:
       name: The name of a prepared set (`prepare_segmentation`) or of one of TFDS's, or a folder as
-        `prepare_segmentation` takes it, which is read as it is. What holds a slash or is `.` or
-        `..` and is a directory is a folder.
+        `prepare_segmentation` takes it, which is read as it is; see `is_folder`.
       split: A split; of a set also a part of it, as in `sources.load_source`. None for the one to
         measure a network on; of a folder that is `val`.
       data_dir: Directory of the prepared sets; TFDS's (`~/tensorflow_datasets`) if None.
@@ -224,12 +223,13 @@ def load_segmentation(
 def is_folder(name: str | os.PathLike) -> bool:
     """Returns whether `load_segmentation` takes a name to be a folder's.
 
-    A name of letters alone is a data set's, even if there is a folder of that name: `./voc` is the
-    folder.
+    A path is one that begins with `.`, `/` or `~`, or that holds a slash and is a directory. A name
+    of letters alone is a data set's, even if there is a folder of that name: `./voc` is the folder.
     """
     text = os.fsdecode(name)
-    looks_so = text in ('.', '..') or text.startswith('~') or '/' in text or os.sep in text
-    return isinstance(name, os.PathLike) or (looks_so and as_path(text).is_dir())
+    if isinstance(name, os.PathLike) or text.startswith(('.', '/', '~')) or os.path.isabs(text):
+        return True
+    return ('/' in text or os.sep in text) and as_path(text).is_dir()
 
 
 def read_segmentation_names(
@@ -285,7 +285,7 @@ def _find_keys(info: tfds.core.DatasetInfo, name: str) -> tuple[str, str]:
             f'LabeledImage, or an Image called {", ".join(LABEL_KEYS[:-1])} or {LABEL_KEYS[-1]}), '
             f'and has {found or "no features"}'
         )
-    if info.name in RAW_SETS and 'labelTrainIds' not in str(info.description):
+    if info.name in RAW_SETS:
         raise DataError(
             f"data set {name!r} stores Cityscapes' raw labels (33 of them, and 0 for unlabelled); "
             'make *_gtFine_labelTrainIds.png of the original files (pip install cityscapesscripts, '
@@ -322,9 +322,11 @@ def _load_folder(
     split = _folder_split(folder, name, split, purpose)
     found = find_pairs(folder, split)
     if found.problems:
+        count = len(found.problems)
         raise DataError(
-            f'{len(found.problems)} files of {shown(name)} split {split!r} have no partner: '
-            f'{"; ".join(found.problems[:3])}'
+            f'{count} file{"s" if count > 1 else ""} of {shown(name)} split {split!r} cannot be '
+            f'used: {"; ".join(found.problems[:MAX_LISTED])}'
+            f'{f" and {count - MAX_LISTED} more" if count > MAX_LISTED else ""}'
         )
     names = class_names(folder, label_names) or _numbered(folder, reduce_zero_label)
     return FolderMaps(name, split, names, folder.root, tuple(found.pairs), reduce_zero_label)
