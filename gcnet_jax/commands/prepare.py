@@ -1,31 +1,60 @@
-"""The command prepare: a data set of a folder of images."""
+"""The command prepare: a data set of a folder of images, with classes or with label maps."""
 
 import argparse
 import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from gcnet_jax.commands.common import print_lines
+from gcnet_jax.commands.common import print_lines, refuse_flags
 from gcnet_jax.errors import one_line
 
 if TYPE_CHECKING:
-    from gcnet_jax.data.folder import PreparedFolder
+    from gcnet_jax.data.prepared import PreparedSet
+    from gcnet_jax.data.segmentation_folder import PreparedSegmentation
+
+TASKS = ('classification', 'segmentation')
+# Label names that come with the package, see `data.segmentation_labels`.
+LABEL_SETS = ('ade20k', 'cityscapes', 'voc')
+TEST_FRACTION = 0.1
 
 
 def add_prepare(commands: argparse._SubParsersAction) -> None:
-    prepare = commands.add_parser(
-        'prepare', help='make a data set of a folder of images, one folder a class'
+    prepare = commands.add_parser('prepare', help='make a data set of a folder of images')
+    prepare.add_argument(
+        'directory',
+        help='holds train/CLASS/IMAGE (and val, test) or CLASS/IMAGE; for segmentation '
+        'images/train/NAME.jpg and labels/train/NAME.png (and val, test)',
     )
-    prepare.add_argument('directory', help='holds train/CLASS/IMAGE (and val, test) or CLASS/IMAGE')
     prepare.add_argument('--name', required=True, help='what config.data.name will say')
     prepare.add_argument('--data-dir', help="where data sets live; default: TFDS's directory")
     prepare.add_argument(
+        '--task',
+        choices=TASKS,
+        default=TASKS[0],
+        help='what the folder is for: one folder a class, or images and label maps',
+    )
+    prepare.add_argument(
         '--test-fraction',
         type=float,
-        default=0.1,
-        help='share of each class for the split test, where the folder has no splits',
+        help='share of each class for the split test, where the folder has no splits; '
+        f'default: {TEST_FRACTION}',
     )
-    prepare.add_argument('--seed', type=int, default=0, help='of that draw')
+    prepare.add_argument('--seed', type=int, help='of that draw; default: 0')
+    names = prepare.add_mutually_exclusive_group()
+    names.add_argument(
+        '--classes',
+        metavar='NAME,NAME,...',
+        help='of segmentation, in the order of the labels; default: DIRECTORY/classes.txt',
+    )
+    names.add_argument(
+        '--labels', choices=LABEL_SETS, help='the classes of segmentation are those of this set'
+    )
+    prepare.add_argument(
+        '--reduce-zero-label',
+        action='store_true',
+        help="of segmentation: 0 is no class, and every other label one more than its class's "
+        'number (as in ADE20K)',
+    )
     prepare.add_argument(
         '--skip-damaged', action='store_true', help='leave damaged images out, and list them'
     )
@@ -34,25 +63,31 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    if options.task == 'segmentation':
+        refuse_flags(options, '--task segmentation', ('test_fraction', 'seed'))
+        _prepare_segmentation(options)
+    else:
+        refuse_flags(options, '--task classification', ('classes', 'labels', 'reduce_zero_label'))
+        _prepare_classification(options)
+
+
+def _prepare_classification(options: argparse.Namespace) -> None:
     from gcnet_jax.data.folder import prepare_folder
 
+    fraction = TEST_FRACTION if options.test_fraction is None else options.test_fraction
     prepared = prepare_folder(
         options.directory,
         options.name,
         options.data_dir,
-        test_fraction=options.test_fraction,
-        seed=options.seed,
+        test_fraction=fraction,
+        seed=options.seed or 0,
         skip_damaged=options.skip_damaged,
         overwrite=options.overwrite,
         progress=sys.stderr.isatty(),
     )
-    for problem in prepared.damaged:
-        print_lines([f'left out: {problem}'])
-    for folder in prepared.empty:
-        print_lines([f'no class: {folder} (an empty folder)'])
-    splits = ', '.join(f'{split} {size:,}' for split, size in prepared.split_sizes.items())
-    print(f'{prepared.name}: {len(prepared.label_names)} classes, images: {splits}')
-    print(f'in {one_line(prepared.path)}')
+    print_lines(f'left out: {problem}' for problem in prepared.damaged)
+    print_lines(f'no class: {folder} (an empty folder)' for folder in prepared.empty)
+    _print_set(prepared)
     command = _training_command(prepared, 'folder', options.data_dir, f'runs/{prepared.name}')
     print(f'train on it: {command}')
     command = _training_command(
@@ -61,8 +96,59 @@ def _prepare(options: argparse.Namespace) -> None:
     print(f'or fine-tune a trained network: {command}')
 
 
+def _prepare_segmentation(options: argparse.Namespace) -> None:
+    from gcnet_jax.data import segmentation_labels
+    from gcnet_jax.data.segmentation_folder import prepare_segmentation
+
+    names = None
+    if options.labels is not None:
+        names = segmentation_labels.LABEL_SETS[options.labels].names
+    elif options.classes is not None:
+        names = options.classes.split(',')
+    prepared = prepare_segmentation(
+        options.directory,
+        options.name,
+        options.data_dir,
+        label_names=names,
+        reduce_zero_label=options.reduce_zero_label,
+        skip_damaged=options.skip_damaged,
+        overwrite=options.overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    print_lines(f'left out: {problem}' for problem in prepared.damaged)
+    if prepared.damaged:
+        print(f'left out: {len(prepared.damaged):,} in all')
+    if prepared.unlabelled:
+        print(f'left out: {prepared.unlabelled:,} images of the split test, without label maps')
+    _print_set(prepared)
+    _print_shares(prepared)
+    command = _training_command(prepared, 'segmentation', options.data_dir, f'runs/{prepared.name}')
+    print(f'train on it: {command}')
+
+
+def _print_set(prepared: 'PreparedSet') -> None:
+    splits = ', '.join(f'{split} {size:,}' for split, size in prepared.split_sizes.items())
+    print(f'{prepared.name}: {len(prepared.label_names)} classes, images: {splits}')
+    print(f'in {one_line(prepared.path)}')
+
+
+def _print_shares(prepared: 'PreparedSegmentation') -> None:
+    shares, ignored = prepared.shares()
+    print('share of the pixels of the training images:')
+    rows = [*zip(shares, prepared.label_names, strict=True), (ignored, '255, which does not count')]
+    print_lines(f'{share:8.2%}  {name}' for share, name in rows)
+    absent = [name for share, name in zip(shares, prepared.label_names, strict=True) if not share]
+    if absent:
+        print_lines([f'not in any training image: {", ".join(absent)}'])
+    if not prepared.are_named:
+        print(
+            'the classes are numbered up to the largest label: for names put them into '
+            'classes.txt in that folder, one a line, or give --classes'
+        )
+
+
 def _training_command(
-    prepared: 'PreparedFolder',
+    prepared: 'PreparedSet',
     config: str,
     data_dir: str | None,
     workdir: str,

@@ -10,24 +10,13 @@ from PIL import Image
 
 from gcnet_jax.data import image_limits
 from gcnet_jax.data.image_limits import DECODING_MEMORY, MAX_PIXELS, check_size
+from gcnet_jax.data.orientation import ORIENTATIONS, orientation, turn
 from gcnet_jax.errors import DataError, one_line
 
 # Only these decoders ever see the data. Others of Pillow start programs (EPS runs Ghostscript).
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM')
 # Pixels that are copied at once from an image into an array.
 BAND_PIXELS = 4_000_000
-
-# EXIF's orientations and what undoes them.
-ORIENTATION_TAG = 0x0112
-ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 RGB = UInt8[np.ndarray, 'height width 3']
 
@@ -120,19 +109,22 @@ def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> RGB:
     """
     with opened(data, max_pixels) as image:
         pixels = to_rgb(image)
-        return to_array(upright(pixels, image))
+        return to_array(upright(pixels, image, data))
 
 
-def upright(pixels: Image.Image, image: Image.Image) -> Image.Image:
-    """Turns decoded pixels as the EXIF orientation of the image that they come from says."""
-    try:
-        orientation = image.getexif().get(ORIENTATION_TAG)
-    except Exception:  # Damaged metadata: the pixels are intact, and viewers show them as they are.
-        return pixels
-    if orientation not in ORIENTATIONS:
+def upright(pixels: Image.Image, image: Image.Image, data: bytes = b'') -> Image.Image:
+    """Turns decoded pixels as the EXIF orientation of their image says.
+
+    Args:
+      pixels: The decoded image.
+      image: As Pillow has opened it.
+      data: The file; without it a JPEG that `opened` gives counts as upright.
+    """
+    found = orientation(image, data)
+    if found not in ORIENTATIONS:
         return pixels
     with DECODING_MEMORY.hold(4 * pixels.width * pixels.height):
-        return pixels.transpose(ORIENTATIONS[orientation])
+        return turn(pixels, found)
 
 
 def to_array(image: Image.Image) -> RGB:

@@ -1,79 +1,43 @@
 """A folder of images, one folder a class, prepared once into a set that is loaded by its name."""
 
-import collections
 import concurrent.futures
 import dataclasses
 import functools
-import math
 import os
-import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from gcnet_jax.data import digits
 from gcnet_jax.data.decode import verify
+from gcnet_jax.data.folder_entries import (
+    MAX_LISTED,
+    SPLIT_FOLDERS,
+    damaged_files,
+    entries,
+    shown,
+    subfolders,
+)
 from gcnet_jax.data.image_limits import image_file
-from gcnet_jax.data.records import VERSION, Example, ImageSet, default_data_dir, write_image_set
+from gcnet_jax.data.prepared import PreparedSet, check_label_names, check_set_name
+from gcnet_jax.data.records import Example, ImageSet, write_image_set
 from gcnet_jax.errors import ConfigError, DataError, one_line
 from gcnet_jax.files import as_path
 
-# Folder of a split, in any case -> split, by TFDS's usual names.
-SPLIT_FOLDERS = {
-    **{'train': 'train', 'training': 'train'},
-    **{'val': 'validation', 'valid': 'validation', 'validation': 'validation', 'dev': 'validation'},
-    **{'test': 'test', 'testing': 'test'},
-}
-# What systems and archives leave in folders, beside hidden files.
-SYSTEM_ENTRIES = {
-    *('thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r', '__macosx', '@eadir'),
-    *('$recycle.bin', 'system volume information', 'lost+found'),
-}
 MAX_DEPTH = 10  # Of folders that hold nothing but another folder.
-MAX_LISTED = 5
 
 Item = tuple[Path, str]  # A file and its class.
 
 
 @dataclasses.dataclass(frozen=True)
-class PreparedFolder:
+class PreparedFolder(PreparedSet):
     """What `prepare_folder` made.
 
     Attributes:
-      name: What `load_source` takes.
-      path: Directory of the ArrayRecord files.
-      label_names: The classes, in the order of the labels.
-      split_sizes: Number of images of each split.
-      damaged: Files that were left out, each with the reason.
       empty: Folders of classes that hold no files and so make no class.
     """
 
-    name: str
-    path: Path
-    label_names: tuple[str, ...]
-    split_sizes: dict[str, int]
-    damaged: tuple[str, ...]
     empty: tuple[str, ...] = ()
-
-    def train_settings(self, batch_size: int | None = None) -> tuple[str, ...]:
-        """Returns the settings of a config that train on this set, `data.name=...` and others.
-
-        Args:
-          batch_size: That of the config. Where there are fewer training images, a smaller one is
-            among the settings: the largest power of two of which an epoch has at least four, but no
-            fewer than two images.
-        """
-        settings, images = [f'data.name={self.name}'], self.split_sizes['train']
-        if not {'validation', 'test'} & self.split_sizes.keys():
-            settings += ['data.train_split=train[:90%]', 'data.evaluation_split=train[90%:]']
-            images = round(0.9 * images)
-        if batch_size is not None and images < batch_size:
-            fitting = 2 ** max(1, int(math.log2(max(1, images // 4))))
-            settings.append(f'training.batch_size={min(fitting, images)}')
-        return tuple(settings)
 
 
 def prepare_folder(
@@ -114,15 +78,16 @@ def prepare_folder(
         image is damaged, or data_dir cannot be written.
     """
     root = as_path(directory)
-    _check_name(name, data_dir, overwrite)
+    check_set_name(name, data_dir, overwrite)
     if not 0 <= test_fraction < 1:
         raise ConfigError(f'test_fraction is {test_fraction}; it is at least 0 and less than 1')
     splits, empty = _find_splits(root)
-    _check_class_names({label for items in splits.values() for _, label in items})
+    names = {label for items in splits.values() for _, label in items}
+    check_label_names(names, 'class folder', 'rename the folder')
     label_names = tuple(sorted({label for _, label in splits['train']}))
     damaged = _find_damaged(root, [item for items in splits.values() for item in items])
     if damaged and not skip_damaged:
-        raise _damaged_files(root, damaged)
+        raise damaged_files(root, damaged.values(), 'are no readable images')
     splits = {
         split: [item for item in items if item[0] not in damaged] for split, items in splits.items()
     }
@@ -132,35 +97,17 @@ def prepare_folder(
     make_builder = functools.partial(_make_builder, name, root, label_names, splits)
     path, written = write_image_set(make_builder, data_dir, overwrite=overwrite, progress=progress)
     if not written:
-        raise ConfigError(f'data set {name!r} was prepared in {_shown(path)} in the meantime')
+        raise ConfigError(f'data set {name!r} was prepared in {shown(path)} in the meantime')
     sizes = {split: len(items) for split, items in splits.items()}
     return PreparedFolder(name, path, label_names, sizes, tuple(damaged.values()), empty)
-
-
-def _check_name(name: str, data_dir: str | None, overwrite: bool) -> None:
-    if not re.fullmatch(r'[a-z][a-z0-9_]*', name):
-        raise ConfigError(
-            f'{name!r} cannot name a data set; use lower case letters, digits and underscores, '
-            'beginning with a letter'
-        )
-    taken = name == digits.NAME or name in tfds.list_builders(with_community_datasets=False)
-    if taken:
-        raise ConfigError(f'{name!r} is the name of another data set; choose a name of your own')
-    place = as_path(data_dir or default_data_dir(), 'data_dir') / name
-    if place.exists() and not overwrite:
-        raise ConfigError(
-            f'data set {name!r} is already in {_shown(place)}; choose another name or overwrite it'
-        )
-    if place.exists() and not (place / VERSION / 'features.json').exists() and any(place.iterdir()):
-        raise ConfigError(f'{_shown(place)} holds no prepared folder; it is not overwritten')
 
 
 def _find_splits(root: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
     """Returns the files of each split with their classes, and the folders of empty classes."""
     if not root.is_dir():
-        raise DataError(f'{_shown(root)} is not a directory; give a folder of images')
+        raise DataError(f'{shown(root)} is not a directory; give a folder of images')
     place = _unwrap(root)
-    folders = _subfolders(place)
+    folders = subfolders(place)
     split_folders = [folder for folder in folders if _split_of(folder)]
     if not split_folders:
         items, empty = _find_items(place)
@@ -171,12 +118,12 @@ def _find_splits(root: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
         split = _split_of(folder)
         if not splits and split != 'train':
             raise DataError(
-                f'{_shown(place)} has {" and ".join(_shown(folder.name) for folder in folders)} '
+                f'{shown(place)} has {" and ".join(shown(folder.name) for folder in folders)} '
                 'and no train; training needs a folder train'
             )
         if split is None or split in splits:
             raise DataError(
-                f'{_shown(folder)} does not fit beside train; a folder has train and any of val '
+                f'{shown(folder)} does not fit beside train; a folder has train and any of val '
                 'and test, or one folder a class: rename it if it is one of these, or prepare a '
                 'folder of links to those that belong to the data set'
             )
@@ -188,22 +135,22 @@ def _find_splits(root: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
 def _split_of(folder: Path) -> str | None:
     """Returns the split that a folder stands for; one without folders in it may be a class."""
     split = SPLIT_FOLDERS.get(folder.name.casefold())
-    if split is None or _subfolders(folder):
+    if split is None or subfolders(folder):
         return split
-    siblings = [sibling for sibling in _subfolders(folder.parent) if sibling != folder]
-    return split if any(_subfolders(sibling) for sibling in siblings) else None
+    siblings = [sibling for sibling in subfolders(folder.parent) if sibling != folder]
+    return split if any(subfolders(sibling) for sibling in siblings) else None
 
 
 def _unwrap(folder: Path, within: str | None = None) -> Path:
     """Goes down through folders that hold nothing but another folder, as archives make them."""
     for _ in range(MAX_DEPTH):
-        inner = _subfolders(folder)
+        inner = subfolders(folder)
         if len(inner) != 1:
             return folder
         if within == 'class':
-            if len(_entries(folder)) > 1:
+            if len(entries(folder)) > 1:
                 return folder
-        elif not _subfolders(inner[0]) or (
+        elif not subfolders(inner[0]) or (
             within is None and inner[0].name.casefold() in SPLIT_FOLDERS
         ):
             return folder  # It holds a class, or a split.
@@ -211,86 +158,30 @@ def _unwrap(folder: Path, within: str | None = None) -> Path:
     return folder
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        raise DataError(f'{_shown(folder)} cannot be read ({error.strerror})') from error
-    return [
-        entry
-        for entry in entries
-        if not entry.name.startswith('.') and entry.name.casefold() not in SYSTEM_ENTRIES
-    ]
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return [entry for entry in _entries(folder) if entry.is_dir()]
-
-
 def _find_items(folder: Path) -> tuple[list[Item], list[Path]]:
     """Lists whatever lies in the class folders; what is no image comes out when it is checked."""
     items, empty = [], []
-    class_folders = _subfolders(folder)
+    class_folders = subfolders(folder)
     for class_folder in class_folders:
-        entries = _entries(_unwrap(class_folder, within='class'))
-        items += [(entry, class_folder.name) for entry in entries]
-        if not entries:
+        found = entries(_unwrap(class_folder, within='class'))
+        items += [(entry, class_folder.name) for entry in found]
+        if not found:
             empty.append(class_folder)
-    if not class_folders and _entries(folder):
+    if not class_folders and entries(folder):
         raise DataError(
-            f'{_shown(folder)} has no folders for classes, so nothing says what is in its images; '
+            f'{shown(folder)} has no folders for classes, so nothing says what is in its images; '
             'it has no images of a class: put them into one folder a class, or prepare a folder of '
             'links to the splits that have labels'
         )
     if not items:
         raise DataError(
-            f'{_shown(folder)} has no images; it needs one folder a class with images in it'
+            f'{shown(folder)} has no images; it needs one folder a class with images in it'
         )
     return items, empty
 
 
 def _relative(folders: list[Path], root: Path) -> tuple[str, ...]:
     return tuple(one_line(folder.relative_to(root)) for folder in folders)
-
-
-def _check_class_names(names: set[str]) -> None:
-    """Refuses names that would shift the labels: they are stored one a line, without margins."""
-    alike = collections.defaultdict(list)
-    for name in sorted(names):
-        reason = None
-        if any(unicodedata.category(letter) == 'Cs' for letter in name):
-            reason = 'it is not UTF-8 text'
-        elif any(unicodedata.category(letter) in ('Cc', 'Zl', 'Zp') for letter in name):
-            reason = 'it contains a line break or another control character'
-        elif not _visible(name):
-            reason = 'it is blank'
-        elif name != name.strip().strip('\ufeff'):
-            reason = 'it begins or ends with a blank'
-        if reason:
-            raise DataError(
-                f'the class folder {_shown(name)} cannot name a class: {reason}, and labels are '
-                'stored one a line; rename the folder'
-            )
-        alike[_visible(name)].append(name)
-    for same in alike.values():
-        if len(same) > 1:
-            raise DataError(
-                f'the class folders {" and ".join(map(_shown, same))} differ only in blanks or in '
-                'how their letters are encoded; rename or merge them'
-            )
-
-
-def _visible(name: str) -> str:
-    """Returns a name without blanks and invisible characters, in one form of encoding."""
-    return ''.join(
-        letter
-        for letter in unicodedata.normalize('NFC', name)
-        if not letter.isspace() and unicodedata.category(letter) != 'Cf'
-    )
-
-
-def _shown(name: object) -> str:
-    return f"'{one_line(name)}'"
 
 
 def _find_damaged(root: Path, items: list[Item]) -> dict[Path, str]:
@@ -318,16 +209,6 @@ def _find_damaged(root: Path, items: list[Item]) -> dict[Path, str]:
         }
 
 
-def _damaged_files(root: Path, damaged: dict[Path, str]) -> DataError:
-    listed = '; '.join(list(damaged.values())[:MAX_LISTED])
-    more = f' and {len(damaged) - MAX_LISTED} more' if len(damaged) > MAX_LISTED else ''
-    return DataError(
-        f'{len(damaged)} files in {_shown(root)} are no readable images: {listed}{more}; '
-        'they can stay where they are and be left out of the data set with skip_damaged '
-        '(--skip-damaged)'
-    )
-
-
 def _draw_test_split(items: list[Item], fraction: float, seed: int) -> dict[str, list[Item]]:
     """Divides the images at random, every class in proportion and at least one image each."""
     classes: dict[str, list[Item]] = {}
@@ -348,21 +229,20 @@ def _draw_test_split(items: list[Item], fraction: float, seed: int) -> dict[str,
 def _check_splits(root: Path, splits: dict[str, list[Item]], label_names: tuple[str, ...]) -> None:
     if len(label_names) < 2:
         raise DataError(
-            f'{_shown(root)} has one class, {_shown(label_names[0])}; two are needed, '
-            'one folder each'
+            f'{shown(root)} has one class, {shown(label_names[0])}; two are needed, one folder each'
         )
     for split, items in splits.items():
         labels = {label for _, label in items}
         unknown = sorted(labels - set(label_names))
         if unknown:
             listed = ', '.join(map(one_line, unknown[:MAX_LISTED]))
-            raise DataError(f'{split} of {_shown(root)} has classes that train lacks: {listed}')
+            raise DataError(f'{split} of {shown(root)} has classes that train lacks: {listed}')
         if not items:
-            raise DataError(f'{split} of {_shown(root)} has no readable image')
+            raise DataError(f'{split} of {shown(root)} has no readable image')
     empty = sorted(set(label_names) - {label for _, label in splits['train']})
     if empty:
         raise DataError(
-            f'train of {_shown(root)} has no readable image of {", ".join(map(one_line, empty))}'
+            f'train of {shown(root)} has no readable image of {", ".join(map(one_line, empty))}'
         )
 
 

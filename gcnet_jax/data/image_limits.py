@@ -270,7 +270,7 @@ def _inspect_jpeg(data: bytes) -> Plan:
     """Counts the scans and takes the metadata out, which Pillow would read and nobody needs."""
     kept, kept_from, scans = [], 0, 0
     size, components, sequential = None, 3, True
-    for kind, start, place, end in _jpeg_segments(data):
+    for kind, start, place, end in jpeg_segments(data):
         if kind in JPEG_FRAMES:
             height, width, components = struct.unpack_from('>HHB', data, place + 3)
             size, sequential = (width, height), kind in JPEG_SEQUENTIAL
@@ -295,14 +295,14 @@ def count_scans(data: bytes, size: tuple[int, int]) -> int:
       DataError: If it has more than `MAX_SCANS`, or too many for its width and height in pixels.
     """
     scans = 0
-    for kind, *_ in _jpeg_segments(data):
+    for kind, *_ in jpeg_segments(data):
         if kind == JPEG_SCAN:
             scans += 1
             _check_scans(scans, size)
     return scans
 
 
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
     """Yields the kind of each segment, where its marker, its length and what follows it stand."""
     place, segments = 2, 0
     while found := JPEG_MARKER.search(data, place):

@@ -49,6 +49,7 @@ class ImageSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         `{'image': encoded bytes, 'label': class name, 'file_name': str}`. No split may be empty.
       data_dir: Directory that holds `<name>/<version>/` when prepared.
       description: One line for `dataset_info.json`.
+      label_maps: Whether 'label' is a label map, encoded as PNG, instead of a class name.
     """
 
     RELEASE_NOTES = None
@@ -61,8 +62,10 @@ class ImageSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         splits: Mapping[str, Callable[[], Iterable[Example]]],
         data_dir: str,
         description: str,
+        label_maps: bool = False,
     ) -> None:
         self.name = name
+        self._label_maps = label_maps
         self.VERSION = tfds.core.Version(VERSION)
         self._label_names = label_names
         self._splits = splits
@@ -70,9 +73,12 @@ class ImageSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         super().__init__(data_dir=data_dir, version=VERSION, file_format='array_record')
 
     def _info(self) -> tfds.core.DatasetInfo:
+        names = self._label_names
         features = {
             'image': tfds.features.Image(),
-            'label': tfds.features.ClassLabel(names=self._label_names),
+            'label': tfds.features.LabeledImage(labels=list(names), encoding_format='png')
+            if self._label_maps
+            else tfds.features.ClassLabel(names=names),
             'file_name': tfds.features.Text(),
         }
         return tfds.core.DatasetInfo(

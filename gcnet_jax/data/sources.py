@@ -1,74 +1,37 @@
 """Image classification sets by their TFDS name, read from ArrayRecord files without TensorFlow."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
 
 from gcnet_jax.data import digits
-from gcnet_jax.data.builders import check_format, find_builder, open_builder
+from gcnet_jax.data.builders import find_builder
 from gcnet_jax.data.records import default_data_dir
-from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
-
-# What data sets call the feature that tells where an image came from.
-RECORD_NAMES = ('file_name', 'filename', 'image/filename', 'id', 'image_id')
-# Splits by preference: `selection` chooses among the checkpoints of a run and must leave `test`
-# untouched where there is another; `evaluation` gives the figure that is reported.
-DEFAULT_SPLITS = {
-    'selection': ('validation', 'val', 'valid', 'dev', 'test'),
-    'evaluation': ('test', 'validation', 'val', 'valid', 'dev'),
-}
-
+from gcnet_jax.data.stored_split import StoredSplit, UnlabelledError, choose_split, open_split
+from gcnet_jax.errors import DataError
 
 # Images of a split with several labels each that are searched for a label.
 LABELS_LOOKED_AT = 1000
 
 
-class UnlabelledError(DataError):
-    """A record whose label stands for no class, as in the test splits of competitions."""
-
-
-class Source:
+class Source(StoredSplit):
     """The images of one split, in random access; it can be pickled and shared between threads.
+
+    Args:
+      is_multilabel: Whether an image has any number of labels. The others are `StoredSplit`'s.
 
     Attributes:
       name: Name of the data set.
       split: The split, such as `train[:90%]`.
       label_names: Name of each class, in the order of the labels.
-      is_multilabel: Whether an image has any number of labels.
+      is_multilabel: As given.
     """
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        label_names: tuple[str, ...],
-        records: Sequence[bytes],
-        *,
-        image_key: str = 'image',
-        label_key: str = 'label',
-        record_key: str | None = None,
-        is_multilabel: bool = False,
-    ) -> None:
+    def __init__(self, *args: Any, is_multilabel: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.is_multilabel = is_multilabel
-        self.name = name
-        self.split = split
-        self.label_names = label_names
-        self._records = records
-        self._image_key = image_key
-        self._label_key = label_key
-        self._record_key = record_key
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.label_names)
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns `{'image': encoded bytes, 'label': int}`.
@@ -96,36 +59,6 @@ class Source:
         """The label of an example that fills up a batch and does not count."""
         return np.zeros(self.num_classes, np.int32) if self.is_multilabel else 0
 
-    def describe(self, index: int) -> str:
-        """Returns the name of a record for messages, with its file name where that is stored."""
-        where = f"record {index} of {self.name!r} split '{self.split}'"
-        if self._record_key is None:
-            return where
-        values = self._read(index)[self._record_key].bytes_list.value
-        if not values:
-            return where
-        return f'{where} ({one_line(values[0].decode(errors="backslashreplace"))})'
-
-    def _read(self, index: int) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name!r} split '{self.split}' has no record {index}")
-        try:
-            # TFDS's own decoding gives the same values and takes six times as long.
-            features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
-            # Reading a key that is absent from a protobuf map would create it.
-            missing = {self._image_key, self._label_key} - set(features)
-        except Exception as error:  # The reader raises whatever its C++ status becomes.
-            missing, cause = {'readable data'}, error
-        else:
-            cause = None
-        if missing:
-            raise DataError(
-                f"record {index} of {self.name!r} split '{self.split}' has no "
-                f'{" and no ".join(sorted(missing))}: its files are damaged; '
-                'delete them and prepare the data set again'
-            ) from cause
-        return features
-
 
 def load_source(
     name: str, split: str | None, data_dir: str | None = None, *, purpose: str = 'evaluation'
@@ -146,34 +79,9 @@ def load_source(
     """
     if split is None:
         split = default_split(name, data_dir, purpose=purpose)
-    builder = open_builder(name, data_dir)
-    check_format(builder, name)
-    image_key, label_key = _find_keys(builder.info, name)
-    label_names = _names(builder.info.features[label_key])
-    length = _check_split(builder.info, name, split)
-    _check_files(builder.info, name, split)
-    try:
-        records = builder.as_data_source(
-            split,
-            deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-            file_format='array_record',
-        )
-        complete = len(records) == length
-    except Exception as error:  # A truncated file: whatever its C++ status becomes.
-        raise _damaged(name, split, builder.data_dir) from error
-    if not complete:
-        raise _damaged(name, split, builder.data_dir)
-    record_key = next((key for key in RECORD_NAMES if key in builder.info.features), None)
-    source = Source(
-        name,
-        split,
-        label_names,
-        records,
-        image_key=image_key,
-        label_key=label_key,
-        record_key=record_key,
-        is_multilabel=_is_sequence(builder.info.features[label_key]),
-    )
+    info, opened = open_split(name, split, data_dir, _find_keys)
+    label = info.features[opened['label_key']]
+    source = Source(label_names=_names(label), is_multilabel=_is_sequence(label), **opened)
     source[0]  # An unlabelled split or an unreadable file shows here, before anything is built.
     if source.is_multilabel and not _has_labels(source):
         raise UnlabelledError(
@@ -222,22 +130,7 @@ def default_split(name: str, data_dir: str | None = None, *, purpose: str = 'eva
       ConfigError: If the purpose is neither.
       DataError: If the set cannot be opened, or has no such split.
     """
-    if purpose not in DEFAULT_SPLITS:
-        raise ConfigError(unknown_name('purpose of a split', purpose, DEFAULT_SPLITS))
-    splits = open_builder(name, data_dir).info.splits
-    for split in DEFAULT_SPLITS[purpose]:
-        if split not in splits or not splits[split].num_examples:
-            continue
-        try:
-            load_source(name, split, data_dir)
-        except UnlabelledError:
-            continue
-        return split
-    sizes = ', '.join(f'{key} ({value.num_examples:,})' for key, value in splits.items())
-    raise DataError(
-        f'data set {name!r} has no labelled split to evaluate on beside train; it has {sizes}: '
-        "name a part of one, such as 'train[90%:]', and leave it out of training ('train[:90%]')"
-    )
+    return choose_split(name, data_dir, purpose, lambda split: load_source(name, split, data_dir))
 
 
 def _find_keys(info: tfds.core.DatasetInfo, name: str) -> tuple[str, str]:
@@ -275,34 +168,3 @@ def _is_sequence(feature: Any) -> bool:
 
 def _names(feature: Any) -> tuple[str, ...]:
     return tuple((feature.feature if _is_sequence(feature) else feature).names)
-
-
-def _check_split(info: tfds.core.DatasetInfo, name: str, split: str) -> int:
-    sizes = ', '.join(f'{key} ({value.num_examples:,})' for key, value in info.splits.items())
-    try:
-        length = info.splits[split].num_examples
-    except Exception as error:  # TFDS raises several kinds; all mean that the text is wrong.
-        raise DataError(
-            f'data set {name!r} has no split {split!r}; it has {sizes}, and parts are written '
-            "like 'train[:90%]', 'train[100:200]' and 'train+test'"
-        ) from error
-    if length <= 0:
-        raise DataError(f'split {split!r} of data set {name!r} is empty; it has {sizes}')
-    return length
-
-
-def _check_files(info: tfds.core.DatasetInfo, name: str, split: str) -> None:
-    info.set_file_format('array_record', override=True, override_if_initialized=True)
-    for path in info.splits[split].filepaths:
-        if not path.exists():
-            raise DataError(
-                f'data set {name!r} lacks the file {str(path)!r}; '
-                'copy it there, or delete the data set and prepare it again'
-            )
-
-
-def _damaged(name: str, split: str, place: object) -> DataError:
-    return DataError(
-        f'the files of data set {name!r} split {split!r} in {str(place)!r} are damaged; '
-        'delete them and prepare the data set again'
-    )

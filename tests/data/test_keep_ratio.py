@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gcnet_jax.data.keep_ratio import pad, resize, resized_shape
+from gcnet_jax.data.keep_ratio import pad, resize, resize_labels, resized_shape
 from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.errors import ConfigError, DataError
 
@@ -63,3 +63,23 @@ def test_one_number_is_the_short_side():
 def test_preprocessing_that_cannot_be_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         KeepRatio(**options)
+
+
+def test_padding_may_be_a_colour_or_a_label():
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    padded = pad(image, (6, 9), (1, 2, 3))
+    np.testing.assert_array_equal(padded[:5, :7], image)
+    assert (padded[5:] == (1, 2, 3)).all()
+    labels = pad(image[..., 0], (6, 9), 255)
+    assert labels.shape == (6, 9)
+    assert (labels[:, 7:] == 255).all()
+    assert pad(image, (5, 7)) is image
+
+
+def test_label_maps_are_never_interpolated():
+    labels = np.random.default_rng(0).choice([0, 7, 255], (9, 11)).astype(np.uint8)
+    assert resize_labels(labels, (9, 11)) is labels
+    larger = resize_labels(labels, (18, 33))
+    np.testing.assert_array_equal(larger, np.repeat(np.repeat(labels, 2, 0), 3, 1))
+    smaller = resize_labels(labels, (4, 5))
+    np.testing.assert_array_equal(smaller, labels[[0, 2, 4, 6]][:, [0, 2, 4, 6, 8]])

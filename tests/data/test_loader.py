@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcnet_jax.data import loader, preprocess
+from gcnet_jax.data import batches as machinery
+from gcnet_jax.data import preprocess
 from gcnet_jax.data.color import ColorOptions
 from gcnet_jax.data.loader import evaluation_batches, train_batches
 from gcnet_jax.errors import ConfigError, DataError
@@ -185,8 +186,8 @@ def test_as_many_threads_as_processors_but_one_in_a_worker(
         assert given == {'num_threads': threads, 'prefetch_buffer_size': threads}
         raise Started
 
-    monkeypatch.setattr(loader.os, 'cpu_count', lambda: processors)
-    monkeypatch.setattr(loader.grain, 'ReadOptions', options)
+    monkeypatch.setattr(machinery.os, 'cpu_count', lambda: processors)
+    monkeypatch.setattr(machinery.grain, 'ReadOptions', options)
     with pytest.raises(Started):
         evaluate(make.numbered_source(4), global_batch_size=4, num_workers=workers)
 
