@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     )
     from gcnet_jax.inference.classifier import Classifier
     from gcnet_jax.inference.detector import Detector
+    from gcnet_jax.inference.segmenter import Segmenter
     from gcnet_jax.models import create_model, list_models
     from gcnet_jax.porting import load_pretrained, load_torch
 
@@ -23,6 +24,7 @@ __all__ = [
     'Detector',
     'GlobalContext',
     'NonLocal',
+    'Segmenter',
     'SimplifiedNonLocal',
     'SqueezeExcite',
     'create_model',
@@ -38,10 +40,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     place = 'gcnet_jax.context'
-    if name == 'Classifier':
-        place = 'gcnet_jax.inference.classifier'
-    elif name == 'Detector':
-        place = 'gcnet_jax.inference.detector'
+    if name in ('Classifier', 'Detector', 'Segmenter'):
+        place = f'gcnet_jax.inference.{name.lower()}'
     elif name in ('create_model', 'list_models'):
         place = 'gcnet_jax.models'
     elif name in ('load_pretrained', 'load_torch'):

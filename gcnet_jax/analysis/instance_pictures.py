@@ -3,24 +3,20 @@
 Drawn with Pillow at the resolution of the image, so that a mask's pixels are those of the picture.
 """
 
-import functools
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from gcnet_jax.errors import ConfigError, DataError, one_line
-from gcnet_jax.files import as_path, write_whole
+from gcnet_jax.analysis.drawing import Picture, enlarged, load_font, write_picture
+from gcnet_jax.errors import one_line
 from gcnet_jax.tasks.instances import Instances
 
-Picture = UInt8[np.ndarray, 'height width 3']
 Box = tuple[float, float, float, float]
 
-# Smaller images are enlarged until their longer side has so many pixels: text needs room.
-MIN_SIDE = 1000
 # How much of a mask is colour; the rest is the image.
 OPACITY = 0.45
 # Of the longer side of the picture: lines of boxes, and letters.
@@ -53,15 +49,8 @@ def draw_instances(image: Picture | Image.Image, instances: Instances) -> Image.
     Raises:
       ConfigError: The image is not of the size that the instances belong to.
     """
-    pixels = np.asarray(image.convert('RGB') if isinstance(image, Image.Image) else image)
-    if pixels.shape != (*instances.size, 3) or pixels.dtype != np.uint8:
-        raise ConfigError(
-            f'an image to draw on is uint8 [{instances.size[0]}, {instances.size[1]}, 3], as the '
-            f'instances are; got {pixels.dtype} {list(pixels.shape)}'
-        )
-    factor = max(1, math.ceil(MIN_SIDE / max(instances.size)))
-    size = (instances.size[1] * factor, instances.size[0] * factor)
-    pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+    pixels, factor = enlarged(image, instances.size, 'instances')
+    size = (pixels.shape[1], pixels.shape[0])
     colors = instance_colors(len(instances))
     line = max(1, round(max(size) * LINE))
     # The largest first, so that the smaller ones lie on top.
@@ -81,20 +70,8 @@ def draw_instances(image: Picture | Image.Image, instances: Instances) -> Image.
 def write_instances(
     image: Picture | Image.Image, instances: Instances, path: str | os.PathLike
 ) -> Path:
-    """Writes the picture of `draw_instances` to a PNG or JPEG file, by the name's ending.
-
-    Raises:
-      ConfigError: See `draw_instances`, or the name ends in something else.
-      DataError: It cannot be written.
-    """
-    path = as_path(path, '--out')
-    kinds = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG'}
-    if path.suffix.lower() not in kinds:
-        raise ConfigError(f'{one_line(path)}: a picture is named .png or .jpg')
-    picture = draw_instances(image, instances)
-    with write_whole(path, DataError) as aside:
-        picture.save(aside, kinds[path.suffix.lower()], quality=92)
-    return path
+    """Writes the picture of `draw_instances` to a PNG or JPEG file; see `write_picture`."""
+    return write_picture(lambda: draw_instances(image, instances), path)
 
 
 def instance_colors(count: int) -> UInt8[np.ndarray, 'count 3']:
@@ -180,7 +157,7 @@ def _draw_labels(
 ) -> None:
     """Writes labels with scores, those of the best first, because they get the best places."""
     letter = max(MIN_LETTER, max(size) * LETTER * (MANY_LETTER if len(boxes) >= MANY else 1))
-    font = _font(round(letter))
+    font = load_font(round(letter))
     pad = max(2, round(letter / 6))
     corners = np.array(boxes).reshape(-1, 4)
     taken, weights = corners, HIDDEN_BOX * np.ones(len(boxes))
@@ -235,11 +212,3 @@ def _free_place(
         if hidden < least:
             best, least = place, hidden
     return best
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Returns the font that matplotlib brings, which has the letters of most alphabets."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / 'fonts/ttf/DejaVuSans.ttf', size)

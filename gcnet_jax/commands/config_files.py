@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from gcnet_jax.errors import ConfigError, UserError, one_line, unknown_name
 from gcnet_jax.files import as_path, as_place, is_bucket
-from gcnet_jax.training.config import default_config, leaves
+from gcnet_jax.training.config import all_paths, explain_unread
 from gcnet_jax.training.overrides import override
 
 USAGE = """python train.py [--config FILE[:VARIANT]] [--workdir DIR] [--config.GROUP.KEY=VALUE ...]
@@ -122,10 +122,13 @@ def _explain(error: BaseException) -> str:
 
 def _nearest_setting(key: str) -> str:
     """Returns the message for a key that no group has, with the settings that it may stand for."""
-    paths = sorted({path for path, _ in leaves(default_config().to_dict())})
+    paths = all_paths()
     groups = {path.partition('.')[0] for path in paths}
     names = {path.rpartition('.')[2]: path for path in (*paths, *groups)}
     same = [path for path in paths if path.rpartition('.')[2] == key]
+    unread = [text for text in map(explain_unread, same) if text]
+    if unread and len(same) == 1:
+        return unread[0]
     if same:
         shown = ' or '.join(f"'config.{path}'" for path in same)
         return f'unknown setting {key!r} in this group; did you mean {shown}?'

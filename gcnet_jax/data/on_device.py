@@ -41,6 +41,19 @@ def normalize(
     return ((images.astype(jnp.float32) - shift) * scale).astype(dtype)
 
 
+def zero_padding(images: Images, size: Float[Array, 'batch 2'] | Int[Array, 'batch 2']) -> Images:
+    """Returns normalised images with zeros beyond their sizes.
+
+    Args:
+      images: Padded on the right and at the bottom; the padding is zero after the normalisation,
+        not before.
+      size: Height and width of each image without padding.
+    """
+    rows = jnp.arange(images.shape[1])[None] < size[:, :1]
+    columns = jnp.arange(images.shape[2])[None] < size[:, 1:]
+    return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], images, 0)
+
+
 def mix(
     key: PRNGKeyArray,
     images: Images,

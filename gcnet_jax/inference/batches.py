@@ -72,6 +72,16 @@ def stream_rows(
             yield from _fetch(*pending)
 
 
+def convert_rows(
+    rows: Iterator[tuple[Any, Row | DataError]], convert: Callable[[Row], Any]
+) -> Iterator[tuple[Any, Any]]:
+    """Yields every item with what `convert` makes of its row; DataErrors stay what they are."""
+    # Closing this generator must end the threads behind the rows, too.
+    with contextlib.closing(rows):
+        for item, row in rows:
+            yield item, row if isinstance(row, DataError) else convert(row)
+
+
 def _start(
     entries: Sequence[tuple[Any, Any]], dispatch: Callable[[Inputs], Any]
 ) -> list[tuple[list[int], Any]]:

@@ -1,6 +1,6 @@
 """A classifier from a checkpoint: images in, labels with probabilities or features out."""
 
-import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,9 +8,11 @@ import numpy as np
 from jaxtyping import Float
 
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError, unknown_name
+from gcnet_jax.inference.batches import convert_rows
 from gcnet_jax.inference.images import LeftOut, list_images
 from gcnet_jax.inference.stored_network import Images, StoredNetwork
-from gcnet_jax.tasks import TASKS, LabelTask, find_task
+from gcnet_jax.inference.whole_images import CLASSES, wrong_class
+from gcnet_jax.tasks import LabelTask, find_task
 from gcnet_jax.tasks.prediction import Prediction
 
 LOGITS = 'logits'
@@ -87,15 +89,7 @@ class Classifier(StoredNetwork):
         """
         top_k = self._check_top_k(top_k)
         rows = self.stream_outputs(source, LOGITS, num_threads=num_threads, left_out=left_out)
-        return self._predictions(rows, top_k)
-
-    def _predictions(
-        self, rows: Iterator[tuple[Any, np.ndarray | DataError]], top_k: int
-    ) -> Iterator[tuple[Any, Prediction | DataError]]:
-        # Closing this generator must end the threads behind the rows, too.
-        with contextlib.closing(rows):
-            for path, row in rows:
-                yield path, row if isinstance(row, DataError) else self._prediction(row, top_k)
+        return convert_rows(rows, functools.partial(self._prediction, top_k=top_k))
 
     def dispatch(self, images: Images, outputs: str | Sequence[str] = LOGITS) -> Any:
         """Starts to compute outputs, the logits by default; see `StoredNetwork.dispatch`."""
@@ -103,11 +97,8 @@ class Classifier(StoredNetwork):
 
     def _check(self, variables: Mapping[str, Any]) -> None:
         """Finds the number of classes; refuses variables and label names that do not fit."""
-        if self.description.task not in TASKS:
-            raise CheckpointError(
-                f'{self.description.name} is for {self.description.task}, not for classification: '
-                'load it with gcnet_jax.Detector'
-            )
+        if self.description.task in CLASSES:
+            raise wrong_class(self.description, 'classification')
         super()._check(variables)
         self.task = find_task(self.description.task)
         self.num_classes = self.output_shapes.get(LOGITS, (0,))[-1]

@@ -1,6 +1,6 @@
 """A detector from a checkpoint: images in, objects with boxes, labels and masks out."""
 
-import contextlib
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,23 +9,23 @@ import numpy as np
 from jaxtyping import Array
 
 from gcnet_jax.data import keep_ratio
-from gcnet_jax.data.on_device import normalize
+from gcnet_jax.data.on_device import normalize, zero_padding
 from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.data.sizes import Size, format_size, height_and_width
-from gcnet_jax.errors import CheckpointError, ConfigError, DataError, one_line, unknown_name
-from gcnet_jax.inference.batches import Inputs
+from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
+from gcnet_jax.inference.batches import Inputs, convert_rows
 from gcnet_jax.inference.images import LeftOut, list_images, load_keeping_ratio
-from gcnet_jax.inference.stored_network import StoredNetwork
+from gcnet_jax.inference.whole_images import WholeImageNetwork, not_finite
 from gcnet_jax.models.roi_heads import SCORE_THRESHOLD
 from gcnet_jax.tasks.instances import Instances
 
 # What makes the Instances of an image.
 INSTANCE_OUTPUTS = ('boxes', 'scores', 'labels', 'valid', 'masks', 'original_size', 'finite')
 # Outputs about objects, which are not features of an image.
-NO_LAYERS = {*INSTANCE_OUTPUTS, 'proposals'}
+NO_LAYERS = frozenset({*INSTANCE_OUTPUTS, 'proposals'})
 
 
-class Detector(StoredNetwork):
+class Detector(WholeImageNetwork):
     """A stored network that finds objects: a box, a label and a mask for each.
 
         detector = Detector.load('checkpoints/mask_rcnn')
@@ -34,31 +34,30 @@ class Detector(StoredNetwork):
 
     Images keep their ratio and are padded to multiples of 32 pixels; each padded size is compiled
     once, and only images of one padded size share a batch. Arguments, devices and checkpoints are
-    those of `StoredNetwork`.
+    those of `WholeImageNetwork`.
 
     Args:
       canvas: Pads images further, to one of a few sizes (each a number, or height and width; the
         smallest that an image fits into is taken), so that little is compiled. Global context sees
         the padding: answers differ from those without (features by 6 to 9% of their maximum in the
         part that lies next to the padding, for 32 pixels more). None pads as little as can be.
-      batch_size: Most images that are computed at once.
 
     Raises:
       CheckpointError: The variables or the label names do not fit the network.
       ConfigError: An option that cannot be.
     """
 
-    max_image_sizes = 128
+    task = 'detection'
+    no_layers = NO_LAYERS
     size_advice = 'pad images to a few sizes with the option canvas'
 
     def __init__(
         self,
         *args: Any,
         canvas: Size | Sequence[Size] | None = None,
-        batch_size: int = 1,
         **options: Any,
     ) -> None:
-        super().__init__(*args, batch_size=batch_size, **options)
+        super().__init__(*args, **options)
         self._canvases = _canvases(canvas, self.description.preprocessing)
 
     def __call__(
@@ -116,17 +115,9 @@ class Detector(StoredNetwork):
         rows = self.stream_outputs(
             source, INSTANCE_OUTPUTS, num_threads=num_threads, left_out=left_out
         )
-        return self._stream(rows, threshold, classes)
-
-    def _stream(
-        self, rows: Iterator[tuple[Any, Any]], threshold: float, classes: Collection[str] | None
-    ) -> Iterator[tuple[Any, Instances | DataError]]:
-        # Closing this generator must end the threads behind the rows, too.
-        with contextlib.closing(rows):
-            for path, row in rows:
-                if not isinstance(row, DataError):
-                    row = self._instances(row, threshold, classes)
-                yield path, row
+        return convert_rows(
+            rows, functools.partial(self._instances, threshold=threshold, classes=classes)
+        )
 
     def load_image(self, image: Any, name: object = None) -> Inputs:
         """Reads one image of any kind as the network takes it.
@@ -174,39 +165,11 @@ class Detector(StoredNetwork):
         """Returns the arguments of the module: normalised images, and their sizes."""
         preprocessing, size = self.description.preprocessing, inputs['size']
         images = normalize(inputs['image'], preprocessing.mean, preprocessing.std)
-        # The padding is zero after the normalisation, not before.
-        rows = jnp.arange(images.shape[1]) < size[:, :1]
-        columns = jnp.arange(images.shape[2]) < size[:, 1:]
-        inside = rows[:, :, None, None] & columns[:, None, :, None]
-        return jnp.where(inside, images, 0), size
-
-    @property
-    def layers(self) -> dict[str, tuple[int, ...]]:
-        """The shape of what `features` returns of an image that fills both limits, by its name."""
-        return {name: shape for name, shape in self.output_shapes.items() if name not in NO_LAYERS}
-
-    def _check_layer(self, layer: str) -> None:
-        if layer in NO_LAYERS:
-            layers = ', '.join(self.layers)
-            raise ConfigError(f'{layer!r} is what predict gives, not a layer; layers: {layers}')
-        if layer not in self.layers:
-            raise ConfigError(unknown_name(f'layer of {self.description.name}', layer, self.layers))
+        return zero_padding(images, size), size
 
     def _check(self, variables: Mapping[str, Any]) -> None:
-        if self.description.task != 'detection':
-            raise CheckpointError(
-                f'{self.description.name} is for {self.description.task}, not for detection: load '
-                'it with gcnet_jax.Classifier'
-            )
         super()._check(variables)
-        names, classes = len(self.description.label_names), self.model.num_classes
-        if names not in (0, classes):
-            raise CheckpointError(f'it has {names} label names and {classes} classes')
         self.output_shapes['original_size'] = (2,)
-
-    def _check_images(self, images: Inputs) -> int:
-        super()._check_images(images['image'])
-        return len(images['image'])
 
     def _canvas(self, size: tuple[int, int], name: object) -> tuple[int, int]:
         """Returns the padded height and width of a resized image."""
@@ -235,20 +198,11 @@ class Detector(StoredNetwork):
             if label not in known:
                 raise ConfigError(unknown_name('label', label, known))
 
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """The name of each class; 'class 7' and so on where the checkpoint knows none."""
-        count = self.model.num_classes
-        return self.description.label_names or tuple(f'class {i}' for i in range(count))
-
     def _instances(
         self, row: Mapping[str, np.ndarray], threshold: float, classes: Collection[str] | None
     ) -> Instances:
         if not row['finite']:
-            raise CheckpointError(
-                'features, logits or boxes are NaN or not finite: training diverged, or the range '
-                'of the dtype is too small; use another checkpoint, or dtype float32'
-            )
+            raise not_finite('features, logits or boxes')
         found = np.flatnonzero(row['valid'])
         labels = row['labels'][found]
         names = self.label_names

@@ -1,6 +1,6 @@
 """A stored network on the devices: images in, named outputs out. It knows no labels.
 
-What reads the outputs is built on it: `Classifier` and `Detector`.
+What reads the outputs is built on it: `Classifier`, `Detector` and `Segmenter`.
 """
 
 import contextlib
@@ -129,7 +129,8 @@ class StoredNetwork:
           choose: 'best' by what the run was evaluated on (the newest where none was evaluated), or
             'newest'.
           size: Size that images get, in pixels: one number for a square, or height and width; for a
-            detector the limits of the short and the long side. None for the network's own.
+            detector or a segmenter the limits of the short and the long side. None for the
+            network's own.
           **options: See the class.
 
         Raises:
@@ -199,6 +200,7 @@ class StoredNetwork:
         """
         names = self._names(outputs)
         count = self._check_images(images)
+        self._check_size(images)
         bucket = next(size for size in self.buckets if size >= count)
         batch = jax.device_put(pad_batch(images, bucket), self._by_batch)
         computed = self._compiled(names)(self.variables, batch)
@@ -352,12 +354,12 @@ class StoredNetwork:
                 'a batch must be uint8 [batch, height, width, 3], got '
                 f'{images.dtype} of shape {images.shape}'
             )
-        self._check_size(images)
-        return len(images)
-
-    def _check_size(self, images: Images) -> None:
         if len(images) > self.batch_size:
             raise ConfigError(f'at most batch_size={self.batch_size} images, got {len(images)}')
+        return len(images)
+
+    def _check_size(self, images: Inputs) -> None:
+        """Counts the sizes that are compiled; refuses more than `max_image_sizes`."""
         size = images.shape[1:3]
         if size not in self._image_sizes and len(self._image_sizes) == self.max_image_sizes:
             known = ', '.join(map(format_size, sorted(self._image_sizes)[:8]))

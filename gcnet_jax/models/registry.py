@@ -44,6 +44,26 @@ def model_entry(name: str) -> ModelEntry:
     return _MODELS[name]
 
 
+def option_readers(name: str, options: Mapping[str, Any]) -> dict[str, type[nn.Module]]:
+    """Returns every option that a network takes, with the module class that it configures.
+
+    Args:
+      name: One of `list_models()`.
+      options: Those that differ from the row's; of a network over a backbone, they name it.
+
+    Raises:
+      ConfigError: No network, or no backbone, has that name.
+    """
+    entry = model_entry(name)
+    own = entry.module.func
+    readers = dict.fromkeys(module_options(own), own)
+    backbone = (dict(entry.module.keywords) | dict(options)).get('backbone')
+    if backbone is not None:
+        module = _backbone_entry(name, backbone).module.func
+        readers = dict.fromkeys(_backbone_options(module), module) | readers
+    return readers
+
+
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """Builds a network by name.
 
@@ -86,13 +106,8 @@ def _with_backbone(
       The options, and those that differ from the row's, with the backbone built.
     """
     name, own = options['backbone'], module_options(entry.module.func)
-    if not isinstance(name, str) or name not in list_models(task='classification'):
-        raise ConfigError(
-            unknown_name(f'backbone of {entry.name}', name, list_models(task='classification'))
-        )
+    known = _backbone_options(_backbone_entry(entry.name, name).module.func)
     of_backbone = {key: value for key, value in options.items() if key not in own}
-    # The backbone has no classifier, which alone reads a dropout rate.
-    known = module_options(model_entry(name).module.func).keys() - {'dropout_rate'}
     for option in sorted(of_backbone.keys() - known):
         raise ConfigError(
             unknown_name(f'option of {entry.name} over {name}', option, {*own, *known})
@@ -104,6 +119,18 @@ def _with_backbone(
         for given in (options, overrides)
     ]
     return kept[0] | {'backbone': backbone}, kept[1]
+
+
+def _backbone_entry(network: str, name: Any) -> ModelEntry:
+    names = list_models(task='classification')
+    if not isinstance(name, str) or name not in names:
+        raise ConfigError(unknown_name(f'backbone of {network}', name, names))
+    return model_entry(name)
+
+
+def _backbone_options(module: type[nn.Module]) -> set[str]:
+    # A backbone has no classifier, which alone reads a dropout rate.
+    return module_options(module).keys() - {'dropout_rate'}
 
 
 def _check_together(name: str, options: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:

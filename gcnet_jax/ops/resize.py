@@ -1,9 +1,11 @@
 """Bilinear resizing by the rules of PyTorch's `interpolate`, without antialiasing."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def resize_bilinear(
@@ -34,15 +36,69 @@ def resize_bilinear(
 
 def resize_weights(old: int, new: int, align_corners: bool) -> Float[np.ndarray, 'new old']:
     """Returns the weight of each old position in each new one; every row adds up to 1."""
+    low, high, share = resize_places(old, new, align_corners)
+    weights = np.zeros((new, old), np.float64)
+    np.add.at(weights, (np.arange(new), low), 1 - share)
+    np.add.at(weights, (np.arange(new), high), share)
+    return weights.astype(np.float32)
+
+
+def resize_places(
+    old: int, new: int, align_corners: bool
+) -> tuple[Int[np.ndarray, ' new'], Int[np.ndarray, ' new'], Float[np.ndarray, ' new']]:
+    """Returns the two old positions that each new one lies between, and the share of the second."""
     places = np.arange(new, dtype=np.float64)
     if not align_corners:
         centres = np.maximum((places + 0.5) * (old / new) - 0.5, 0)
     else:
         centres = places * ((old - 1) / (new - 1)) if new > 1 else np.zeros(1)
     low = np.minimum(np.floor(centres).astype(int), old - 1)
-    high = np.minimum(low + 1, old - 1)
-    share = centres - low
-    weights = np.zeros((new, old), np.float64)
-    np.add.at(weights, (np.arange(new), low), 1 - share)
-    np.add.at(weights, (np.arange(new), high), share)
-    return weights.astype(np.float32)
+    return low, np.minimum(low + 1, old - 1), centres - low
+
+
+def map_resized(
+    function: Callable[[Array], Array],
+    values: Float[Array, 'batch height width channel'],
+    size: tuple[int, int],
+    *,
+    align_corners: bool = False,
+    max_values: int,
+) -> Array:
+    """Returns a function of resized maps, which are never in memory as a whole.
+
+    It is `function(resize_bilinear(values, size))` to rounding, a block of rows at a time: of a
+    large image with many classes the resized maps take gigabytes, and their maxima megabytes.
+    Positions are looked up instead of multiplied with matrices, which of long sides are large too.
+
+    Args:
+      function: Returns `[batch, rows, new_width, ...]` of any number of rows of the result.
+      values: Of any height and width.
+      size: Height and width of the result.
+      align_corners: See `resize_bilinear`.
+      max_values: Most resized values of a block; one row at least is in it.
+    """
+    if tuple(values.shape[1:3]) == size:
+        return function(values)
+    batch, old_height, old_width, channels = values.shape
+    rows = resize_places(old_height, size[0], align_corners)
+    columns = resize_places(old_width, size[1], align_corners)
+    block = min(size[0], max(1, max_values // (batch * size[1] * channels)))
+    count = -(-size[0] // block)
+    # The last block is filled up with repetitions of the last row.
+    last = np.minimum(np.arange(count * block), size[0] - 1).reshape(count, block)
+
+    def compute(places: tuple[Array, Array, Array]) -> Array:
+        return function(_between(_between(values, places, 1), columns, 2))
+
+    if count == 1:
+        return compute(rows)
+    found = jax.lax.map(compute, tuple(jnp.asarray(each[last]) for each in rows))
+    found = jnp.moveaxis(found, 0, 1)
+    return found.reshape(batch, count * block, *found.shape[3:])[:, : size[0]]
+
+
+def _between(values: Array, places: tuple[Array, Array, Array], axis: int) -> Array:
+    low, high, share = places
+    share = jnp.asarray(share, values.dtype).reshape((-1,) + (1,) * (values.ndim - axis - 1))
+    first, second = (jnp.take(values, jnp.asarray(index), axis=axis) for index in (low, high))
+    return first * (1 - share) + second * share

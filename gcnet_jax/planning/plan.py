@@ -10,18 +10,20 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from gcnet_jax.data.sizes import format_size, height_and_width
-from gcnet_jax.data.sources import read_label_names
+from gcnet_jax.data.sizes import format_size
 from gcnet_jax.errors import ConfigError, DataError
+from gcnet_jax.models.registry import option_readers
 from gcnet_jax.planning.chips import Chip, PlanError, parse_topology, topology_devices
 from gcnet_jax.planning.program import OutOfMemory, Program, compile_lowered, placed
 from gcnet_jax.planning.stand_in import StandInSource
-from gcnet_jax.tasks import find_task
+from gcnet_jax.tasks import Task, find_task
 from gcnet_jax.training.checks import check_config
 from gcnet_jax.training.experiment import Experiment, build
+from gcnet_jax.training.initial import read_initial_description
 from gcnet_jax.training.mesh import batch_shardings, state_shardings
 from gcnet_jax.training.steps import jit_train_step, make_train_step
 
@@ -106,7 +108,7 @@ def describe(
       config: Every setting, see `gcnet_jax.training.config`.
       devices: What the mesh is made of.
       batch_size: Images of a step over all devices, in place of the config's.
-      with_context: False takes the context blocks out.
+      with_context: False takes the context blocks out, a head's too.
 
     Raises:
       ConfigError: A setting that cannot work.
@@ -118,25 +120,32 @@ def describe(
     # How long a run is depends on the images; what a step costs does not.
     tree['training'] |= {'batch_size': batch_size, 'total_steps': 1000}
     tree['schedule']['warmup_steps'] = 1
+    kind = find_task(tree['task']['name'])
     if not with_context:
-        model['context'] = None
-    labels = _label_names(model['num_classes'], data)
+        place = tree['training']['init_from']
+        name = model['name'] or read_initial_description(place).name
+        # Of a head and of a backbone, where the network has them.
+        model |= dict.fromkeys({'context', 'context_ratio'} & option_readers(name, model).keys())
+    labels = _label_names(kind, model['num_classes'], data)
     if tree['task'].get('class_weights') == 'balanced':
         # The weights come from the images; the cost of a step does not depend on their values.
         tree['task']['class_weights'] = (1.0,) * len(labels)
-    is_multilabel = find_task(tree['task']['name']).is_multilabel
     sources = [
-        StandInSource(data['name'], split, labels, batch_size, is_multilabel)
+        StandInSource(
+            data['name'], split, labels, batch_size, getattr(kind, 'is_multilabel', False)
+        )
         for split in (data['train_split'], data['evaluation_split'])
     ]
     return build(ConfigDict(tree), devices=devices, sources=sources)
 
 
-def _label_names(num_classes: int | None, data: Mapping[str, Any]) -> tuple[str, ...]:
+def _label_names(
+    task: type[Task], num_classes: int | None, data: Mapping[str, Any]
+) -> tuple[str, ...]:
     if num_classes is not None:
         return tuple(map(str, range(num_classes)))
     try:
-        return read_label_names(data['name'], data['data_dir'])
+        return task.read_label_names(data['name'], data['data_dir'])
     except DataError as error:
         raise DataError(
             f'{error}; or, for a plan, give --config.model.num_classes=NUMBER'
@@ -155,7 +164,7 @@ def compile_step(experiment: Experiment) -> Program:
     )
     state = jax.eval_shape(experiment.initialize, jax.random.key(0))
     shardings = state_shardings(state, mesh)
-    shape = height_and_width(experiment.description.preprocessing.train_size)
+    shape = experiment.description.preprocessing.train_shape
     batch = task.batch_shapes(experiment.batch_size, *shape)
     lowered = jit_train_step(step, task, mesh, shardings).lower(
         placed(state, shardings), placed(batch, batch_shardings(mesh, task.batch_spec()))
@@ -220,12 +229,19 @@ def _title(config: ConfigDict, topology: str, batch_per_chip: int | None) -> str
 def add_twin(plan: Plan, config: ConfigDict, compiling: Compiling = contextlib.nullcontext) -> Plan:
     """Compiles the same network without context too; a network that has none gets no twin."""
     devices = topology_devices(plan.topology)
-    if not getattr(describe(config, devices, plan.batch_size).model, 'context', ()):
+    if not _has_context(describe(config, devices, plan.batch_size).model):
         return plan
     plain = describe(config, devices, plan.batch_size, with_context=False)
     with compiling(f'{plan.network} for {plan.topology} without its context'):
         twin = compile_step(plain)
     return dataclasses.replace(plan, twin=twin, twin_parameters=_parameters(plain))
+
+
+def _has_context(model: nn.Module) -> bool:
+    parts = (model, getattr(model, 'backbone', None))
+    return any(getattr(part, 'context', ()) for part in parts) or bool(
+        getattr(model, 'context_ratio', None)
+    )
 
 
 def _parameters(experiment: Experiment) -> int:

@@ -18,7 +18,7 @@ READ_VERSIONS = (1, 2)
 # What descriptions of earlier versions lack, which then has its default.
 ADDED = {1: {'task'}}
 # What the preprocessing of a task's networks is; of all others it is `Preprocessing`.
-PREPROCESSING = {'detection': KeepRatio}
+PREPROCESSING = {'detection': KeepRatio, 'segmentation': KeepRatio}
 # Longest label and longest note on the source.
 MAX_TEXT = 10_000
 

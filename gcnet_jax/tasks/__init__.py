@@ -4,23 +4,28 @@ from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.tasks.classification import Classification
 from gcnet_jax.tasks.label_task import LabelTask
 from gcnet_jax.tasks.multilabel import MultiLabel
-from gcnet_jax.tasks.task import Evaluation, OutputPlan, Task
+from gcnet_jax.tasks.segmentation import Segmentation
+from gcnet_jax.tasks.task import Evaluation, Examples, OutputPlan, Task
 
 __all__ = [
     'STORED_TASKS',
     'TASKS',
     'Classification',
     'Evaluation',
+    'Examples',
     'LabelTask',
     'MultiLabel',
     'OutputPlan',
+    'Segmentation',
     'Task',
     'find_task',
 ]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, MultiLabel)}
-# What stored networks are for; detectors and segmenters are not trained here yet.
-STORED_TASKS = (*TASKS, 'detection', 'segmentation')
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Classification, MultiLabel, Segmentation)
+}
+# What stored networks are for; detectors are not trained here yet.
+STORED_TASKS = (*TASKS, 'detection')
 
 
 def find_task(name: object) -> type[Task]:

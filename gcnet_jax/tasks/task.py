@@ -6,7 +6,7 @@ know what a label is, how the loss is computed, and which checkpoint is best.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -34,10 +34,29 @@ class Evaluation(Protocol):
 class Described(Protocol):
     """What a task reads of a stored network's description, see `gcnet_jax.stored`."""
 
+    name: str
     label_names: tuple[str, ...]
+    task: str
 
     def build(self) -> Any:
         """Builds the network."""
+
+
+class Examples(Protocol):
+    """What a run knows of its data; how one example is read is between the task and its loaders."""
+
+    name: str
+    split: str
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The name of each class."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +81,12 @@ class Task(abc.ABC):
       percentages: Metrics that are shown in per cent.
       settings: Every setting of the group `config.task` beside `name`, with its default.
       ranges: What each of them may be, where it is not None by default.
+      data_settings: The settings of the group `config.data` that not every task reads, with their
+        defaults; a type stands for None, to be set to a value of that type.
+      data_ranges: What each of them may be, where it is not None.
+      networks: The task of the registry's rows that it trains.
+      backbones: Tasks of the checkpoints that can fill the backbone of such a network.
+      output_modules: Paths of the modules whose last axis is the classes.
     """
 
     name: ClassVar[str]
@@ -69,6 +94,11 @@ class Task(abc.ABC):
     percentages: ClassVar[frozenset[str]]
     settings: ClassVar[Mapping[str, Any]]
     ranges: ClassVar[Mapping[str, Range]]
+    data_settings: ClassVar[Mapping[str, Any]]
+    data_ranges: ClassVar[Mapping[str, Range]]
+    networks: ClassVar[str]
+    backbones: ClassVar[frozenset[str]] = frozenset()
+    output_modules: ClassVar[tuple[str, ...]]
 
     @classmethod
     @abc.abstractmethod
@@ -77,7 +107,7 @@ class Task(abc.ABC):
 
         Args:
           settings: The group `config.task`.
-          source: The training examples, see `gcnet_jax.data.sources.Source`.
+          source: The training examples, as `load_source` returned them.
           preprocessing: What the network expects of its images.
 
         Raises:
@@ -85,14 +115,90 @@ class Task(abc.ABC):
         """
 
     @classmethod
+    def conflict_in(cls, data: Mapping[str, Any]) -> str | None:
+        """Returns the error about settings of `config.data` of which one does nothing, or None."""
+        return None
+
+    @classmethod
+    @abc.abstractmethod
+    def preprocessing(cls, data: Mapping[str, Any], base: Any) -> Any:
+        """Returns what the images of a run are like.
+
+        Args:
+          data: The group `config.data`, whose settings win where they are not None.
+          base: That of the checkpoint which the run starts from, or of the network's row.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def load_source(
+        cls, name: str, split: str | None, data_dir: str | None = None, *, purpose: str
+    ) -> Examples:
+        """Opens one split of a data set.
+
+        Args:
+          name, split, data_dir: As in the group `config.data`.
+          purpose: What a split that is None is for, see `gcnet_jax.data.sources.default_split`.
+
+        Raises:
+          DataError: It cannot be read, or is not of this task.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def read_label_names(cls, name: str, data_dir: str | None = None) -> tuple[str, ...]:
+        """Returns the labels of a data set, whose examples need not be here.
+
+        Raises:
+          DataError: They are not known.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def train_loader(cls, data: Mapping[str, Any], preprocessing: Any) -> Callable[..., Any]:
+        """Returns the function from a source to its training batches, without end.
+
+        It takes the source and the keywords `global_batch_size`, `seed`, `start_step`,
+        `process_index`, `process_count`, `num_threads`, `num_workers` and `skip_damaged`; see
+        `gcnet_jax.data.loader.train_batches`.
+
+        Args:
+          data: The group `config.data`.
+          preprocessing: What the network expects of its images.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def evaluation_loader(cls, data: Mapping[str, Any], preprocessing: Any) -> Callable[..., Any]:
+        """Returns the function from a source to batches that hold every example once.
+
+        It takes the keywords of `train_loader` but `seed` and `start_step`.
+        """
+
+    @classmethod
+    def take_over(
+        cls, there: Described, variables: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+        """Returns a checkpoint's variables under the names they have in this task's networks.
+
+        Args:
+          there: The network of the checkpoint.
+          variables: Its {'params', 'batch_stats'}.
+
+        Returns:
+          The variables, and the modules that the checkpoint does not have.
+        """
+        return variables, ()
+
+    @classmethod
     @abc.abstractmethod
     def outputs_of(
-        cls, train: Any, evaluation: Any, num_classes: int | None
+        cls, train: Examples, evaluation: Examples, num_classes: int | None
     ) -> tuple[int, tuple[str, ...]]:
         """Returns how many outputs a network needs for the data, and what each stands for.
 
         Args:
-          train, evaluation: The examples of both splits, see `gcnet_jax.data.sources.Source`.
+          train, evaluation: The examples of both splits.
           num_classes: `config.model.num_classes`; None takes the number from the data.
 
         Raises:
@@ -135,9 +241,12 @@ class Task(abc.ABC):
     def batch_spec(self) -> dict[str, tuple[str, ...]]:
         """Returns the arrays of a training batch, each with the axes that may be split.
 
-        An axis is 'batch' or 'height', from the first on; what is not named is replicated. A batch
-        of evaluation also has a 'mask', False for padding.
+        An axis is 'batch' or 'height', from the first on; what is not named is replicated.
         """
+
+    def evaluation_spec(self) -> dict[str, tuple[str, ...]]:
+        """Returns the same of an evaluation batch, which also has a 'mask', False for padding."""
+        return {**self.batch_spec(), 'mask': ('batch',)}
 
     @abc.abstractmethod
     def batch_shapes(

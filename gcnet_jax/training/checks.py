@@ -6,7 +6,12 @@ from ml_collections import ConfigDict
 
 from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.tasks import find_task
-from gcnet_jax.training.config import default_config, leaves, task_settings
+from gcnet_jax.training.config import (
+    default_config,
+    default_config_of,
+    explain_unread,
+    leaves,
+)
 from gcnet_jax.training.optimizers import optimizer_options
 from gcnet_jax.training.rules import RULES
 
@@ -20,14 +25,14 @@ def check_config(config: ConfigDict) -> None:
     Raises:
       ConfigError: Names the setting, its value, what is allowed and what to do.
     """
-    known = default_config().to_dict()
     given = config.to_dict()
     task = given.get('task')
-    if isinstance(task, Mapping) and 'name' in task:
-        known['task'] = ConfigDict(task_settings(task['name'])).to_dict()
+    named = isinstance(task, Mapping) and 'name' in task
+    known = (default_config_of(task['name']) if named else default_config()).to_dict()
     _check_keys(given, known)
-    own = find_task(given['task']['name']).ranges
-    ranges = RULES | {f'task.{name}': allowed for name, allowed in own.items()}
+    task = find_task(given['task']['name'])
+    ranges = RULES | {f'task.{name}': allowed for name, allowed in task.ranges.items()}
+    ranges |= {f'data.{name}': allowed for name, allowed in task.data_ranges.items()}
     defaults = dict(leaves(known))
     for key, value in leaves(given):
         if value is None and key in defaults and defaults[key] is None:
@@ -40,6 +45,9 @@ def check_config(config: ConfigDict) -> None:
         if key not in ('name', 'weight_decay', 'clip_norm', 'frozen', 'layer_decay')
     }
     optimizer_options(given['optimizer']['name'], options)
+    conflict = task.conflict_in(given['data'])
+    if conflict is not None:
+        raise ConfigError(conflict)
     _check_together(given)
 
 
@@ -53,7 +61,10 @@ def _check_keys(given: Mapping, known: Mapping) -> None:
             raise ConfigError(f'config.{group} must be a group with {", ".join(settings)}')
         extra = [] if group == 'model' else sorted(values.keys() - settings.keys())
         if extra:
-            raise ConfigError(unknown_name('setting', f'config.{group}.{extra[0]}', _paths(known)))
+            path = f'{group}.{extra[0]}'
+            raise ConfigError(
+                explain_unread(path) or unknown_name('setting', f'config.{path}', _paths(known))
+            )
         missing = sorted(settings.keys() - values.keys())
         if missing:
             raise ConfigError(
@@ -68,18 +79,7 @@ def _paths(tree: Mapping) -> list[str]:
 
 def _check_together(given: Mapping) -> None:
     """Refuses settings that would have no effect beside the others."""
-    data, training, runtime = given['data'], given['training'], given['runtime']
-    if data['crop_scale'] is not None and data['augmentation'] != 'resized_crop':
-        raise ConfigError(
-            f'config.data.crop_scale is {data["crop_scale"]} but config.data.augmentation is '
-            f'{data["augmentation"]!r}; leave it unset, or choose resized_crop'
-        )
-    if data['randaugment_magnitude'] is not None and not data['randaugment_ops']:
-        raise ConfigError(
-            f'config.data.randaugment_magnitude is {data["randaugment_magnitude"]} but '
-            'config.data.randaugment_ops is 0; set it to the number of operations, such as 2'
-        )
-    schedule = given['schedule']
+    training, runtime, schedule = given['training'], given['runtime'], given['schedule']
     if schedule['decay_epochs'] is None and schedule['decay_factor'] is not None:
         raise ConfigError(
             f'config.schedule.decay_factor is {schedule["decay_factor"]} but '
@@ -91,6 +91,12 @@ def _check_together(given: Mapping) -> None:
             f'config.schedule.end_factor is {schedule["end_factor"]} but '
             'config.schedule.decay_epochs is set: the rate drops by decay_factor and ends where '
             'that leaves it; set end_factor to 0, or leave decay_epochs unset'
+        )
+    if schedule['decay_epochs'] is not None and schedule['poly_power'] is not None:
+        raise ConfigError(
+            f'config.schedule.poly_power is {schedule["poly_power"]} and '
+            f'config.schedule.decay_epochs {schedule["decay_epochs"]}: the rate falls by one of '
+            'them; leave the other unset'
         )
     if training['new_classifier'] is not None and training['init_from'] is None:
         raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from gcnet_jax.tasks import find_task
+from gcnet_jax.tasks import TASKS, find_task
 
 # What may differ when a run is continued: how it runs and reports, not what it computes.
 RESUMABLE = (
@@ -40,13 +40,14 @@ def default_config() -> ConfigDict:
     """Returns every setting with its default.
 
     The group `model` is open: it also takes every option of the network that it names. The group
-    `task` has the settings of the task that it names, see `name_task`.
+    `task`, and part of the group `data`, has the settings of the task that it names, see
+    `name_task`.
     """
     config = ConfigDict(
         {
             'model': _model(),
             'task': task_settings('classification'),
-            'data': _data(),
+            'data': _data('classification'),
             'optimizer': _optimizer(),
             'schedule': _schedule(),
             'training': _training(),
@@ -73,19 +74,63 @@ def name_network(config: ConfigDict, name: str | None) -> None:
 
 def task_settings(name: str) -> dict:
     """Returns the group `task` for a task: its name, and its settings with their defaults."""
-    settings = find_task(name).settings
     return {
-        # What the network learns: 'classification' or 'multilabel'. The file of that name in
-        # gcnet_jax/tasks explains the other settings.
+        # What the network learns: 'classification', 'multilabel' or 'segmentation'. The file of
+        # that name in gcnet_jax/tasks explains the other settings.
         'name': name,
-        **{key: placeholder(object) if value is None else value for key, value in settings.items()},
+        **_with_placeholders(find_task(name).settings),
     }
 
 
+def _with_placeholders(settings: Mapping[str, Any]) -> dict:
+    """Makes placeholders where a task has None or a type for what may be set."""
+    kinds = {
+        key: object if value is None else value
+        for key, value in settings.items()
+        if value is None or isinstance(value, type)
+    }
+    return {**settings, **{key: placeholder(value) for key, value in kinds.items()}}
+
+
 def name_task(config: ConfigDict, name: str) -> None:
-    """Chooses another task, with the default of each of its settings; changes config in place."""
+    """Chooses another task, with the default of each of its settings; changes config in place.
+
+    Settings of the group `data` that all tasks read keep their values.
+    """
     config.task = ConfigDict(task_settings(name))
     config.task.lock()
+    data, before = ConfigDict(_data(name)), config.data.to_dict()
+    data.update({key: value for key, value in before.items() if key in _common_data()})
+    config.data = data
+    config.data.lock()
+
+
+def default_config_of(task: object) -> ConfigDict:
+    """Returns every setting of a task with its default.
+
+    Raises:
+      ConfigError: There is no such task.
+    """
+    config = default_config()
+    name_task(config, task)
+    return config
+
+
+def all_paths() -> list[str]:
+    """Returns the path, such as 'data.name', of every setting of any task."""
+    return sorted({path for task in TASKS for path, _ in leaves(default_config_of(task).to_dict())})
+
+
+def explain_unread(path: str) -> str | None:
+    """Explains a setting, such as 'data.crop_scale', that is not every task's; None for others."""
+    group, _, key = path.partition('.')
+    readers = [name for name, task in TASKS.items() if key in task.data_settings]
+    if group != 'data' or not readers or len(readers) == len(TASKS):
+        return None
+    return (
+        f'config.{path} is for {" and ".join(readers)}, and no other task reads it; leave it out, '
+        'or choose such a task first, by gcnet_jax.training.config.name_task'
+    )
 
 
 def _model() -> dict:
@@ -112,9 +157,14 @@ def _model() -> dict:
     }
 
 
-def _data() -> dict:
+def _data(task: str) -> dict:
+    return {**_common_data(), **_with_placeholders(find_task(task).data_settings)}
+
+
+def _common_data() -> dict:
+    """Returns what every task reads; `Task.data_settings` of a task explains its own."""
     return {
-        # 'digits', any TFDS image classification set, or a folder data set that was prepared.
+        # 'digits', any TFDS set of the task, or a folder data set that was prepared.
         'name': 'digits',
         # Where prepared data sets are; None: TFDS's own directory.
         'data_dir': placeholder(str),
@@ -122,34 +172,19 @@ def _data() -> dict:
         # 'validation' where the data set has one, else 'test'.
         'train_split': 'train',
         'evaluation_split': placeholder(str),
-        # What is None among the next six is as in the checkpoint of training.init_from, or without
+        # What is None among the next four is as in the checkpoint of training.init_from, or without
         # one as in the network's entry.
         # Size of the images in pixels: one number for a square, or (height, width); at evaluation
-        # None: image_size where it is set.
+        # None: image_size where it is set. For segmentation `image_size` is the training crop, and
+        # `evaluation_image_size` the limits (short, long) that images are resized to, see
+        # gcnet_jax.tasks.segmentation.
         'image_size': placeholder(object),
         'evaluation_image_size': placeholder(object),
-        # Evaluation's central crop, as a part of the resized shorter side, and its resize
-        # ('bilinear', 'bicubic').
-        'crop_fraction': placeholder(float),
-        'interpolation': placeholder(str),
         # Mean and standard deviation of each channel, on the scale where 255 is 1.
         'mean': placeholder(tuple),
         'std': placeholder(tuple),
-        # 'none' (resize), 'pad_crop' (4 pixels, CIFAR) or 'resized_crop' (ImageNet).
-        'augmentation': 'resized_crop',
-        # Smallest and largest area of 'resized_crop', as parts of the image; None: (0.08,
-        # 1.0).
-        'crop_scale': placeholder(tuple),
         # Mirror left and right half of the time. Not for digits.
         'flip': True,
-        # RandAugment: number of operations for each image (0: off) and their strength, 0 to 30;
-        # None: 9.
-        'randaugment_ops': 0,
-        'randaugment_magnitude': placeholder(int),
-        # Largest relative change of brightness, contrast and saturation, and of the hue in turns
-        # of the colour wheel (at most 0.5).
-        'color_jitter': 0.0,
-        'hue_jitter': 0.0,
         # Leave damaged records out, counted in the log, instead of stopping at the first.
         'skip_damaged': False,
         # Reading and decoding: threads (None: one a processor, at most 16), and worker processes
@@ -188,10 +223,13 @@ def _schedule() -> dict:
         # Highest learning rate, for the whole batch: not scaled by its size.
         'peak_learning_rate': 0.1,
         # Linear warm-up, then half a cosine down to `end_factor` times the peak; or, where
-        # `decay_epochs` is set, such as (8, 11), a drop by `decay_factor` (None: 0.1) after each.
+        # `decay_epochs` is set, such as (8, 11), a drop by `decay_factor` (None: 0.1) after each;
+        # or, where `poly_power` is set, such as 0.9, that power of what is left of the run, down to
+        # `end_factor` times the peak.
         'warmup_epochs': 0.0,
         'warmup_steps': placeholder(int),
         'end_factor': 0.0,
+        'poly_power': placeholder(float),
         'decay_epochs': placeholder(tuple),
         'decay_factor': placeholder(float),
     }
@@ -312,10 +350,7 @@ def changed_keys(config: Mapping, other: Mapping) -> list[str]:
     missing = object()
     # A run of an earlier version lacks the settings that were added since.
     groups = {key.partition('.')[0] for key in first}
-    defaults = plain(default_config())
-    task = second.get('task.name')
-    if task is not None:
-        defaults['task'] = plain(ConfigDict(task_settings(task)))
+    defaults = plain(default_config_of(second.get('task.name', 'classification')))
     for key, default in leaves(defaults):
         if key not in first and key in second and key.partition('.')[0] in groups:
             first[key] = default

@@ -14,20 +14,22 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from gcnet_jax.data.color import ColorOptions
-from gcnet_jax.data.loader import Batches, evaluation_batches, train_batches
-from gcnet_jax.data.sizes import height_and_width
-from gcnet_jax.data.sources import Source, load_source
+from gcnet_jax.data.batches import Batches
 from gcnet_jax.errors import ConfigError
-from gcnet_jax.models.registry import model_entry
+from gcnet_jax.models.registry import list_models, model_entry
 from gcnet_jax.stored import ModelDescription
-from gcnet_jax.tasks import Task, find_task
+from gcnet_jax.tasks import TASKS, Examples, Task, find_task
 from gcnet_jax.training.checks import check_config
 from gcnet_jax.training.config import plain, steps
 from gcnet_jax.training.freezing import parse_patterns
 from gcnet_jax.training.initial import preprocessing, read_initial_description, take_network
 from gcnet_jax.training.mesh import batch_parts, make_mesh
-from gcnet_jax.training.optimizers import make_optimizer, warmup_cosine, warmup_milestones
+from gcnet_jax.training.optimizers import (
+    make_optimizer,
+    warmup_cosine,
+    warmup_milestones,
+    warmup_poly,
+)
 from gcnet_jax.training.processes import check_connected
 from gcnet_jax.training.state import state_initializer
 from gcnet_jax.training.steps import StepOptions
@@ -81,8 +83,8 @@ class Experiment:
     description: ModelDescription
     model: nn.Module
     task: Task
-    train_source: Source
-    evaluation_source: Source
+    train_source: Examples
+    evaluation_source: Examples
     train_batches: Callable[..., Batches]
     evaluation_batches: Callable[[], Batches]
     schedule: Callable[[Any], Any]
@@ -130,7 +132,7 @@ def build(
     config: ConfigDict,
     *,
     devices: Any = None,
-    sources: Sequence[Source] | None = None,
+    sources: Sequence[Examples] | None = None,
     workdir: Path | None = None,
 ) -> Experiment:
     """Builds everything that a config describes, and refuses what cannot work.
@@ -153,15 +155,15 @@ def build(
     _check_divisible(config, mesh, batch_size, step_options.accumulation_steps)
     initial = read_initial_description(init_from, workdir)
     config = take_network(config, initial)
-    _check_trainable(config.model.name, initial)  # Before the data set is opened.
+    _check_trainable(config, initial)  # Before the data set is opened.
     train_source, evaluation_source = _open_sources(config) if sources is None else sources
     description = _describe(config, train_source, evaluation_source, initial)
     _check_sizes(description, mesh)
-    task = find_task(config.task.name).build(config.task, train_source, description.preprocessing)
+    images = description.preprocessing
+    task = find_task(config.task.name).build(config.task, train_source, images)
     durations = _durations(config, len(train_source), batch_size)
     schedule, notes = _schedule(config, durations)
-    common = _common_options(config, description, batch_size)
-    train_options = common | _train_options(config, description, seed)
+    common = _common_options(config, batch_size)
     experiment = Experiment(
         config=config,
         description=description,
@@ -169,9 +171,11 @@ def build(
         task=task,
         train_source=train_source,
         evaluation_source=evaluation_source,
-        train_batches=functools.partial(train_batches, train_source, **train_options),
+        train_batches=functools.partial(
+            task.train_loader(config.data, images), train_source, **common, seed=seed
+        ),
         evaluation_batches=functools.partial(
-            evaluation_batches, evaluation_source, **common, **_evaluation_options(description)
+            task.evaluation_loader(config.data, images), evaluation_source, **common
         ),
         schedule=schedule,
         optimizer=make_optimizer(schedule=schedule, **config.optimizer),
@@ -201,15 +205,36 @@ def _step_options(config: ConfigDict) -> StepOptions:
     )
 
 
-def _check_trainable(name: str, initial: ModelDescription | None) -> None:
-    """Refuses networks that no task here trains, and unknown ones."""
-    for network in (name, *([] if initial is None else [initial.name])):
-        if model_entry(network).task == 'detection':
-            raise ConfigError(
-                f'{network} is a detector, and detectors cannot be trained yet: choose a '
-                'classifier; to start one from the backbone in a file of mmdetection, port the '
-                'file with --model and the name of the classifier'
-            )
+def _check_trainable(config: ConfigDict, initial: ModelDescription | None) -> None:
+    """Refuses networks that the task does not train or start from, and unknown ones."""
+    task, name = find_task(config.task.name), config.model.name
+    example = list_models('gc_resnet50*', task.networks)[0]
+    if name is None:
+        raise ConfigError(
+            f'config.training.init_from is a network for {initial.task}, which fills no more than '
+            f'the backbone of one for {task.networks}; name that network: '
+            f'--config.model.name={example}, for example'
+        )
+    _check_kind(name, task, example)
+    if initial is not None and initial.task not in task.backbones:
+        _check_kind(initial.name, task, example)
+
+
+def _check_kind(network: str, task: type[Task], example: str) -> None:
+    kind = model_entry(network).task
+    if kind == task.networks:
+        return
+    tasks = [other.name for other in TASKS.values() if other.networks == kind]
+    if not tasks:
+        raise ConfigError(
+            f'{network} is a detector, and detectors cannot be trained yet: choose a '
+            'classifier; to start one from the backbone in a file of mmdetection, port the '
+            'file with --model and the name of the classifier'
+        )
+    raise ConfigError(
+        f'{network} is a network for {kind}, and config.task.name is {task.name!r}; choose a '
+        f'network for {task.networks}, such as {example}, or --config.task.name={tasks[0]}'
+    )
 
 
 def _check_divisible(config: ConfigDict, mesh: Mesh, batch: int, micro: int) -> None:
@@ -242,20 +267,20 @@ def _check_divisible(config: ConfigDict, mesh: Mesh, batch: int, micro: int) -> 
 
 def _check_sizes(description: ModelDescription, mesh: Mesh) -> None:
     images = description.preprocessing
-    sizes = {'image_size': images.train_size, 'evaluation_image_size': images.test_size}
-    for name, size in sizes.items():
-        if height_and_width(size)[0] % mesh.shape['spatial']:
-            what = 'it' if isinstance(size, int) else 'the height'
+    shapes = {'image_size': images.train_shape, 'evaluation_image_size': images.test_shape}
+    for name, (height, width) in shapes.items():
+        if height % mesh.shape['spatial']:
+            size, what = (height, 'it') if height == width else ((height, width), 'the height')
             raise ConfigError(
                 f'config.data.{name} is {size}; {what} must divide by config.mesh.spatial, which '
                 f'is {mesh.shape["spatial"]}'
             )
 
 
-def _open_sources(config: ConfigDict) -> list[Source]:
-    data = config.data
+def _open_sources(config: ConfigDict) -> list[Examples]:
+    data, task = config.data, find_task(config.task.name)
     return [
-        load_source(data.name, split, data.data_dir, purpose='selection')
+        task.load_source(data.name, split, data.data_dir, purpose='selection')
         for split in (data.train_split, data.evaluation_split)
     ]
 
@@ -271,7 +296,7 @@ def _batch_notes(batch: int, examples: int) -> list[str]:
 
 
 def _describe(
-    config: ConfigDict, train: Source, evaluation: Source, initial: ModelDescription | None
+    config: ConfigDict, train: Examples, evaluation: Examples, initial: ModelDescription | None
 ) -> ModelDescription:
     options = {key: value for key, value in plain(config)['model'].items() if key != 'name'}
     kind = find_task(config.task.name)
@@ -286,45 +311,14 @@ def _describe(
     )
 
 
-def _common_options(
-    config: ConfigDict, description: ModelDescription, batch_size: int
-) -> dict[str, Any]:
+def _common_options(config: ConfigDict, batch_size: int) -> dict[str, Any]:
     return {
         'global_batch_size': batch_size,
-        'interpolation': description.preprocessing.interpolation,
         'num_threads': config.data.num_threads,
         'num_workers': config.data.num_workers,
         'skip_damaged': config.data.skip_damaged,
         'process_index': jax.process_index(),
         'process_count': jax.process_count(),
-    }
-
-
-def _train_options(config: ConfigDict, description: ModelDescription, seed: int) -> dict[str, Any]:
-    data = config.data
-    options = {
-        'image_size': description.preprocessing.train_size,
-        'seed': seed,
-        'augmentation': data.augmentation,
-        'flip': data.flip,
-        'color': ColorOptions(
-            randaugment_ops=data.randaugment_ops,
-            randaugment_magnitude=(
-                9 if data.randaugment_magnitude is None else data.randaugment_magnitude
-            ),
-            jitter=data.color_jitter,
-            hue_jitter=data.hue_jitter,
-        ),
-    }
-    if data.crop_scale is not None:
-        options['crop_scale'] = tuple(data.crop_scale)
-    return options
-
-
-def _evaluation_options(description: ModelDescription) -> dict[str, Any]:
-    return {
-        'image_size': description.preprocessing.test_size,
-        'crop_fraction': description.preprocessing.crop_fraction,
     }
 
 
@@ -365,10 +359,10 @@ def _schedule(config: ConfigDict, durations: Durations) -> tuple[Callable[[Any],
         )
     peak, warmup = settings.peak_learning_rate, min(warmup, longest)
     if settings.decay_epochs is None:
-        end = settings.end_factor
-        return warmup_cosine(
-            peak, warmup_steps=warmup, total_steps=total_steps, end_factor=end
-        ), notes
+        power = settings.poly_power
+        fall = warmup_cosine if power is None else functools.partial(warmup_poly, power=power)
+        lengths = {'warmup_steps': warmup, 'total_steps': total_steps}
+        return fall(peak, **lengths, end_factor=settings.end_factor), notes
     factor = 0.1 if settings.decay_factor is None else settings.decay_factor
     milestones = [round(epoch * durations.epoch) for epoch in settings.decay_epochs]
     return warmup_milestones(peak, warmup_steps=warmup, milestones=milestones, factor=factor), notes

@@ -15,14 +15,27 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from gcnet_jax.data.preprocessing import Preprocessing
+from gcnet_jax.data.preprocessing import KeepRatio, Preprocessing
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import as_place, explain_bucket
-from gcnet_jax.models.registry import model_entry
+from gcnet_jax.models.registry import create_model, model_entry
 from gcnet_jax.stored import ModelDescription, read_model_description
+from gcnet_jax.tasks import find_task
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.workdir import read_own_config, read_own_description
 
+# Attributes of a network that no parameter's shape depends on, and the size of its classifier.
+SHAPELESS = {
+    'num_classes',
+    'dropout_rate',
+    'stochastic_depth_rate',
+    'zero_init_residual',
+    'output_stride',
+    'norm',
+    'dtype',
+    'parent',
+    'name',
+}
 # Endings of the files that `python -m gcnet_jax port` reads.
 TORCH_FILES = ('.safetensors', '.pth', '.pt', '.bin')
 
@@ -89,6 +102,8 @@ def take_network(config: ConfigDict, initial: ModelDescription | None) -> Config
     """
     if config.model.name is not None or initial is None:
         return config
+    if initial.task in find_task(config.task.name).backbones:
+        return config
     tree = config.to_dict()
     default = default_config().model.to_dict()
     own = {
@@ -105,30 +120,20 @@ def take_network(config: ConfigDict, initial: ModelDescription | None) -> Config
     return ConfigDict(tree)
 
 
-def preprocessing(config: ConfigDict, initial: ModelDescription | None) -> Preprocessing:
+def preprocessing(
+    config: ConfigDict, initial: ModelDescription | None
+) -> Preprocessing | KeepRatio:
     """Returns what the images of a run are like: the config's, the checkpoint's, the network's."""
-    data = config.data
-    base = (
-        model_entry(config.model.name).preprocessing if initial is None else initial.preprocessing
-    )
-    size = _plain_size(data.image_size)
-    changes = {
-        'crop_fraction': data.crop_fraction,
-        'interpolation': data.interpolation,
-        'mean': None if data.mean is None else tuple(map(float, data.mean)),
-        'std': None if data.std is None else tuple(map(float, data.std)),
-    }
-    return dataclasses.replace(
-        base,
-        train_size=size or base.train_size,
-        test_size=_plain_size(data.evaluation_image_size) or size or base.test_size,
-        **{name: value for name, value in changes.items() if value is not None},
-    )
-
-
-def _plain_size(size: Any) -> Any:
-    """A pair is a list in a config that was stored."""
-    return tuple(size) if isinstance(size, (tuple, list)) else size
+    base = model_entry(config.model.name).preprocessing
+    if initial is not None:
+        there = initial.preprocessing
+        # A checkpoint that fills the backbone knows what values it takes, not which sizes.
+        same = type(there) is type(base)
+        base = there if same else dataclasses.replace(base, mean=there.mean, std=there.std)
+    given = {name: config.data[name] for name in ('mean', 'std')}
+    values = {name: tuple(map(float, value)) for name, value in given.items() if value is not None}
+    base = dataclasses.replace(base, **values)
+    return find_task(config.task.name).preprocessing(config.data, base)
 
 
 def merge_initial(
@@ -137,6 +142,8 @@ def merge_initial(
     *,
     kept: tuple[tuple[int, int], ...] | None,
     place: str,
+    outputs: tuple[str, ...] = ('classifier',),
+    new_modules: tuple[str, ...] = (),
 ) -> tuple[dict, list[str]]:
     """Fills a network's variables from a checkpoint of the same or of the plain network.
 
@@ -146,6 +153,8 @@ def merge_initial(
       kept: Outputs of the classifier that are taken from the checkpoint, as in
         `gcnet_jax.tasks.OutputPlan`.
       place: The checkpoint, named in errors.
+      outputs: Paths of the modules whose last axis is the classes.
+      new_modules: Modules that the checkpoint does not have, which stay as they are in `fresh`.
 
     Returns:
       The variables, and the parameters of context blocks that the checkpoint does not have, which
@@ -158,10 +167,21 @@ def merge_initial(
     missing = sorted(ours.keys() - theirs.keys())
     extra = sorted(theirs.keys() - ours.keys())
     common = sorted(ours.keys() & theirs.keys())
-    context = [key for key in missing if any(part.startswith('context') for part in key.split('/'))]
-    classifier = [key for key in ours if 'classifier' in key.split('/')]
+
+    def of_modules(keys, modules):
+        # Behind the name of the collection.
+        starts = tuple(f'{module}/' for module in modules)
+        return [key for key in keys if key.partition('/')[2].startswith(starts)]
+
+    new = of_modules(missing, new_modules)
+    context = [
+        key
+        for key in missing
+        if key not in new and any(part.startswith('context') for part in key.split('/'))
+    ]
+    classifier = of_modules(ours, outputs)
     # A checkpoint of pooled features has no classifier.
-    absent = [key for key in missing if key in classifier and kept == ()]
+    absent = new + [key for key in missing if key in classifier and kept == ()]
     lost = sorted(set(missing) - set(context) - set(absent))
 
     def differs(key):
@@ -199,7 +219,9 @@ def explain_other_network(
 ) -> ConfigError:
     """Returns the error for a checkpoint whose weights do not fit, naming both networks."""
     detail = str(error).removeprefix(f'{place} is of another network: ')
-    if here.name != there.name:
+    if there.task in find_task(here.task).backbones:
+        what, advice = _explain_other_backbone(here, there)
+    elif here.name != there.name:
         what = f'holds {there.name}, and config.model.name is {here.name}'
         advice = 'leave config.model.name unset to take the network of the checkpoint'
         if not here.name.startswith('gc_'):
@@ -223,6 +245,30 @@ def explain_other_network(
         f'config.training.init_from: {place} {what}, which cannot be filled from '
         f'it ({detail}); {advice}'
     )
+
+
+def _explain_other_backbone(here: ModelDescription, there: ModelDescription) -> tuple[str, str]:
+    """Says how a network's backbone differs from the one a checkpoint holds, and what to set."""
+    own = _value(here, 'backbone', model_entry(here.name).module.keywords)
+    what = f'holds {there.name}, and the backbone of {here.name} is {own}'
+    flags = [] if own == there.name else [f'--config.model.backbone={there.name}']
+    theirs = there.build()
+    try:
+        ours = create_model(here.name, **{**here.options, 'backbone': there.name}).backbone
+    except ConfigError:  # Its options are of another kind of network.
+        return what, f'give {flags[0]}, without the options of {own}'
+    keys = [
+        field.name
+        for field in dataclasses.fields(theirs)
+        if field.name not in SHAPELESS and getattr(theirs, field.name) != getattr(ours, field.name)
+    ]
+    for key in keys:
+        value = there.options.get(key, getattr(theirs, key))
+        what += (
+            f'; {key} is {one_line(value, 80)} there and {one_line(getattr(ours, key), 80)} here'
+        )
+        flags.append(f'--config.model.{key}={one_line(value, 80)}')
+    return what, f'give {" ".join(flags)}' if flags else 'choose another checkpoint'
 
 
 def _value(description: ModelDescription, key: str, defaults: Mapping[str, Any]) -> Any:

@@ -48,7 +48,6 @@ from gcnet_jax.training.statistics import (
     refresh_statistics,
 )
 from gcnet_jax.training.steps import (
-    evaluation_spec,
     jit_evaluation_step,
     jit_train_step,
     make_evaluation_step,
@@ -336,7 +335,7 @@ class _Run:
     def _evaluate(self) -> dict[str, float]:
         """Returns the task's metrics over the evaluation split, every example once."""
         began = time.perf_counter()
-        shardings = batch_shardings(self.mesh, evaluation_spec(self.task))
+        shardings = batch_shardings(self.mesh, self.task.evaluation_spec())
         variables = self.state.evaluation_variables()
         classes = self.experiment.train_source.num_classes
         evaluation, pending = self.task.evaluation(classes), None

@@ -47,6 +47,26 @@ def warmup_cosine(
     return schedule
 
 
+def warmup_poly(
+    peak: float, *, warmup_steps: int, total_steps: int, power: float, end_factor: float = 0.0
+) -> Callable[[Any], Any]:
+    """Returns the learning rate as a function of the step: a line up, then a power of what is left.
+
+    The warm-up is that of `warmup_cosine`. Step s after it has `end + (peak - end) * (1 - (s -
+    warmup_steps) / (total_steps - warmup_steps)) ** power`, with `end = peak * end_factor`
+    (mmsegmentation's PolyLR; its last step, and not the one after, has `end`).
+    """
+
+    def schedule(step):
+        warm = peak * (step + 1) / (warmup_steps + 1)
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        left = 1.0 - jax.numpy.clip(progress, 0.0, 1.0)
+        factor = end_factor + (1.0 - end_factor) * left**power
+        return jax.numpy.where(step < warmup_steps, warm, peak * factor)
+
+    return schedule
+
+
 def warmup_milestones(
     peak: float, *, warmup_steps: int, milestones: Sequence[int], factor: float
 ) -> Callable[[Any], Any]:

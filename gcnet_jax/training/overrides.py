@@ -18,10 +18,18 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from gcnet_jax.errors import ConfigError, unknown_name
-from gcnet_jax.models.options import check_options, module_options
+from gcnet_jax.models.options import check_options
 from gcnet_jax.models.placement import parse_context
-from gcnet_jax.models.registry import model_entry
-from gcnet_jax.training.config import default_config, leaves, name_network, name_task
+from gcnet_jax.models.registry import model_entry, option_readers
+from gcnet_jax.tasks import find_task
+from gcnet_jax.training.config import (
+    default_config,
+    default_config_of,
+    explain_unread,
+    leaves,
+    name_network,
+    name_task,
+)
 from gcnet_jax.training.initial import read_initial_description
 
 # What follows the checkpoint of `training.init_from` where the command line does not set it.
@@ -59,13 +67,17 @@ def override(
     given = [(text, *_split(text)) for text in overrides]
     last = {path: value for _, path, value in given}
     name = last.get('model.name')
-    if 'task.name' in last and last['task.name'] != config.get('task', {}).get('name'):
+    if 'task.name' in last and last['task.name'] != _task_name(config):
         name_task(config, last['task.name'])
-    if last.get('training.init_from'):
-        config.data.update(dict.fromkeys(FOLLOWING))
+    place = last.get('training.init_from')
+    # A backbone's checkpoint knows neither the network around it nor the size of its images.
+    whole = place and not _fills_backbone(config, place, workdir)
+    if place:
+        following = FOLLOWING if whole else ('mean', 'std')
+        config.data.update({key: None for key in following if key in config.data})
     if name is not None and name != config.model.name:
         name_network(config, name)
-    elif name is None and last.get('training.init_from'):
+    elif name is None and whole:
         name_network(config, None)
     closed = _model_keys()
     options = [
@@ -77,9 +89,23 @@ def override(
     config = _set_ordinary(config, ordinary)
     if options:
         network = _Network(config, workdir)
-        for path, value in options:
+        # The backbone first: it says what the other options may be.
+        for path, value in sorted(options, key=lambda option: option[0] != 'model.backbone'):
             network.set(path, value)
     return config
+
+
+def _task_name(config: ConfigDict) -> object:
+    """Returns the name of a config's task; one of an earlier version has no such group."""
+    return config.get('task', {}).get('name', 'classification')
+
+
+def _fills_backbone(config: ConfigDict, place: str, workdir: Path | None) -> bool:
+    """Whether the checkpoint that a run starts from fills no more than its network's backbone."""
+    task = find_task(_task_name(config))
+    if not task.backbones:
+        return False
+    return read_initial_description(place, workdir).task in task.backbones
 
 
 def _model_keys() -> set[str]:
@@ -102,10 +128,12 @@ def _set_ordinary(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         path = _split(text)[0]
         if path not in known and not any(name.startswith(path + '.') for name in known):
             names = [f'config.{name}' for name in known]
-            raise ConfigError(unknown_name('setting', f'config.{path}', names))
+            raise ConfigError(
+                explain_unread(path) or unknown_name('setting', f'config.{path}', names)
+            )
     # What may be unset is unset by None, also where a config file has set it to a tuple.
     unset = [path for path, value in map(_split, overrides) if value == 'None']
-    defaults = dict(leaves(default_config().to_dict()))
+    defaults = dict(leaves(default_config_of(_task_name(config)).to_dict()))
     for path in unset:
         if path in defaults and defaults[path] is None:
             *groups, key = path.split('.')
@@ -141,15 +169,25 @@ class _Network:
                 )
             description = read_initial_description(place, workdir)
             self._name, stored = description.name, description.options
-        module = model_entry(self._name).module
-        self._module = module.func
-        self._known = module_options(self._module)
-        self._defaults = {**module.keywords, **stored}
+        self._row = {**model_entry(self._name).module.keywords, **stored}
+
+    @property
+    def _readers(self) -> dict[str, type]:
+        """The options that the network takes as it is now, with the modules they configure."""
+        return option_readers(self._name, {**self._row, **self._model.to_dict()})
+
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        """The options where the config sets none; a network over another has that one's too."""
+        backbone = self._model.get('backbone', self._row.get('backbone'))
+        below = {} if backbone is None else model_entry(backbone).module.keywords
+        return {**below, **self._row}
 
     def set(self, path: str, text: str) -> None:
         """Sets one option, or one entry of its context, by the path on the command line."""
         option, *inner = re.findall(r'[^.\[\]]+', path.removeprefix('model.'))
-        if option not in self._known:
+        readers = self._readers
+        if option not in readers:
             raise self._unknown(path)
         value = _read(text)
         if inner:
@@ -159,7 +197,9 @@ class _Network:
         try:
             if option == 'context':
                 parse_context(value)
-            check_options(self._name, self._module, {option: value})
+            check_options(self._name, readers[option], {option: value})
+            if option == 'backbone':
+                option_readers(self._name, {option: value})
         except ConfigError as error:
             raise ConfigError(f'config.{path}={text}: {error}') from error
         if option in self._model:
@@ -168,7 +208,7 @@ class _Network:
 
     def _unknown(self, path: str) -> ConfigError:
         names = {f'config.{key}' for key in _model_keys()}
-        names |= {f'config.model.{option}' for option in self._known if option != 'norm'}
+        names |= {f'config.model.{option}' for option in self._readers if option != 'norm'}
         names |= {f'config.{name}' for name, _ in leaves({'model': self._context_tree()})}
         return ConfigError(unknown_name('setting', f'config.{path}', names))
 

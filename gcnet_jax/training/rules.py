@@ -4,12 +4,7 @@ import itertools
 import re
 from typing import Any
 
-from gcnet_jax.data.preprocess import AUGMENTATIONS, INTERPOLATIONS
 from gcnet_jax.ranges import Range, choice, kind, number, whole
-
-
-def _is_scale(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and 0 < value[0] <= value[1] <= 1
 
 
 def _is_size(value: Any) -> bool:
@@ -57,7 +52,7 @@ _SEED = Range(
 _AXIS = Range(
     lambda value: _COUNT.allows(value) or value == -1, 'a whole number from 1, or -1 for the rest'
 )
-# A task's settings are in `Task.ranges`.
+# A task's own settings are in `Task.ranges` and `Task.data_ranges`.
 RULES: dict[str, Range] = {
     'model.name': Range(lambda value: value is None or isinstance(value, str), 'a string or None'),
     'model.num_classes': whole(2),  # A softmax over one class is always 1.
@@ -68,23 +63,12 @@ RULES: dict[str, Range] = {
     'data.evaluation_split': _NAME,
     'data.image_size': _SIZE,
     'data.evaluation_image_size': _SIZE,
-    'data.crop_fraction': number(0, 1, open_low=True),
-    'data.interpolation': choice(*INTERPOLATIONS),
     'data.mean': Range(_is_triple, 'three numbers on the scale where 255 is 1'),
     'data.std': Range(
         lambda value: _is_triple(value) and all(item > 0 for item in value),
         'three positive numbers on the scale where 255 is 1',
     ),
-    'data.augmentation': choice(*AUGMENTATIONS),
-    'data.crop_scale': Range(_is_scale, 'two numbers with 0 < smallest <= largest <= 1'),
     'data.flip': _FLAG,
-    'data.randaugment_ops': whole(0),
-    'data.randaugment_magnitude': Range(
-        lambda value: whole(0).allows(value) and value <= 30,
-        'a whole number from 0 to 30',
-    ),
-    'data.color_jitter': _FROM_0,
-    'data.hue_jitter': number(0, 0.5),
     'data.skip_damaged': _FLAG,
     'data.num_threads': whole(0),
     'data.num_workers': whole(0),
@@ -102,6 +86,7 @@ RULES: dict[str, Range] = {
     'schedule.warmup_epochs': _FROM_0,
     'schedule.warmup_steps': whole(0),
     'schedule.end_factor': number(0, 1),
+    'schedule.poly_power': _ABOVE_0,
     'schedule.decay_epochs': Range(_is_rising, 'rising numbers above 0, such as (8, 11)'),
     'schedule.decay_factor': number(0, 1, open_low=True, open_high=True),
     'training.total_epochs': _ABOVE_0,

@@ -49,12 +49,15 @@ class Initial:
       variables: {'params', 'batch_stats'}.
       outputs: Which of its outputs are kept.
       text: Which checkpoint they are of, in one line for the user.
+      modules: Those of the outputs, and those that the checkpoint lacks: keywords of
+        `merge_initial`.
     """
 
     place: str
     variables: dict
     outputs: OutputPlan
     text: str
+    modules: dict[str, tuple[str, ...]]
 
 
 def read_initial(experiment: Experiment, workdir: Path) -> Initial | None:
@@ -70,14 +73,17 @@ def read_initial(experiment: Experiment, workdir: Path) -> Initial | None:
     there, variables = load_variables(checkpoint)
     fresh = jax.eval_shape(experiment.initialize, jax.random.key(0))
     fresh = {'params': fresh.params, 'batch_stats': fresh.batch_stats}
+    variables, new_modules = experiment.task.take_over(there, variables)
+    modules = {'outputs': experiment.task.output_modules, 'new_modules': new_modules}
     try:
-        merge_initial(fresh, variables, kept=(), place=place)
+        merge_initial(fresh, variables, kept=(), place=place, **modules)
     except CheckpointError as error:
         raise explain_other_network(error, experiment.description, there, place) from error
     outputs = experiment.task.plan_outputs(
         experiment.description, there, experiment.config.training.new_classifier, place
     )
-    return Initial(place, variables, outputs, _explain_choice(place, there.name, checkpoint))
+    text = _explain_choice(place, there.name, checkpoint)
+    return Initial(place, variables, outputs, text, modules)
 
 
 def _explain_choice(place: str, name: str, chosen: Path) -> str:
@@ -171,6 +177,7 @@ def _fill(
         initial.variables,
         kept=initial.outputs.kept,
         place=initial.place,
+        **initial.modules,
     )
     say(initial.text)
     if context:

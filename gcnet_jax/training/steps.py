@@ -278,12 +278,7 @@ def jit_evaluation_step(step: Callable, task: Task, mesh: Mesh, shardings: Train
         step,
         in_shardings=(
             shardings.evaluation_variables(),
-            batch_shardings(mesh, evaluation_spec(task)),
+            batch_shardings(mesh, task.evaluation_spec()),
         ),
         out_shardings=replicated(mesh),
     )
-
-
-def evaluation_spec(task: Task) -> dict[str, tuple[str, ...]]:
-    """Returns the arrays of an evaluation batch with the axes that may be split."""
-    return {**task.batch_spec(), 'mask': ('batch',)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gcnet_jax.analysis import instance_pictures
+from gcnet_jax.analysis import drawing, instance_pictures
 from gcnet_jax.analysis.instance_pictures import draw_instances, instance_colors, write_instances
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.tasks.instances import Instances
@@ -30,7 +30,7 @@ def make_instances(boxes, size=SIZE, labels=None, masks=True):
 @pytest.fixture
 def actual_size(monkeypatch):
     """Small images stay small, and nothing is written on them."""
-    monkeypatch.setattr(instance_pictures, 'MIN_SIDE', 1)
+    monkeypatch.setattr(drawing, 'MIN_SIDE', 1)
     monkeypatch.setattr(instance_pictures, '_draw_labels', lambda *arguments: None)
 
 

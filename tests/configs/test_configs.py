@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gcnet_jax.commands.config_files import load_config
+from gcnet_jax.data import sources
 from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import UserError
 from gcnet_jax.stored import ModelDescription
@@ -58,7 +59,7 @@ class FakeSource:
 
 @pytest.fixture(autouse=True)
 def fake_data(monkeypatch):
-    monkeypatch.setattr(experiment, 'load_source', FakeSource)
+    monkeypatch.setattr(sources, 'load_source', FakeSource)
     monkeypatch.setattr(initial, 'read_model_description', lambda place, choose: STORED[place])
     # Shapes of large networks take seconds, and nothing here depends on them.
     monkeypatch.setattr(experiment, 'check_shapes', lambda built: None)

@@ -80,7 +80,7 @@ def test_a_config_is_described_without_its_data(name, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise AssertionError('the data set was opened')
 
-    monkeypatch.setattr('gcnet_jax.training.experiment.load_source', refuse)
+    monkeypatch.setattr('gcnet_jax.data.sources.load_source', refuse)
     monkeypatch.setattr('gcnet_jax.training.experiment.check_shapes', lambda built: None)
     tree = load_config(str(CONFIGS / f'{name}.py'))
     if name == 'finetune':

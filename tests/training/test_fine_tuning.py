@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from gcnet_jax.commands import config_files
+from gcnet_jax.data import sources
 from gcnet_jax.data.folder import prepare_folder
 from gcnet_jax.data.preprocessing import KeepRatio, Preprocessing
 from gcnet_jax.data.sources import load_source
@@ -17,7 +18,6 @@ from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.models.registry import create_model
 from gcnet_jax.stored import ModelDescription, load_variables, write_ported
-from gcnet_jax.training import experiment
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.experiment import assemble
 from gcnet_jax.training.loop import train
@@ -61,7 +61,7 @@ pytestmark = pytest.mark.usefixtures('compile_once')
 
 @pytest.fixture(autouse=True)
 def squares(monkeypatch):
-    monkeypatch.setattr(experiment, 'load_source', Squares)
+    monkeypatch.setattr(sources, 'load_source', Squares)
 
 
 def tiny_config(**training):
@@ -85,7 +85,7 @@ def tiny_config(**training):
 def finished(tmp_path_factory, compile_once):
     workdir = tmp_path_factory.mktemp('finished')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, 'load_source', Squares)
+        patch.setattr(sources, 'load_source', Squares)
         config = tiny_config()
         config.data.mean = (0.5, 0.5, 0.5)
         train(config, workdir)
@@ -324,7 +324,7 @@ def test_ninety_images_fine_tune_from_a_ported_network_by_one_command(
     tmp_path, monkeypatch, random_variables
 ):
     """A folder with `train` and `val`, a checkpoint of 1000 nameless classes, nothing else set."""
-    monkeypatch.setattr(experiment, 'load_source', load_source)
+    monkeypatch.setattr(sources, 'load_source', load_source)
     rng = np.random.default_rng(0)
     colors = {'blue': (40, 60, 200), 'green': (40, 200, 60), 'red': (200, 50, 50)}
     for split, count in (('train', 30), ('val', 6)):

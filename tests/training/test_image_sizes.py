@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from gcnet_jax import Classifier
+from gcnet_jax.data import sources
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.inference.evaluation import evaluate
 from gcnet_jax.stored import read_model_description
@@ -61,7 +62,7 @@ def make_config(*flags):
 
 @pytest.fixture(autouse=True)
 def pictures(monkeypatch):
-    monkeypatch.setattr(experiment, 'load_source', Pictures)
+    monkeypatch.setattr(sources, 'load_source', Pictures)
 
 
 @pytest.mark.parametrize('augmentation', ['resized_crop', 'pad_crop'])

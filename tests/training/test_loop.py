@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gcnet_jax.data import sources
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError
 from gcnet_jax.files import as_place
 from gcnet_jax.stored import find_checkpoint, load_variables, write_ported
@@ -58,7 +59,7 @@ pytestmark = pytest.mark.usefixtures('compile_once')
 
 @pytest.fixture(autouse=True)
 def fake_data(monkeypatch):
-    monkeypatch.setattr(experiment, 'load_source', FakeSource)
+    monkeypatch.setattr(sources, 'load_source', FakeSource)
 
 
 def tiny_config(**training):
@@ -97,7 +98,7 @@ def whole_run(tmp_path_factory, compile_once):
     """An uninterrupted run, which others are compared with."""
     workdir = tmp_path_factory.mktemp('whole')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, 'load_source', FakeSource)
+        patch.setattr(sources, 'load_source', FakeSource)
         return workdir, train(tiny_config(), workdir)
 
 

@@ -10,7 +10,6 @@ from gcnet_jax.models.registry import create_model
 from gcnet_jax.training.mesh import batch_shardings, feature_sharding, make_mesh
 from gcnet_jax.training.optimizers import make_optimizer
 from gcnet_jax.training.steps import (
-    evaluation_spec,
     jit_evaluation_step,
     jit_train_step,
     make_apply,
@@ -346,7 +345,7 @@ def test_evaluation_counts_every_example_once(size, place, put, small_model, job
             'mask': np.arange(size) < real,
         }
         batch['image'][:real], batch['label'][:real] = rows['image'], rows['label']
-        where = batch_shardings(mesh, evaluation_spec(job.task))
+        where = batch_shardings(mesh, job.task.evaluation_spec())
         evaluation.add(jax.device_get(step(state.evaluation_variables(), put(batch, where))))
     metrics = evaluation.metrics()
     np.testing.assert_allclose(metrics['loss'], expected['loss'], rtol=1e-5)
