@@ -154,6 +154,40 @@ def certain_detector(tmp_path_factory, random_variables):
     return _write(description, (64, 64), tmp_path_factory, variables_of)
 
 
+@pytest.fixture(scope='session')
+def stored_segmenter(tmp_path_factory, random_variables):
+    """A checkpoint of a small segmenter with context in its head, for images up to 32 x 64."""
+    from gcnet_jax.data.preprocessing import KeepRatio
+    from gcnet_jax.stored import ModelDescription
+
+    options = {
+        'backbone': 'resnet18',
+        'widths': (8, 8, 8, 8),
+        'stage_sizes': (1, 1, 1, 1),
+        'output_stride': 16,
+        'channels': 8,
+        'auxiliary_channels': 4,
+        'num_classes': 3,
+    }
+    description = ModelDescription(
+        *('gc_resnet50_d8_cityscapes', options, ('ant', 'bee', 'cat')),
+        KeepRatio((0.4, 0.5, 0.6), (0.2, 0.3, 0.25), short_side=32, long_side=64, multiple_of=1),
+        *('a test', 'segmentation'),
+    )
+
+    def variables_of(*inputs, **named):
+        variables = random_variables(*inputs, **named)
+        # Of random logits one class is the largest nearly everywhere: each gets a mean of zero.
+        logits = variables['params']['head']['logits']
+        logits['kernel'] = 5 * logits['kernel']
+        image = picture(0, 32, 64)[None] / np.float32(64) - 2
+        apply = jax.jit(functools.partial(description.build().apply, train=False))
+        logits['bias'] = logits['bias'] - np.mean(apply(variables, image), axis=(0, 1, 2))
+        return variables
+
+    return _write(description, (32, 64), tmp_path_factory, variables_of)
+
+
 def _write(description, size, tmp_path_factory, random_variables):
     from gcnet_jax.stored import write_ported
 

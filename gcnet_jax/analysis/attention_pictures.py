@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from gcnet_jax.analysis.attention_maps import no_attention, padding_share, sown_values
 from gcnet_jax.analysis.pictures import (
@@ -28,11 +29,13 @@ from gcnet_jax.inference.classifier import LOGITS, Classifier
 from gcnet_jax.inference.detector import Detector
 from gcnet_jax.inference.images import LeftOut, find_images
 from gcnet_jax.inference.load import load_network
+from gcnet_jax.inference.segmenter import Segmenter
+from gcnet_jax.inference.stored_network import StoredNetwork
 from gcnet_jax.tasks.prediction import Prediction
 
 # Outputs that a title is made of.
 ANSWERS = {LOGITS, 'scores', 'labels', 'valid'}
-# Objects in a title.
+# Objects or labels in a title.
 MAX_OBJECTS = 3
 # Less of the attention on padding is not worth a word.
 MIN_PADDING = 0.01
@@ -43,8 +46,8 @@ class Drawn:
     """What was drawn of one image.
 
     Attributes:
-      prediction: The most probable class with its probability, or the best objects with their
-        scores; empty without a classifier.
+      prediction: The most probable class with its probability, the best objects with their scores,
+        or the most frequent labels with their shares; empty without a classifier.
       files: The pictures.
       distances: Distances of each NonLocal block, by its path.
     """
@@ -77,7 +80,8 @@ def write_pictures(
       out: A directory; made if need be. Pictures of the same name are replaced.
       choose: 'best' or 'newest', where there are several checkpoints.
       size: Size of what the network gets, in pixels, one number for a square or height and width;
-        None for its own; for a detector the limits of the sides. More pixels give finer maps.
+        None for its own; for a detector or a segmenter the limits of the sides. More pixels give
+        finer maps.
       all_blocks, queries: See `draw_attention` and `draw_queries`.
       left_out: Counts the files of folders that are no images.
 
@@ -104,9 +108,9 @@ def write_pictures(
         outputs, sown = observe(inputs)
         if not sown['attention']:
             raise no_attention(network.model)
-        is_detector = isinstance(network, Detector)
-        pixels, size = (inputs['image'], inputs['size']) if is_detector else (inputs, None)
-        prediction = (_objects if is_detector else _prediction)(network, outputs)
+        fields = inputs if isinstance(inputs, dict) else {'image': inputs}
+        pixels, size = fields['image'], fields.get('size')
+        prediction = _TITLES.get(network.description.task, _prediction)(network, outputs)
         title = one_line(path.name) + (f': {prediction}' if prediction else '')
         title += '' if size is None else _padding(sown['attention'].values(), pixels, size)
         drawing = {'title': title, 'shown': None if size is None else tuple(map(int, size))}
@@ -127,9 +131,14 @@ def mean_distances(all_distances: Iterable[dict[str, QueryDistances]]) -> dict[s
     }
 
 
-def _observer(network: Classifier | Detector) -> Callable[[Inputs], Any]:
+def _observer(network: StoredNetwork) -> Callable[[Inputs], Any]:
     """Returns a function of one image that gives its answers and what the blocks have sown."""
-    answers = ANSWERS & network.output_shapes.keys()
+
+    def answers(outputs: Mapping[str, Array]) -> dict[str, Array]:
+        if isinstance(network, Segmenter):
+            labels = jnp.argmax(outputs[LOGITS][0], axis=-1).reshape(-1)
+            return {'pixels': jnp.bincount(labels, length=network.model.num_classes)}
+        return {name: outputs[name][0] for name in ANSWERS & network.output_shapes.keys()}
 
     @jax.jit
     def apply(variables: Any, inputs: Inputs) -> Any:
@@ -141,11 +150,11 @@ def _observer(network: Classifier | Detector) -> Callable[[Inputs], Any]:
             mutable=['intermediates'],
         )
         sown = {
-            # All blocks of a detector are in its backbone.
+            # Most blocks of a detector or a segmenter are in its backbone.
             name: {path.removeprefix('backbone/'): value for path, value in values.items()}
             for name, values in sown_values(state, SOWN).items()
         }
-        return {name: outputs[name][0] for name in answers}, sown
+        return answers(outputs), sown
 
     def observe(inputs: Inputs) -> Any:
         batch = jax.tree.map(lambda array: array[None], inputs)
@@ -193,6 +202,19 @@ def _objects(detector: Detector, outputs: Mapping[str, np.ndarray]) -> str:
         )
         or 'no objects'
     )
+
+
+def _labels(segmenter: Segmenter, outputs: Mapping[str, np.ndarray]) -> str:
+    """Returns the labels that most pixels have, with their shares."""
+    shares = outputs['pixels'] / outputs['pixels'].sum()
+    most = np.argsort(-shares, kind='stable')[:MAX_OBJECTS]
+    text = ', '.join(f'{segmenter.label_names[i]} {shares[i]:.0%}' for i in most if shares[i])
+    if segmenter.model.window is None:
+        return text
+    return f'{text} (from windows; the attention is that over the whole image)'
+
+
+_TITLES = {'detection': _objects, 'segmentation': _labels}
 
 
 def _padding(maps: Iterable[np.ndarray], canvas: Picture, size: Float[np.ndarray, '2']) -> str:

@@ -14,7 +14,7 @@ from gcnet_jax.analysis.drawing import Picture, enlarged, load_font, write_pictu
 from gcnet_jax.data.segmentation_labels import palette
 from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.files import as_path, write_whole
-from gcnet_jax.tasks.label_map import LabelMap
+from gcnet_jax.tasks.label_map import LabelMap, format_share
 
 # How much of the picture is colour, inside of regions; the rest is the image. Their borders are
 # darkened by the last factor.
@@ -26,8 +26,6 @@ LETTER, MIN_LETTER = 1 / 62, 13
 PAPER, INK, FRAME = (255, 255, 255), (20, 20, 20), (120, 120, 120)
 # Labels in the legend, and letters of one.
 MAX_LISTED, MAX_LABEL = 40, 40
-# A smaller share is written as such, not as 0.0%.
-MIN_SHARE = 0.001
 
 
 def draw_label_map(
@@ -45,7 +43,7 @@ def draw_label_map(
       colors: Of each label; None for those of `data.segmentation_labels.palette`.
 
     Returns:
-      A picture in RGB, as wide as the image, or as a multiple of a small image.
+      A picture in RGB with the image, or with a multiple of a small image, at the top left.
 
     Raises:
       ConfigError: The image is not of the size of the label map.
@@ -55,7 +53,8 @@ def draw_label_map(
     pixels, factor = enlarged(image, label_map.size, 'labels')
     _draw_labels(pixels, label_map.labels, colors, factor)
     legend = _draw_legend(label_map, colors, pixels.shape[1], max(pixels.shape[:2]))
-    picture = Image.new('RGB', (pixels.shape[1], pixels.shape[0] + legend.height), PAPER)
+    size = (max(pixels.shape[1], legend.width), pixels.shape[0] + legend.height)
+    picture = Image.new('RGB', size, PAPER)
     picture.paste(Image.fromarray(pixels), (0, 0))
     picture.paste(legend, (0, pixels.shape[0]))
     return picture
@@ -132,20 +131,20 @@ def _draw_legend(
         (
             tuple(colors[label].tolist()),
             one_line(label_map.label_names[label], MAX_LABEL),
-            _share(count / label_map.labels.size),
+            format_share(count / label_map.labels.size),
         )
         for label, count in found[:MAX_LISTED]
     ]
     if len(found) > MAX_LISTED:
         rest = sum(count for _, count in found[MAX_LISTED:]) / label_map.labels.size
-        entries.append((PAPER, f'{len(found) - MAX_LISTED} more', _share(rest)))
+        entries.append((PAPER, f'{len(found) - MAX_LISTED} more', format_share(rest)))
     names = max(font.getlength(name) for _, name, _ in entries)
     shares = max(font.getlength(share) for *_, share in entries)
     column = round(letter + gap + names + gap + shares + 3 * gap)
     columns = max(1, min(len(entries), (width - gap) // column))
     row = round(letter * 1.6)
     height = -(-len(entries) // columns) * row + 2 * gap
-    picture = Image.new('RGB', (width, height), PAPER)
+    picture = Image.new('RGB', (max(width, column + gap), height), PAPER)
     draw = ImageDraw.Draw(picture)
     for index, (color, name, share) in enumerate(entries):
         left, top = gap + index % columns * column, gap + index // columns * row
@@ -156,7 +155,3 @@ def _draw_legend(
         right = left + column - 3 * gap
         draw.text((right, middle), share, fill=INK, font=font, anchor='rm')
     return picture
-
-
-def _share(share: float) -> str:
-    return f'{share:.1%}' if share >= MIN_SHARE else f'<{MIN_SHARE:.1%}'

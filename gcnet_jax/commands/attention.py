@@ -25,7 +25,7 @@ def add_attention(commands: argparse._SubParsersAction) -> None:
         type=image_size,
         metavar='PIXELS',
         help='that the network gets, such as 224 or 96x160 (height first); default: its own; more: '
-        'finer maps; for a detector, limits of the short side, or of the short and the long one',
+        'finer maps; for a detector or a segmenter, limits of the short side, or of both sides',
     )
     attention.add_argument(
         '--query',

@@ -78,7 +78,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         type=image_size,
         metavar='PIXELS',
         help="of the images, such as 224 or 96x160 (height first); default: the network's; of a "
-        'detector the canvas that they are laid on, default: that of landscapes',
+        'detector the canvas that they are laid on, of a segmenter the resized images; default of '
+        'both: that of landscapes',
     )
     export.add_argument(
         '--family',

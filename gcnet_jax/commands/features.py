@@ -18,7 +18,8 @@ def add_features(commands: argparse._SubParsersAction) -> None:
     features.add_argument(
         '--layer',
         default='pooled',
-        help="'pooled', 'logits', or a map: such as 'stage4', or for a detector 'p2' to 'p6'",
+        help="'pooled', 'logits', or a map: such as 'stage4', for a detector 'p2' to 'p6', for a "
+        "segmenter 'head_logits'",
     )
     features.add_argument('--out', required=True, metavar='FILE', help='.npz or .safetensors')
     features.add_argument('--overwrite', action='store_true', help='replace that file')

@@ -29,7 +29,9 @@ def add_checkpoint_flags(command: argparse.ArgumentParser) -> None:
         '--choose', choices=('best', 'newest'), default='best', help='of several checkpoints'
     )
     command.add_argument(
-        '--batch-size', type=int, help='images at once; default: 32, or 1 for a detector'
+        '--batch-size',
+        type=int,
+        help='images at once; default: 32, or 1 for a detector or a segmenter',
     )
     command.add_argument(
         '--dtype', choices=('float32', 'bfloat16'), help='of the computation; default: as trained'
@@ -38,7 +40,7 @@ def add_checkpoint_flags(command: argparse.ArgumentParser) -> None:
 
 
 def load_network(options: argparse.Namespace, **more: Any) -> Any:
-    """Loads the checkpoint that the flags name: a Classifier or a Detector."""
+    """Loads the checkpoint that the flags name: a Classifier, a Detector or a Segmenter."""
     from gcnet_jax.inference.load import load_network
 
     # Pillow warns of damaged files, which have a line of ours.

@@ -1,7 +1,8 @@
-"""The command predict: what is in images, as labels or as objects."""
+"""The command predict: what is in images, as labels, as objects or as maps of labels."""
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from gcnet_jax.commands.images import (
     load_network,
 )
 from gcnet_jax.errors import one_line
+
+# Writes a file about an image, and returns its path.
+Writer = Callable[[Path, Any], Path]
 
 TOP_K = 5
 # Objects below it are mostly wrong; mmdetection's pictures leave them out, too.
@@ -38,19 +42,31 @@ def add_predict(commands: argparse._SubParsersAction) -> None:
         '--classes', nargs='+', metavar='LABEL', help='detectors only: labels that are wanted'
     )
     predict.add_argument(
-        '--draw', metavar='DIR', help='detectors only: write NAME.png with boxes and masks there'
+        '--draw',
+        metavar='DIR',
+        help='detectors and segmenters: write NAME.png there, with boxes and masks or with labels '
+        'over the image',
+    )
+    predict.add_argument(
+        '--maps',
+        metavar='DIR',
+        help="segmenters only: write NAME.png there, whose values are the pixels' labels",
     )
     predict.set_defaults(run=_predict)
 
 
 def _predict(options: argparse.Namespace) -> int:
     from gcnet_jax.inference.detector import Detector
+    from gcnet_jax.inference.segmenter import Segmenter
 
     network = load_network(options)
     if isinstance(network, Detector):
-        refuse_flags(options, 'a detector', ('top_k',))
+        refuse_flags(options, 'a detector', ('top_k', 'maps'))
         return _detect(network, options)
-    refuse_flags(options, 'a classifier', ('threshold', 'classes', 'draw'))
+    if isinstance(network, Segmenter):
+        refuse_flags(options, 'a segmenter', ('top_k', 'threshold', 'classes'))
+        return _segment(network, options)
+    refuse_flags(options, 'a classifier', ('threshold', 'classes', 'draw', 'maps'))
     return _classify(network, options)
 
 
@@ -85,30 +101,84 @@ def _detect(detector: Any, options: argparse.Namespace) -> int:
         left_out=left_out,
     )
     stream = ImageStream(options.command, results, left_out, options.json)
-    pictures = _Pictures(options.draw) if options.draw is not None else None
-    for path, instances in stream:
-        picture = '' if pictures is None else pictures.draw(path, instances)
-        if options.json:
-            shown = {'picture': str(picture)} if picture else {}
-            print(json.dumps({'image': str(path), 'objects': instances.to_json(), **shown}))
+    writers = _writers(('picture', '--draw', options.draw, _draw_instances))
+    return _report(stream, 'objects', writers)
+
+
+def _segment(segmenter: Any, options: argparse.Namespace) -> int:
+    from gcnet_jax.inference.images import LeftOut
+
+    left_out = LeftOut()
+    results = segmenter.stream(options.images, left_out=left_out)
+    stream = ImageStream(options.command, results, left_out, options.json)
+    writers = _writers(
+        ('picture', '--draw', options.draw, _draw_labels),
+        ('map', '--maps', options.maps, _store_labels),
+    )
+    return _report(stream, 'labels', writers)
+
+
+def _report(stream: ImageStream, name: str, writers: dict[str, Writer]) -> int:
+    """Prints what was found in each image and which files about it were written.
+
+    Args:
+      stream: The images with what was found.
+      name: What that is called in JSON.
+      writers: Write the files, by what they are called in JSON.
+    """
+    for path, found in stream:
+        files = {kind: str(write(path, found)) for kind, write in writers.items()}
+        if stream.as_json:
+            print(json.dumps({'image': str(path), name: found.to_json(), **files}))
         else:
-            parts = (path, one_line(instances, 2000), picture)
-            print(': '.join(one_line(part, 2000) for part in parts if part))
+            print(': '.join(one_line(part, 2000) for part in (path, found, *files.values())))
     return stream.exit_code()
 
 
-class _Pictures:
-    """Writes what was found in each image as a picture, in a directory."""
+def _writers(*kinds: tuple[str, str, str | None, Callable[..., Any]]) -> dict[str, Writer]:
+    """Returns what writes NAME.png for an image, for each flag that names a directory.
 
-    def __init__(self, directory: str) -> None:
-        from gcnet_jax.files import make_directory
+    Args:
+      *kinds: What a file is called in JSON, its flag and the flag's value, and a function of the
+        image's path, what was found in it and the file.
+    """
+    from gcnet_jax.files import make_directory
 
-        self._directory, self._taken = make_directory(directory, '--draw'), set()
+    return {
+        kind: _writer(make_directory(directory, flag), write)
+        for kind, flag, directory, write in kinds
+        if directory is not None
+    }
 
-    def draw(self, path: Path, instances: Any) -> Path:
-        from gcnet_jax.analysis.instance_pictures import write_instances
-        from gcnet_jax.files import unique_name
-        from gcnet_jax.inference.images import load_upright
 
-        name = unique_name(path.stem, self._taken)
-        return write_instances(load_upright(path), instances, self._directory / f'{name}.png')
+def _writer(directory: Path, write: Callable[[Path, Any, Path], Any]) -> Writer:
+    from gcnet_jax.files import unique_name
+
+    taken: set[str] = set()
+
+    def write_file(path: Path, found: Any) -> Path:
+        file = directory / f'{unique_name(path.stem, taken)}.png'
+        write(path, found, file)
+        return file
+
+    return write_file
+
+
+def _draw_instances(path: Path, instances: Any, file: Path) -> None:
+    from gcnet_jax.analysis.instance_pictures import write_instances
+    from gcnet_jax.inference.images import load_upright
+
+    write_instances(load_upright(path), instances, file)
+
+
+def _draw_labels(path: Path, label_map: Any, file: Path) -> None:
+    from gcnet_jax.analysis.segmentation_pictures import write_overlay
+    from gcnet_jax.inference.images import load_upright
+
+    write_overlay(load_upright(path), label_map, file)
+
+
+def _store_labels(path: Path, label_map: Any, file: Path) -> None:
+    from gcnet_jax.analysis.segmentation_pictures import write_label_map
+
+    write_label_map(label_map, file)

@@ -17,14 +17,12 @@ from gcnet_jax.data.loader import Batches, evaluation_batches
 from gcnet_jax.data.sources import Source
 from gcnet_jax.errors import DataError, changed_names, one_line
 from gcnet_jax.inference.classifier import LOGITS, Classifier, check_finite
+from gcnet_jax.inference.confusion_picture import draw_matrix
 from gcnet_jax.inference.report_files import write_report
 
 PICTURE_FILE = 'confusion.png'
-# More names than this cannot be read along the axes of a picture.
-MAX_NAMED_CLASSES = 60
 # Classes that are listed as text.
 MAX_LISTED = 20
-COLOR_MAP = 'Blues'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,36 +244,8 @@ def write_evaluation(evaluation: Evaluation, directory: str | os.PathLike) -> li
 
 def draw_confusion(evaluation: Evaluation) -> Any:
     """Draws the confusion matrix, each row as shares of its class, as a matplotlib Figure."""
-    from matplotlib.figure import Figure
-
-    counts = evaluation.confusion
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    classes = len(counts)
-    side = min(max(5.0, 0.32 * classes + 2.5), 20.0)
-    figure = Figure(figsize=(side + 1.2, side), layout='constrained')
-    axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap=COLOR_MAP, vmin=0, vmax=1, interpolation='nearest')
-    figure.colorbar(image, ax=axes, label='share of the true class', shrink=0.8)
-    axes.set_title(
+    title = (
         f'{evaluation.data} {evaluation.split}: {evaluation.metrics["accuracy"]:.2%} of '
-        f'{evaluation.examples:,} images',
-        parse_math=False,
+        f'{evaluation.examples:,} images'
     )
-    axes.set_xlabel('predicted class')
-    axes.set_ylabel('true class')
-    if classes <= MAX_NAMED_CLASSES:
-        # A dollar sign in a name is no formula.
-        names = [_shortened(name) for name in evaluation.label_names]
-        axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
-        axes.set_yticks(range(classes), names, parse_math=False)
-    if classes <= MAX_NAMED_CLASSES // 3:
-        for row, column in np.ndindex(counts.shape):
-            if counts[row, column]:
-                color = 'white' if shares[row, column] > 0.6 else 'black'
-                text = f'{counts[row, column]:,}'
-                axes.text(column, row, text, ha='center', va='center', color=color, fontsize=8)
-    return figure
-
-
-def _shortened(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else name[: length - 1] + '…'
+    return draw_matrix(evaluation.confusion, evaluation.label_names, title)

@@ -2,8 +2,8 @@
 
 Both take uint8 images `[batch, height, width, 3]`, of any batch size; the normalisation is inside.
 A classifier returns probabilities; a detector takes the sizes of the images too and returns what it
-finds. Beside FILE lies FILE.json with inputs, outputs, label names and how images are resized and
-cropped, which is not inside.
+finds; a segmenter returns label maps. Beside FILE lies FILE.json with inputs, outputs, label names
+and how images are resized and cropped, which is not inside.
 """
 
 import json
@@ -32,12 +32,15 @@ OPSET = 21
 TOLERANCE = 1e-4
 CHECKED_BATCHES = (1, 3)
 
-# What stops it in jax2onnx 0.17: scatters under `vmap` (non-maximum suppression), searchsorted, and
-# a switch of more than two branches (RoIAlign). In 0.13 also the primitive that jnp.stack is.
-NO_DETECTORS = (
-    'a detector cannot become an ONNX file: jax2onnx cannot convert its non-maximum suppression '
-    'and RoIAlign; export it as .jaxexport'
-)
+# What stops a detector in jax2onnx 0.17: scatters under `vmap` (non-maximum suppression),
+# searchsorted, and a switch of more than two branches (RoIAlign). In 0.13 also the primitive that
+# jnp.stack is. What an ONNX file returns is compared as probabilities, which label maps are not.
+NO_ONNX = {
+    'detection': 'a detector cannot become an ONNX file: jax2onnx cannot convert its non-maximum '
+    'suppression and RoIAlign',
+    'segmentation': 'a segmenter cannot become an ONNX file: these are for networks that return '
+    'probabilities of whole images',
+}
 
 
 def export_jax(
@@ -60,7 +63,7 @@ def export_jax(
       choose: 'best' or 'newest', where there are several checkpoints.
       size: Size of the images in pixels, one number for a square or height and width; None for the
         network's own. Of a detector that of the canvas that images are laid on: global context
-        sees all of it.
+        sees all of it. Of a segmenter that of the resized images.
       overwrite: Replace a file of that name.
 
     Returns:
@@ -97,12 +100,13 @@ def export_onnx(
     Raises:
       CheckpointError: It cannot be read, or holds no classifier.
       ConfigError: jax2onnx or onnxruntime is not installed.
-      UserError: It is a detector; the conversion failed or gives other results; the file exists, or
-        cannot be written.
+      UserError: It is a detector or a segmenter; the conversion failed or gives other results; the
+        file exists, or cannot be written.
     """
     out = check_new(out, overwrite)
-    if read_model_description(checkpoint, choose).task == 'detection':
-        raise UserError(NO_DETECTORS)
+    task = read_model_description(checkpoint, choose).task
+    if task in NO_ONNX:
+        raise UserError(f'{NO_ONNX[task]}; export it as .jaxexport')
     for name in ('jax2onnx', 'onnxruntime'):
         _import(name)
     exported = load_exported(checkpoint, choose, size, dtype='float32', fold=False)

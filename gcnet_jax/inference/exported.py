@@ -1,7 +1,8 @@
 """What is exported of a stored network: a function of images, with the weights inside.
 
 A classifier's takes uint8 images `[batch, height, width, 3]` and returns probabilities. A
-detector's takes images that lie on a canvas, and their sizes on it, and returns what is found.
+detector's takes images that lie on a canvas, and their sizes on it, and returns what is found. A
+segmenter's takes images of one size and returns their label maps.
 """
 
 import dataclasses
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Float, Int, UInt8
 
+from gcnet_jax.data.preprocessing import MAX_SIZE
 from gcnet_jax.data.sizes import Size, height_and_width
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.inference.classifier import LOGITS, Classifier
 from gcnet_jax.inference.detector import Detector
 from gcnet_jax.inference.load import load_network
+from gcnet_jax.inference.segmenter import Segmenter
 from gcnet_jax.stored import ModelDescription, read_model_description
 
 Images = UInt8[Array, 'batch height width 3']
@@ -32,6 +35,11 @@ OUTPUT_NOTES = {
     'valid': 'bool [batch, object]: False where there are fewer objects than places',
     'masks': 'float32 [batch, object, 28, 28]: probability of each cell of the box',
     'finite': 'bool [batch]: False where numbers overflowed, so that objects are missing',
+}
+# Outputs of a segmenter's function.
+SEGMENTER_NOTES = {
+    'labels': 'uint8 (uint16 from 256 labels on) [batch, height, width]: index into label_names',
+    'finite': 'bool [batch]: False where numbers overflowed, so that labels mean nothing',
 }
 
 
@@ -83,9 +91,11 @@ def load_exported(
       ConfigError: A size that cannot be.
     """
     options |= {'choose': choose, 'devices': jax.local_devices()[:1]}
-    if read_model_description(checkpoint, choose).task == 'detection':
-        # The size is that of the canvas, not a limit of the images' sides.
-        return _of_detector(load_network(checkpoint, **options), size)
+    # Their sizes are those of what the function takes, not limits of the images' sides.
+    of_size = {'detection': _of_detector, 'segmentation': _of_segmenter}
+    task = read_model_description(checkpoint, choose).task
+    if task in of_size:
+        return of_size[task](load_network(checkpoint, **options), size)
     return _of_classifier(load_network(checkpoint, size=size, **options), checkpoint)
 
 
@@ -147,6 +157,41 @@ def _of_detector(detector: Detector, size: Size | None) -> Exported:
             'resize': f'bilinearly, without antialiasing, by min({short} / min(h, w), {long} / '
             f'max(h, w), {height} / h, {width} / w), rounded to whole pixels; divide the boxes by '
             'the resulting scale of each side'
+        },
+    )
+
+
+def _of_segmenter(segmenter: Segmenter, size: Size | None) -> Exported:
+    preprocessing = segmenter.description.preprocessing
+    height, width = segmenter.image_shape if size is None else height_and_width(size)
+    if not 1 <= min(height, width) <= max(height, width) <= MAX_SIZE:
+        raise ConfigError(
+            f'the images of a segmenter are from 1 to {MAX_SIZE} pixels high and wide, got '
+            f'{height}x{width}'
+        )
+    variables = jax.device_get(segmenter.variables)
+
+    def label_one(image: UInt8[Array, 'height width 3']) -> dict:
+        inputs = {'image': image[None], 'original': jnp.zeros((1, 0, height, width), bool)}
+        outputs = segmenter.compute(variables, inputs)
+        return {name: outputs[name][0] for name in SEGMENTER_NOTES}
+
+    def label(images: Images) -> dict[str, Array]:
+        # One after the other: then their number need not be known.
+        return jax.lax.map(label_one, images)
+
+    short, long = preprocessing.short_side, preprocessing.long_side
+    return Exported(
+        segmenter.description,
+        label,
+        (_any_batch(height, width, 3, dtype=jnp.uint8),),
+        {'images': f'uint8 [batch, {height}, {width}, RGB]: resized, not padded'},
+        SEGMENTER_NOTES,
+        {
+            'resize': f'bilinearly, without antialiasing, by min({short} / min(h, w), {long} / '
+            f'max(h, w)), rounded to whole pixels: images that then are {height} pixels high and '
+            f'{width} wide get the labels that gcnet_jax gives them, before it enlarges logits to '
+            'the original size'
         },
     )
 

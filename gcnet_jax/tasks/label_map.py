@@ -11,6 +11,8 @@ from gcnet_jax.tasks.prediction import MAX_SHOWN_LABEL
 
 # Labels that are listed in one line.
 MAX_SHOWN = 10
+# A share below it is written as such, not as 0.0%.
+MIN_SHARE = 0.001
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +74,13 @@ class LabelMap:
     def __str__(self) -> str:
         found = self.found()
         shown = ', '.join(
-            f'{one_line(self.label_names[label], MAX_SHOWN_LABEL)} {count / self.labels.size:.1%}'
+            f'{one_line(self.label_names[label], MAX_SHOWN_LABEL)} '
+            f'{format_share(count / self.labels.size)}'
             for label, count in found[:MAX_SHOWN]
         )
         return shown + (f' and {len(found) - MAX_SHOWN} more' if len(found) > MAX_SHOWN else '')
+
+
+def format_share(share: float) -> str:
+    """Returns the share of a label that occurs, in per cent."""
+    return f'{share:.1%}' if share >= MIN_SHARE else f'<{MIN_SHARE:.1%}'

@@ -7,6 +7,7 @@ import pytest
 from gcnet_jax.errors import CheckpointError, ConfigError
 from gcnet_jax.inference.classifier import Classifier
 from gcnet_jax.inference.exported import load_exported
+from gcnet_jax.inference.segmenter import Segmenter
 
 
 def shapes(exported):
@@ -41,3 +42,18 @@ def test_the_canvas_of_a_detector_is_that_of_landscapes_unless_chosen(stored_det
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match='no such directory'):
         load_exported(tmp_path / 'none', 'best', None)
+
+
+def test_a_segmenter_labels_images_of_one_size(stored_segmenter):
+    exported = load_exported(stored_segmenter.directory, 'best', None)
+    assert shapes(exported) == [('batch', '32', '64', '3')]
+    chosen = load_exported(stored_segmenter.directory, 'best', (32, 40))
+    assert shapes(chosen) == [('batch', '32', '40', '3')]
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 40, 3), np.uint8)
+    segmenter = Segmenter.load(stored_segmenter.directory, devices=stored_segmenter.one_device)
+    found = jax.jit(chosen.function)(images)
+    assert found['finite'].all()
+    for labels, expected in zip(found['labels'], segmenter(images), strict=True):
+        np.testing.assert_array_equal(labels, expected.labels)
+    with pytest.raises(ConfigError, match='from 1 to 4096 pixels high and wide, got 0x40'):
+        load_exported(stored_segmenter.directory, 'best', (0, 40))
