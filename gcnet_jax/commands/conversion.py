@@ -52,7 +52,8 @@ def add_port(commands: argparse._SubParsersAction) -> None:
     port.add_argument('--reverse', metavar='DIR', help='a checkpoint of ours to turn back')
     port.add_argument(
         '--family',
-        help='whose names: timm, torchvision, mmdetection, gccnn or pytorch_resnet_cifar10',
+        help='whose names: timm, torchvision, mmdetection, mmsegmentation, gccnn or '
+        'pytorch_resnet_cifar10',
     )
     port.add_argument('--overwrite', action='store_true', help='replace what --out names')
     port.set_defaults(run=_port)

@@ -37,23 +37,29 @@ def resize_bilinear(
 def resize_weights(old: int, new: int, align_corners: bool) -> Float[np.ndarray, 'new old']:
     """Returns the weight of each old position in each new one; every row adds up to 1."""
     low, high, share = resize_places(old, new, align_corners)
-    weights = np.zeros((new, old), np.float64)
+    weights = np.zeros((new, old), np.float32)
     np.add.at(weights, (np.arange(new), low), 1 - share)
     np.add.at(weights, (np.arange(new), high), share)
-    return weights.astype(np.float32)
+    return weights
 
 
 def resize_places(
     old: int, new: int, align_corners: bool
 ) -> tuple[Int[np.ndarray, ' new'], Int[np.ndarray, ' new'], Float[np.ndarray, ' new']]:
-    """Returns the two old positions that each new one lies between, and the share of the second."""
+    """Returns the two old positions that each new one lies between, and the share of the second.
+
+    Places are rounded to float32 where PyTorch rounds them: with exact ones, far from the origin,
+    a share would differ by up to 1e-4.
+    """
     places = np.arange(new, dtype=np.float64)
-    if not align_corners:
-        centres = np.maximum((places + 0.5) * (old / new) - 0.5, 0)
+    if align_corners:
+        step = np.float32(old - 1) / np.float32(max(new - 1, 1))
+        centres = (places * step).astype(np.float32)
     else:
-        centres = places * ((old - 1) / (new - 1)) if new > 1 else np.zeros(1)
+        step = np.float32(old) / np.float32(new)
+        centres = np.maximum(((places + 0.5) * step - 0.5).astype(np.float32), 0)
     low = np.minimum(np.floor(centres).astype(int), old - 1)
-    return low, np.minimum(low + 1, old - 1), centres - low
+    return low, np.minimum(low + 1, old - 1), centres - low.astype(np.float32)
 
 
 def map_resized(

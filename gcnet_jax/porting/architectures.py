@@ -6,12 +6,15 @@ without a complaint and give logits that are 10% off.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from gcnet_jax.errors import CheckpointError, one_line
 from gcnet_jax.models.registry import list_models, model_entry
-from gcnet_jax.porting.hub import HARMLESS_ARGUMENTS
+from gcnet_jax.porting import published, published_segmenters
+from gcnet_jax.porting.files import TorchFile
+from gcnet_jax.porting.hub import HARMLESS_ARGUMENTS, HUB_FILES, read_hub_config
 
 # Other names of the same computation: published under these by timm.
 PREFIXES = ('tv_', 'ssl_', 'swsl_', 'gluon_', 'legacy_')
@@ -30,6 +33,57 @@ FOREIGN_SETTINGS = {
 # Where training programs keep the name of the architecture, and within which group of settings.
 GROUPS = ('args', 'hyper_parameters', 'hparams', 'config')
 NAMES = ('arch', 'architecture', 'model', 'model_name', 'backbone')
+
+
+def compare_with_told(
+    file: TorchFile,
+    name: str,
+    options: Mapping[str, Any],
+    asked: Collection[str],
+    *,
+    choose: bool,
+    check: bool,
+) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Compares a network with all that a file says of its own beside its tensors.
+
+    Args:
+      file: The file.
+      name, options: The network that is built of it.
+      asked: Options that whoever loads the file gave.
+      choose: Whether the file may choose among networks of the same tensors.
+      check: Whether contradictions are refused.
+
+    Returns:
+      The name and the options of the network, chosen if need be, and notes for the user.
+
+    Raises:
+      CheckpointError: They contradict each other; says both.
+    """
+    task, notes, options = model_entry(name).task, (), dict(options)
+    if task == 'detection':
+        if choose:
+            name, options = published.choose_norm(file, name, options)
+        if check:
+            published.check_told(file, name, options)
+    elif task == 'segmentation':
+        sources = published_segmenters.sources_of(file)
+        if choose:
+            name, options, notes = published_segmenters.choose_row(sources, name, options)
+        if check:
+            published_segmenters.check_told(file.path, sources, name, options, asked)
+    if check:
+        settings = dict(model_entry(name).module.keywords) | options
+        is_dilated = settings.get('output_stride') is not None
+        check_settings(file.metadata, name, one_line(file.path), is_dilated=is_dilated)
+        for told in (*told_architectures(file.metadata), _told_beside(file.path)):
+            check_architecture(told, name, one_line(file.path))
+    return name, options, notes
+
+
+def _told_beside(path: Path) -> str:
+    """The architecture in the `config.json` beside a file of the hub's own name, if any."""
+    config = read_hub_config(path.parent) if path.name in HUB_FILES else None
+    return config.architecture if config else ''
 
 
 def check_architecture(told: str, built: str, place: object) -> None:
@@ -62,10 +116,13 @@ def told_architectures(metadata: Mapping[str, Any]) -> Iterator[str]:
                 yield value
 
 
-def check_settings(metadata: Mapping[str, Any], built: str, place: object) -> None:
+def check_settings(
+    metadata: Mapping[str, Any], built: str, place: object, *, is_dilated: bool = False
+) -> None:
     """Refuses a file whose training config is of another network.
 
     That is a config of mmdetection or mmsegmentation, or the arguments of timm's training script.
+    `is_dilated` is whether the network has dilated convolutions, too.
 
     Raises:
       CheckpointError: Names the setting.
@@ -86,6 +143,8 @@ def check_settings(metadata: Mapping[str, Any], built: str, place: object) -> No
     for config in (meta.get('config'), meta.get('cfg')):
         text = config if isinstance(config, str) else repr(config)
         for setting, (value, what) in FOREIGN_SETTINGS.items():
+            if setting == 'dilations' and is_dilated:
+                continue
             pattern = rf'\b{setting}[\'"]?\s*[=:]\s*([\'"]?{value}[\'"]?)(?![\w])'
             found = re.search(pattern, text, re.IGNORECASE)
             if found:

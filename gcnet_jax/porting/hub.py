@@ -17,6 +17,7 @@ from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import read_json, write_whole
 
 CONFIG_FILE = 'config.json'
+HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 # What timm resizes and crops in evaluation; its other modes are for other networks.
 CROP_MODE = 'center'
 # Arguments of a network that do not change what it computes at inference.

@@ -12,24 +12,16 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from gcnet_jax.context.global_context import GlobalContext
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import as_path, reason, write_whole
 from gcnet_jax.models.registry import create_model, list_models, model_entry
-from gcnet_jax.porting.architectures import (
-    check_architecture,
-    check_settings,
-    told_architectures,
-)
+from gcnet_jax.porting.architectures import check_architecture, compare_with_told
 from gcnet_jax.porting.convert import Report, from_torch, to_torch_arrays
 from gcnet_jax.porting.families.rules import Family
 from gcnet_jax.porting.files import TorchFile, read_checkpoint
-from gcnet_jax.porting.hub import CONFIG_FILE, HubConfig, read_hub_config
-from gcnet_jax.porting.published import (
-    check_told,
-    choose_norm,
-    refuse_superseded,
-    refuse_withdrawn_name,
-)
+from gcnet_jax.porting.hub import CONFIG_FILE, HUB_FILES, HubConfig, read_hub_config
+from gcnet_jax.porting.published import refuse_superseded, refuse_withdrawn_name
 from gcnet_jax.porting.recognise import (
     check_shortcuts,
     class_count,
@@ -37,10 +29,12 @@ from gcnet_jax.porting.recognise import (
     recognise_block,
     recognise_family,
     recognise_model,
+    told_options,
 )
 
 HUB = 'hf-hub:'
-HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
+# What names the context block of mmsegmentation's head, alone.
+BLOCK = 'global_context'
 
 
 def load_torch(
@@ -59,8 +53,9 @@ def load_torch(
 
     Args:
       path: A `.safetensors` file, or a `.pth`, `.pt` or `.bin` file.
-      model: The network, or its name; None recognises it. A file of mmsegmentation gives its
-        context block alone.
+      model: The network, or its name; None recognises it. A file holds parts as well: name a
+        backbone to take it out of a detector or a segmenter, and 'global_context' for the context
+        block of mmsegmentation's head.
       weights: 'ema', 'model', or 'auto' for the averaged ones where there are any.
       family: Whose names the file has: 'timm', 'torchvision', 'mmdetection', 'mmsegmentation',
         'gccnn' or 'pytorch_resnet_cifar10'; None recognises it.
@@ -132,26 +127,22 @@ def load_named(
     file = read_checkpoint(path, weights=weights)
     names = recognise_family(file.tensors, family, _module_class(model))
     refuse_superseded(file, names)
-    channels = 3
+    channels, notes = 3, ()
     if isinstance(model, nn.Module):
         _refuse(options, 'a module has its options already')
         network, name = model, None
-    elif model is None and names.network is None:
+        if names.network is None:
+            channels = recognise_block(file.tensors.shapes, names)[1]
+    elif model in (None, BLOCK) and names.network is None:
         _refuse(options, 'a context block has its options from the file')
         network, channels = recognise_block(file.tensors.shapes, names)
         name = None
     else:
-        is_named = model is not None
+        asked = {*options, *(['num_classes'] if drop_classifier else [])}
         name, options = _named_options(file, names, model, drop_classifier, options)
-        is_detector = model_entry(name).task == 'detection'
-        if is_detector and not is_named:
-            name, options = choose_norm(file, name, options)
-        if not ignore_architecture:
-            if is_detector:
-                check_told(file, name, options)
-            check_settings(file.metadata, name, one_line(file.path))
-            for told in (*told_architectures(file.metadata), _told_beside(file.path)):
-                check_architecture(told, name, one_line(file.path))
+        name, options, notes = compare_with_told(
+            file, name, options, asked, choose=model is None, check=not ignore_architecture
+        )
         network = create_model(name, **options)
     if not isinstance(network, names.module):
         raise CheckpointError(
@@ -171,20 +162,16 @@ def load_named(
         )
     except CheckpointError as error:
         raise CheckpointError(f'{file.path}: {error}') from None
-    report = dataclasses.replace(report, wrapper=file.wrapper)
+    report = dataclasses.replace(report, wrapper=file.wrapper, warnings=(*report.warnings, *notes))
     return Loaded(network, name, options, variables, report, file.metadata)
 
 
 def _module_class(model: str | nn.Module | None) -> type[nn.Module] | None:
+    if model == BLOCK:
+        return GlobalContext
     if isinstance(model, str):
         return model_entry(model).module.func
     return None if model is None else type(model)
-
-
-def _told_beside(path: Path) -> str:
-    """The architecture in the `config.json` beside a file of the hub's own name, if any."""
-    config = read_hub_config(path.parent) if path.name in HUB_FILES else None
-    return config.architecture if config else ''
 
 
 def _refuse(options: Mapping[str, Any], why: str) -> None:
@@ -203,7 +190,7 @@ def _named_options(
     if model is not None:
         classes = class_count(file.tensors.shapes, family)
         found = {'num_classes': classes} if classes and not drop_classifier else {}
-        return model, found | dict(options)
+        return model, found | told_options(file.tensors.shapes, family) | dict(options)
     name, found = recognise_model(file.tensors.shapes, family)
     classes = options.get('num_classes', found['num_classes'])
     if found['num_classes'] not in (0, classes) and not drop_classifier:

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gcnet_jax.data.coco_labels import COCO_LABELS
+from gcnet_jax.data.segmentation_labels import LABEL_SETS, palette
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import as_path, read_text, reason
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.porting.architectures import check_architecture
 from gcnet_jax.porting.convert import Report, to_torch_arrays
-from gcnet_jax.porting.hub import check_label, write_hub_config
+from gcnet_jax.porting.hub import HUB_FILES, check_label, write_hub_config
 from gcnet_jax.porting.load import (
-    HUB_FILES,
     Loaded,
     Source,
     find_pretrained,
@@ -59,8 +59,9 @@ def port(
       out: The directory; new, unless `overwrite`.
       model: The network's name; None takes it from the file.
       label_names: A text file with the name of a class on each line, in the order of the logits;
-        None takes those of a `config.json` beside the weights, or of a file of mmdetection, and
-        those of COCO for a detector of 80 classes whose file names none.
+        None takes those of a `config.json` beside the weights, or of a file of mmdetection or
+        mmsegmentation, and where it names none those of the data set that the published networks
+        of as many classes were trained on.
       overwrite: Replace a directory of that name, if it holds a checkpoint.
       **options: See `load_torch`.
 
@@ -109,11 +110,12 @@ def port_reverse(
 
     Args:
       directory: A workdir, one of its checkpoints or a ported directory.
-      family: Whose names: 'timm', 'torchvision', 'mmdetection', 'gccnn' or
+      family: Whose names: 'timm', 'torchvision', 'mmdetection', 'mmsegmentation', 'gccnn' or
         'pytorch_resnet_cifar10'.
       out: A file that ends in `.safetensors` or `.pth`, or a directory, which gets the hub's form:
         `model.safetensors` and `config.json`; new, unless `overwrite`. A `.pth` file for
-        mmdetection has the label names in its `meta`. mmdetection reads no directory of a detector.
+        mmdetection or mmsegmentation has the label names in its `meta`. These two read no directory
+        of a detector or a segmenter.
       choose: 'newest' or 'best', where there are several checkpoints.
       overwrite: Replace a file of that name.
 
@@ -134,10 +136,10 @@ def port_reverse(
     description, variables = load_variables(directory, choose)
     network = description.build()
     names = family_of(network, family)
-    if not is_file and description.task == 'detection':
+    kind = {'detection': 'detector', 'segmentation': 'segmenter'}.get(description.task)
+    if not is_file and kind:
         raise CheckpointError(
-            f'{names.library} reads a detector from one file: end --out in .pth, got '
-            f'{one_line(out)}'
+            f'{names.library} reads a {kind} from one file: end --out in .pth, got {one_line(out)}'
         )
     arrays, report = to_torch_arrays(variables, names)
     if is_file:
@@ -163,9 +165,12 @@ def _write_file(
 ) -> None:
     if out.suffix == '.safetensors':
         write_safetensors(out, arrays)
-    elif family == 'mmdetection':
+    elif family in ('mmdetection', 'mmsegmentation'):
         labels = description.label_names
-        write_torch(out, arrays, meta={'CLASSES': tuple(labels)} if labels else {})
+        meta = {'CLASSES': tuple(labels)} if labels else {}
+        if labels and family == 'mmsegmentation':
+            meta['PALETTE'] = palette(labels, len(labels)).tolist()
+        write_torch(out, arrays, meta=meta)
     else:
         write_torch(out, arrays)
 
@@ -191,12 +196,14 @@ def _description(
 
 
 def _labels_of(source: Source, loaded: Loaded, checkpoint: object) -> tuple[str, ...]:
-    """The labels of the config or the file, else those of COCO for 80 classes of a detector.
+    """The labels of the config or the file, else those of the published networks' data set.
 
     What is newly initialised has none.
     """
     classes, new = loaded.network.num_classes, loaded.report.initialised
-    if not classes or any(re.match(r'params/(classifier|box_head_\d+/logits)/', p) for p in new):
+    if not classes or any(
+        re.match(r'params/(classifier|(box_)?head(_\d+)?/logits)/', p) for p in new
+    ):
         return ()
     if source.config is not None:
         labels, whose = source.config.label_names, 'its config'
@@ -212,8 +219,18 @@ def _labels_of(source: Source, loaded: Loaded, checkpoint: object) -> tuple[str,
             f'{one_line(checkpoint)}: {whose} names {len(labels)} labels and the network has '
             f'{classes} classes; give the names with --label-names'
         )
-    is_coco = model_entry(loaded.name).task == 'detection' and classes == len(COCO_LABELS)
-    return labels or (COCO_LABELS if is_coco else ())
+    return labels or _labels_of_data_set(loaded.name, classes)
+
+
+def _labels_of_data_set(name: str, classes: int) -> tuple[str, ...]:
+    """Those of COCO for detectors, those in the row's name for segmenters, if as many."""
+    labels: tuple[str, ...] = ()
+    if model_entry(name).task == 'detection':
+        labels = COCO_LABELS
+    elif model_entry(name).task == 'segmentation':
+        data_set = next((key for key in LABEL_SETS if f'_{key}' in name), None)
+        labels = LABEL_SETS[data_set].names if data_set else ()
+    return labels if len(labels) == classes else ()
 
 
 def _labels_in(metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ branch that followed the rules of version 2 before its release.
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from gcnet_jax.models.mask_rcnn import MaskRCNN
 from gcnet_jax.models.registry import list_models, model_entry
 from gcnet_jax.porting.families.rules import Family
 from gcnet_jax.porting.files import TorchFile
+from gcnet_jax.porting.told import config_texts, fraction, refuse_contradictions, setting
 
 SYNCBN = '_syncbn'
 
@@ -151,15 +152,8 @@ def check_told(file: TorchFile, name: str, options: Mapping[str, Any]) -> None:
     }
     if isinstance(context, Mapping) and 'ratio' in context:
         found['context'] = _ratio(context['ratio'])
-    for source, told in (('name', told_by_name(file.path)), ('config', _config(file.metadata))):
-        wrong = [key for key, value in told.items() if key in found and value != found[key]]
-        if wrong:
-            raise CheckpointError(
-                f'{one_line(file.path)}: its {source} says '
-                f'{", ".join(f"{key} {told[key]}" for key in wrong)}, and its tensors say '
-                f'{", ".join(f"{key} {found[key]}" for key in wrong)}: the file is mislabelled or '
-                'was replaced; download it again, or load it regardless with --ignore-architecture'
-            )
+    sources = {'name': told_by_name(file.path), 'config': _config(file.metadata)}
+    refuse_contradictions(file.path, sources, found)
 
 
 def choose_norm(
@@ -222,52 +216,35 @@ def told_by_name(path: Path) -> dict[str, Any]:
 
 def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What the config that a file was trained with says, as `told_by_name`; empty without one."""
-    for text in _config_texts(metadata):
-        heads = re.search(_setting('type', '|'.join(_HEADS)), text)
-        depth = re.search(_setting('depth', r'\d+'), text)
+    for text in config_texts(metadata):
+        heads = re.search(setting('type', '|'.join(_HEADS)), text)
+        depth = re.search(setting('depth', r'\d+'), text)
         if not heads or not depth:
             continue
         told: dict[str, Any] = {'heads': _HEADS[heads[1]], 'norm': 'SyncBN' in text}
-        if re.search(_setting('type', 'ResNet'), text):
+        if re.search(setting('type', 'ResNet'), text):
             told['backbone'] = f'r{depth[1]}'
-        groups, width = (re.search(_setting(x, r'\d+'), text) for x in ('groups', 'base_width'))
-        if groups and width and re.search(_setting('type', 'ResNeXt'), text):
+        groups, width = (re.search(setting(x, r'\d+'), text) for x in ('groups', 'base_width'))
+        if groups and width and re.search(setting('type', 'ResNeXt'), text):
             told['backbone'] = f'x{depth[1]}_{groups[1]}x{width[1]}d'
-        is_deformable = re.search(_setting('type', 'DCN(?:v2)?'), text)
+        is_deformable = re.search(setting('type', 'DCN(?:v2)?'), text)
         told['convolutions'] = 'deformable' if is_deformable else 'ordinary'
         block = re.search(r'[^()]*ContextBlock[^()]*', text)
-        ratio = block and re.search(
-            _setting('ratio', _NUMBER) + rf'(?:\s*/\s*({_NUMBER}))?', block[0]
-        )
+        ratio = block and fraction('ratio', block[0])
         if not block:
             told['context'] = 'none'
-        elif ratio:
-            told['context'] = _ratio(float(ratio[1]) / (float(ratio[2] or 1) or 1))
+        elif ratio is not None:
+            told['context'] = _ratio(ratio)
         return told
     return {}
 
 
-_NUMBER = r'\d+\.?\d*'
 _HEADS = {
     'MaskRCNN': 'Mask R-CNN',
     'CascadeRCNN': 'Cascade Mask R-CNN',
     'FasterRCNN': 'Faster R-CNN',
     'HybridTaskCascade': 'HybridTaskCascade',
 }
-
-
-def _setting(name: str, value: str) -> str:
-    """The pattern of a setting in Python (`depth=50`) or JSON (`"depth": 50`)."""
-    return rf'\b{name}[\'"]?\s*[=:]\s*[\'"]?({value})(?!\w)'
-
-
-def _config_texts(metadata: Mapping[str, Any]) -> Iterator[str]:
-    """mmcv writes 'config', mmengine 'cfg': the text of the file, or its settings."""
-    meta = metadata.get('meta')
-    for place in (meta if isinstance(meta, Mapping) else {}, metadata):
-        for config in (place.get('config'), place.get('cfg')):
-            if config:
-                yield config if isinstance(config, str) else repr(config)
 
 
 def _ratio(ratio: float) -> str:

@@ -90,6 +90,13 @@ def class_count(shapes: Shapes, family: Family) -> int:
     return classes[0][0] if classes else 0
 
 
+def told_options(shapes: Shapes, family: Family) -> dict[str, Any]:
+    """Returns the options that a file tells of whatever network is named for it."""
+    if family.told is None:
+        return {}
+    return family.told({name.removeprefix(family.prefix): shape for name, shape in shapes.items()})
+
+
 def check_shortcuts(shapes: Shapes, family: Family, model: nn.Module, name: str | None) -> None:
     """Refuses a file whose shortcuts are of the other kind than the network's.
 

@@ -29,6 +29,7 @@ GAINS = {
     r'fc_cls\.weight': 5.0,
     r'fc_reg\.weight': 1.0,
     r'conv_logits\.weight': 4.0,
+    r'conv_seg\.weight': 4.0,  # Of segmenters.
     r'weight': 1.5,
 }
 # Mean and spread of a bias.

@@ -16,7 +16,7 @@ from gcnet_jax.porting.convert import (
     to_torch_arrays,
     variable_shapes,
 )
-from gcnet_jax.porting.families import FAMILIES, is_classifier
+from gcnet_jax.porting.families import FAMILIES, is_classifier, mmsegmentation
 from tests.porting.seeded import in_memory, seeded_tensors
 
 FAMILY = {family.library: family for family in FAMILIES}
@@ -35,7 +35,7 @@ BLOCK_VALUES = 8 + 1 + 16 + 2 + 2 + 2 + 16 + 8
 
 
 def convert_block(tensors, **options):
-    return from_torch(in_memory(tensors), FAMILY['mmsegmentation'], BLOCK, channels=8, **options)
+    return from_torch(in_memory(tensors), mmsegmentation.FAMILY, BLOCK, channels=8, **options)
 
 
 def network(**options):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
+from gcnet_jax.context import GlobalContext
 from gcnet_jax.models import create_model
 from gcnet_jax.porting import to_torch
 from gcnet_jax.porting.convert import from_torch
@@ -107,12 +108,12 @@ def test_back_to_the_library_gives_the_same_bytes(ported):
 @pytest.mark.parametrize('name', ['add', 'scale', 'scale_add', 'average'])
 def test_the_paper_block_alone(name):
     state, outputs = read_golden(f'block_{name}')
-    # as mmsegmentation's head holds it, in a segmenter whose other parts are left
+    # as mmsegmentation's head holds it, in a segmenter, of which it is asked for alone
     head = {f'decode_head.gc_block.{key}': value for key, value in state.items()}
     head |= {'backbone.stem.0.weight': np.ones(1), 'decode_head.conv_seg.weight': np.ones(1)}
     for names in (state, head):
         tensors = in_memory(names)
-        family = recognise_family(tensors)
+        family = recognise_family(tensors, module=GlobalContext)
         assert family.library == 'mmsegmentation'
         block, channels = recognise_block(tensors.shapes, family)
         variables, report = from_torch(tensors, family, block, channels=channels)

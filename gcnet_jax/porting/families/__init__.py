@@ -9,6 +9,8 @@ from gcnet_jax.porting.families import (
     mmdetection,
     mmdetection_detector,
     mmsegmentation,
+    mmsegmentation_backbone,
+    mmsegmentation_segmenter,
     timm_byobnet,
     timm_efficientnet,
     torchvision,
@@ -17,8 +19,10 @@ from gcnet_jax.porting.families import (
 # A file belongs to the first family that recognises its names, so the more particular one precedes.
 FAMILIES = (
     gccnn.FAMILY,
+    mmsegmentation_segmenter.FAMILY,
     mmsegmentation.FAMILY,
     mmdetection_detector.FAMILY,
+    mmsegmentation_backbone.FAMILY,
     mmdetection.FAMILY,
     timm_byobnet.FAMILY,
     timm_efficientnet.FAMILY,

@@ -1,4 +1,4 @@
-"""mmsegmentation's GCHead: its context block alone; the rest of the segmenter is left."""
+"""The context block of mmsegmentation's GCHead, alone; the rest of the segmenter is left."""
 
 from gcnet_jax.context.global_context import GlobalContext
 from gcnet_jax.porting.families import mmcv_context

@@ -19,6 +19,12 @@ SE_RESNET = {
         'block of its own'
     )
 }
+AVERAGED_SHORTCUTS = {
+    r'layer\d+\.\d+\.downsample\.2\.': (
+        'its shortcuts average before they convolve (ResNet-D), which no network of these names '
+        'does here'
+    )
+}
 
 
 def plain_network(shapes: Shapes) -> str:
@@ -46,9 +52,14 @@ def _structure(shapes: Shapes) -> tuple:
         stage_sizes(shapes, r'layer(\d+)\.(\d+)\.'),
         'layer1.0.conv3.weight' in shapes,
         tuple(shapes.get('layer1.0.conv2.weight', (0, 0))[:2]),
-        shapes['conv1.weight'][0] if 'conv1.weight' in shapes else 0,
+        _stem_width(shapes),
         shortcuts(shapes),
     )
+
+
+def _stem_width(shapes: Shapes) -> int:
+    # One convolution, or the last of three.
+    return next((shapes[n][0] for n in ('conv1.weight', 'stem.6.weight') if n in shapes), 0)
 
 
 def _structure_of(model: nn.Module) -> tuple | None:

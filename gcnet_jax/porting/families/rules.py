@@ -65,6 +65,8 @@ class Family:
       recognise: Patterns. A file is of this family if each of them matches one of its names.
       network: Returns the registered network that a file holds, from the names (without `prefix`)
         and shapes of its tensors, and the options that the file tells; None for a single block.
+      told: Returns the options that the file tells of whatever network is named for it, from the
+        same; None for none.
       num_classes: Returns the number of classes from the same; None counts the classifier's rows.
       classifier: Pattern of the names of what depends on the classes.
       context: Pattern of the part of a name that stands for a context block.
@@ -80,6 +82,7 @@ class Family:
     rules: Callable[[str, str], Rules]
     recognise: tuple[str, ...]
     network: Callable[[Shapes], tuple[str, dict[str, Any]]] | None
+    told: Callable[[Shapes], dict[str, Any]] | None = None
     num_classes: Callable[[Shapes], int] | None = None
     classifier: str = NOTHING
     context: str = NOTHING

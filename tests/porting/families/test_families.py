@@ -18,6 +18,8 @@ from gcnet_jax.porting.families import (
     cifar,
     mmcv_context,
     mmdetection,
+    mmsegmentation_backbone,
+    mmsegmentation_segmenter,
     timm_byobnet,
     timm_efficientnet,
     torchvision,
@@ -90,6 +92,29 @@ def test_tables_add_up():
             'params/a/stage3_1/context_after_conv3_0/add/norm/scale',
             'b.layer3.1.context_block.channel_add_conv.1.weight',
         ),
+        (mmsegmentation_backbone, 'params/a/stem_conv_0/kernel', 'b.stem.0.weight'),
+        (mmsegmentation_backbone, 'params/a/stem_norm_2/scale', 'b.stem.7.weight'),
+        (mmsegmentation_backbone, 'params/a/stage1_0/conv3/kernel', 'b.layer1.0.conv3.weight'),
+        (
+            mmsegmentation_segmenter,
+            'batch_stats/a/backbone/stem_norm_1/var',
+            'b.backbone.stem.4.running_var',
+        ),
+        (
+            mmsegmentation_segmenter,
+            'params/a/head/conv2/norm/scale',
+            'b.decode_head.convs.1.bn.weight',
+        ),
+        (
+            mmsegmentation_segmenter,
+            'params/a/head/context/add/norm/bias',
+            'b.decode_head.gc_block.channel_add_conv.1.bias',
+        ),
+        (
+            mmsegmentation_segmenter,
+            'params/a/auxiliary_head/logits/kernel',
+            'b.auxiliary_head.conv_seg.weight',
+        ),
         (mmcv_context, 'params/a/pool/logits/kernel', 'b.conv_mask.weight'),
         (timm_byobnet, 'params/a/stem_conv_0/kernel', 'b.stem.conv1.conv.weight'),
         (
@@ -130,7 +155,7 @@ def test_every_file_that_defines_a_family_is_in_the_list():
     directory = Path(families.__file__).parent
     files = [path.stem for path in directory.glob('*.py') if 'FAMILY = ' in path.read_text()]
     assert sorted(map(id, FAMILIES)) == sorted(id(getattr(families, name).FAMILY) for name in files)
-    assert len(files) == 8
+    assert len(files) == 10
 
 
 @pytest.mark.parametrize('family', FAMILIES, ids=lambda family: family.library)
