@@ -31,6 +31,7 @@ from gcnet_jax.inference.images import LeftOut, find_images
 from gcnet_jax.inference.load import load_network
 from gcnet_jax.inference.segmenter import Segmenter
 from gcnet_jax.inference.stored_network import StoredNetwork
+from gcnet_jax.tasks.label_map import format_share
 from gcnet_jax.tasks.prediction import Prediction
 
 # Outputs that a title is made of.
@@ -208,7 +209,9 @@ def _labels(segmenter: Segmenter, outputs: Mapping[str, np.ndarray]) -> str:
     """Returns the labels that most pixels have, with their shares."""
     shares = outputs['pixels'] / outputs['pixels'].sum()
     most = np.argsort(-shares, kind='stable')[:MAX_OBJECTS]
-    text = ', '.join(f'{segmenter.label_names[i]} {shares[i]:.0%}' for i in most if shares[i])
+    text = ', '.join(
+        f'{segmenter.label_names[i]} {format_share(shares[i])}' for i in most if shares[i]
+    )
     if segmenter.model.window is None:
         return text
     return f'{text} (from windows; the attention is that over the whole image)'

@@ -226,7 +226,7 @@ def format_segmentation(evaluation: SegmentationEvaluation) -> str:
     order = [i for i in np.argsort(overlaps, kind='stable').tolist() if not np.isnan(overlaps[i])]
     listed = order[:MAX_LISTED]
     labels = [one_line(evaluation.label_names[index], 60) for index in listed]
-    width = max(map(len, labels), default=0)
+    width = max(map(len, ['class', *labels]))
     total = max(int(pixels.sum()), 1)
     lines.append(f'  {"class":<{width}}  {"IoU":>8}  {"accuracy":>8}  {"pixels":>8}')
     for index, label in zip(listed, labels, strict=True):

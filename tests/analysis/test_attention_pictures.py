@@ -1,5 +1,7 @@
 """From a checkpoint and image files to pictures, through the command line."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -260,3 +262,20 @@ def test_an_output_that_is_a_file_is_one_line(both, images, tmp_path, capsys):
     arguments = ['attention', '--checkpoint', str(both[1]), '--out', str(tmp_path / 'file')]
     assert main([*arguments, str(images)]) == 1
     assert 'cannot make the directory' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('window', [None, 24])
+def test_a_segmenters_title_has_its_labels(stored_segmenter, make, tmp_path, window):
+    stored = stored_segmenter.description
+    options = {**stored.options, 'window': window, 'window_stride': window}
+    write_ported(
+        tmp_path / 'network',
+        dataclasses.replace(stored, options=options),
+        stored_segmenter.variables,
+    )
+    (tmp_path / 'a.png').write_bytes(make.encode(make.picture(0, 32, 48)))
+    pictures = write_pictures(tmp_path / 'network', tmp_path / 'a.png', tmp_path / 'out')
+    ((_, drawn),) = pictures
+    assert any(f'{label} ' in drawn.prediction for label in ('ant', 'bee', 'cat'))
+    assert ('from windows' in drawn.prediction) == (window is not None)
+    assert [file.name for file in drawn.files] == ['a_attention.png']
