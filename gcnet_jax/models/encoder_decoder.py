@@ -59,6 +59,11 @@ class EncoderDecoder(nn.Module):
                 f'window is {window} and window_stride {stride}: give both, and a stride of at '
                 'most the window, or neither for whole images'
             )
+        if self.num_classes < 1:
+            raise ConfigError(
+                f'num_classes is {self.num_classes}: a segmenter has a logit for each of its '
+                'classes'
+            )
         super().__post_init__()
 
     def setup(self):
@@ -93,6 +98,11 @@ class EncoderDecoder(nn.Module):
         last = sum(name.startswith('stage') for name in outputs)
         outputs['head_logits'] = self.head(outputs[f'stage{last}'], train=train)
         if self.auxiliary_channels:
+            if last < 2:
+                raise ConfigError(
+                    'the auxiliary head reads the last stage but one, and the backbone has one '
+                    'stage: set auxiliary_channels to 0'
+                )
             auxiliary = self.auxiliary_head(outputs[f'stage{last - 1}'], train=train)
             outputs['auxiliary_logits'] = self._enlarge(auxiliary, images)
         if self.window is None or train or self.is_initializing():

@@ -137,6 +137,10 @@ def load_named(
         _refuse(options, 'a context block has its options from the file')
         network, channels = recognise_block(file.tensors.shapes, names)
         name = None
+    elif model == BLOCK:
+        raise CheckpointError(
+            f"{one_line(file.path)} holds no context block in a head of mmsegmentation's"
+        )
     else:
         asked = {*options, *(['num_classes'] if drop_classifier else [])}
         name, options = _named_options(file, names, model, drop_classifier, options)

@@ -87,7 +87,7 @@ def class_count(shapes: Shapes, family: Family) -> int:
     if family.num_classes is not None:
         return family.num_classes(shapes)
     classes = [shape for name, shape in shapes.items() if family.is_classifier(name)]
-    return classes[0][0] if classes else 0
+    return classes[0][0] if classes and classes[0] else 0
 
 
 def told_options(shapes: Shapes, family: Family) -> dict[str, Any]:

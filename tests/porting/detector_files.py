@@ -1,4 +1,4 @@
-"""Files of detectors with all their names and shapes, but without their many numbers."""
+"""Files of detectors and segmenters with all names and shapes, but without their many numbers."""
 
 import json
 import math
@@ -12,9 +12,9 @@ HALF = 'torch HalfStorage'
 GOLDEN = Path(__file__).parent / 'golden'
 
 
-def shapes_of(case: str) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of mmdetection's own state dict, from a golden file."""
-    told = json.loads(np.load(GOLDEN / f'detector_{case}.npz')['told'].tobytes())
+def shapes_of(case: str, kind: str = 'detector') -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the library's own state dict, from a golden file."""
+    told = json.loads(np.load(GOLDEN / f'{kind}_{case}.npz')['told'].tobytes())
     return {name: tuple(shape) for name, shape in told['state_dict'].items()}
 
 

@@ -34,12 +34,15 @@ def block_options(shapes: Shapes, place: str) -> tuple[dict[str, Any], int]:
       place: What precedes the names of the block.
 
     Raises:
-      CheckpointError: The block neither adds nor scales.
+      CheckpointError: The block neither adds nor scales, or a tensor of it is of no convolution.
     """
     branches = [b for b in ('mul', 'add') if f'{place}channel_{b}_conv.0.weight' in shapes]
     if not branches:
         raise CheckpointError(f'a context block without a transform: {place}channel_add_conv.0')
-    hidden, channels = shapes[f'{place}channel_{branches[0]}_conv.0.weight'][:2]
+    name = f'{place}channel_{branches[0]}_conv.0.weight'
+    if len(shapes[name]) != 4 or not all(shapes[name]):
+        raise CheckpointError(f'{name} is of no convolution: its shape is {list(shapes[name])}')
+    hidden, channels = shapes[name][:2]
     options: dict[str, Any] = {'hidden_channels': hidden}
     if branches != ['add']:
         options['fusion'] = 'scale_add' if len(branches) == 2 else 'scale'

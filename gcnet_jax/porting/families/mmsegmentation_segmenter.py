@@ -109,10 +109,10 @@ def row_settings(name: str) -> dict[str, Any]:
 
 def told(shapes: Shapes) -> dict[str, Any]:
     """The kind of the stem and the width of the auxiliary head, 0 for none."""
-    auxiliary = shapes.get(f'{AUXILIARY}conv_seg.weight', (0, 0))
+    auxiliary = shapes.get(f'{AUXILIARY}conv_seg.weight', ())
     return {
         'stem': 'deep' if f'{BACKBONE}stem.0.weight' in shapes else 'imagenet',
-        'auxiliary_channels': auxiliary[1],
+        'auxiliary_channels': auxiliary[1] if len(auxiliary) == 4 else 0,
     }
 
 

@@ -59,7 +59,8 @@ def _structure(shapes: Shapes) -> tuple:
 
 def _stem_width(shapes: Shapes) -> int:
     # One convolution, or the last of three.
-    return next((shapes[n][0] for n in ('conv1.weight', 'stem.6.weight') if n in shapes), 0)
+    found = next((shapes[n] for n in ('conv1.weight', 'stem.6.weight') if n in shapes), ())
+    return found[0] if found else 0
 
 
 def _structure_of(model: nn.Module) -> tuple | None:
