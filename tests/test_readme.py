@@ -20,7 +20,7 @@ from gcnet_jax.porting.convert import variable_shapes
 from gcnet_jax.porting.families import LIBRARIES
 from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.tasks import TASKS
-from gcnet_jax.training.config import default_config
+from gcnet_jax.training.config import all_paths
 from gcnet_jax.training.overrides import override
 
 ROOT = Path(__file__).parent.parent
@@ -168,12 +168,8 @@ def is_setting(path):
     group, _, option = path.partition('.')
     if group == 'model' and option.partition('.')[0] == 'context':
         return hasattr(create_model('resnet50'), 'context')
-    tree = default_config().to_dict()
-    for key in path.split('.'):
-        if not isinstance(tree, dict) or key not in tree:
-            return False
-        tree = tree[key]
-    return True
+    paths = all_paths()
+    return path in paths or any(known.startswith(f'{path}.') for known in paths)
 
 
 @pytest.mark.parametrize('page', PAGES)

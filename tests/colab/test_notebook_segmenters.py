@@ -1,4 +1,4 @@
-"""What the notebook's part on segmentation calls: a small set that can be prepared, and settings."""
+"""What the notebook calls for segmentation: a small set that can be prepared, and settings."""
 
 import importlib.util
 from pathlib import Path

@@ -283,9 +283,7 @@ def test_a_config_that_contradicts(tmp_path, style, old, new, says):
 
 def test_the_name_counts_more_than_the_config(tmp_path):
     file = named(tmp_path / 'gcnet_r50-d8_512x1024_40k_cityscapes.pth', {'cfg': SORTED})
-    with pytest.raises(
-        CheckpointError, match=r'its config says .*window 769.* gc_resnet50_d8'
-    ):
+    with pytest.raises(CheckpointError, match=r'its config says .*window 769.* gc_resnet50_d8'):
         chosen(file)
 
 
