@@ -53,6 +53,13 @@ def load(model: torch.nn.Module, weights: dict[str, np.ndarray]) -> None:
     model.load_state_dict(state, strict=True)
 
 
+def dataset_meta(config: Config, path: Path) -> dict:
+    """What mmsegmentation takes for the classes and the colours of a file, as its users load it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return mmseg.apis.init_model(config.copy(), str(path), device='cpu').dataset_meta
+
+
 def run(
     model: torch.nn.Module,
     image: np.ndarray,
