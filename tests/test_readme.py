@@ -18,6 +18,7 @@ from gcnet_jax.models import create_model, list_models, model_entry
 from gcnet_jax.models.summary import summarize
 from gcnet_jax.porting.convert import variable_shapes
 from gcnet_jax.porting.families import LIBRARIES
+from gcnet_jax.porting.published_segmenters import PUBLISHED
 from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.tasks import TASKS
 from gcnet_jax.training.config import all_paths
@@ -276,6 +277,31 @@ def test_table_has_the_parameters_of_the_detector(name):
     shapes = variable_shapes(create_model(name))
     trained = [leaf.size for path, leaf in shapes.items() if path.startswith('params/')]
     assert f'{sum(trained):,}' == DETECTORS[name]
+
+
+SEGMENTERS = {
+    row[0].strip('`'): row[1]
+    for row in table('docs/segment.md', 'segmenter | parameters | mean IoU | published files')
+}
+
+
+def test_table_lists_every_segmenter():
+    assert sorted(SEGMENTERS) == list_models(task='segmentation')
+    text = PAGES['docs/segment.md']
+    assert all(text.count(f'`{digits}`') == 1 for digits in PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        name if name == 'gc_resnet50_d8_voc' else pytest.param(name, marks=pytest.mark.slow)
+        for name in SEGMENTERS
+    ],
+)
+def test_table_has_the_parameters_of_the_segmenter(name):
+    shapes = variable_shapes(create_model(name))
+    trained = [leaf.size for path, leaf in shapes.items() if path.startswith('params/')]
+    assert f'{sum(trained):,}' == SEGMENTERS[name]
 
 
 def test_readme_lists_every_network_once():
