@@ -27,13 +27,7 @@ def get_config(variant: str = 'gc') -> ConfigDict:
         raise ConfigError(unknown_name('variant of configs/segmentation.py', variant, VARIANTS))
     config = default_config()
     name_task(config, 'segmentation')
-    config.model.name = f'{variant}_resnet50_d8_voc'
-    config.model.backbone = 'resnet18'
-    config.model.output_stride = 16
-    # That of most trained classifiers; mmsegmentation's own have three convolutions ('deep').
-    config.model.stem = 'imagenet'
-    config.model.channels = 128
-    config.model.auxiliary_channels = 64
+    config.model.name = f'{variant}_resnet18_d16'
     config.data.name = 'my_images'
     config.data.image_size = (240, 320)
     config.data.evaluation_image_size = (360, 480)

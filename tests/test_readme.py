@@ -18,9 +18,10 @@ from gcnet_jax.models import create_model, list_models, model_entry
 from gcnet_jax.models.summary import summarize
 from gcnet_jax.porting.convert import variable_shapes
 from gcnet_jax.porting.families import LIBRARIES
+from gcnet_jax.porting.published_segmenters import PUBLISHED
 from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.tasks import TASKS
-from gcnet_jax.training.config import default_config
+from gcnet_jax.training.config import all_paths
 from gcnet_jax.training.overrides import override
 
 ROOT = Path(__file__).parent.parent
@@ -168,12 +169,8 @@ def is_setting(path):
     group, _, option = path.partition('.')
     if group == 'model' and option.partition('.')[0] == 'context':
         return hasattr(create_model('resnet50'), 'context')
-    tree = default_config().to_dict()
-    for key in path.split('.'):
-        if not isinstance(tree, dict) or key not in tree:
-            return False
-        tree = tree[key]
-    return True
+    paths = all_paths()
+    return path in paths or any(known.startswith(f'{path}.') for known in paths)
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -280,6 +277,31 @@ def test_table_has_the_parameters_of_the_detector(name):
     shapes = variable_shapes(create_model(name))
     trained = [leaf.size for path, leaf in shapes.items() if path.startswith('params/')]
     assert f'{sum(trained):,}' == DETECTORS[name]
+
+
+SEGMENTERS = {
+    row[0].strip('`'): row[1]
+    for row in table('docs/segment.md', 'segmenter | parameters | mean IoU | published files')
+}
+
+
+def test_table_lists_every_segmenter():
+    assert sorted(SEGMENTERS) == list_models(task='segmentation')
+    text = PAGES['docs/segment.md']
+    assert all(text.count(f'`{digits}`') == 1 for digits in PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        name if name == 'gc_resnet50_d8_voc' else pytest.param(name, marks=pytest.mark.slow)
+        for name in SEGMENTERS
+    ],
+)
+def test_table_has_the_parameters_of_the_segmenter(name):
+    shapes = variable_shapes(create_model(name))
+    trained = [leaf.size for path, leaf in shapes.items() if path.startswith('params/')]
+    assert f'{sum(trained):,}' == SEGMENTERS[name]
 
 
 def test_readme_lists_every_network_once():

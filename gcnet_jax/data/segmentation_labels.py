@@ -92,13 +92,14 @@ LABEL_SETS = {
 def palette(label_names: Sequence[str] | None, count: int) -> UInt8[np.ndarray, 'count 3']:
     """Returns a colour for each of `count` labels: the published one where the names are a set's.
 
-    Other labels get the colours of PASCAL VOC's colour map, whose first one is black.
+    Other labels get the colours of PASCAL VOC's colour map; its black is for 'background' alone.
     """
     names = None if label_names is None else tuple(name.strip() for name in label_names)
     for label_set in LABEL_SETS.values():
         if label_set.names == names and count == len(names):
             return np.array(label_set.palette, np.uint8)
-    return voc_colours(count)
+    first = 0 if names and names[0].lower() == 'background' else 1
+    return voc_colours(first + count)[first:]
 
 
 def voc_colours(count: int) -> UInt8[np.ndarray, 'count 3']:

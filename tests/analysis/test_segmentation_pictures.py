@@ -10,7 +10,7 @@ from gcnet_jax.analysis.segmentation_pictures import (
     write_label_map,
     write_overlay,
 )
-from gcnet_jax.data.segmentation_labels import LABEL_SETS, voc_colours
+from gcnet_jax.data.segmentation_labels import LABEL_SETS, palette
 from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.tasks.label_map import LabelMap
 
@@ -64,7 +64,7 @@ def test_the_legend_lists_what_occurs(monkeypatch):
     assert written == ['left', '62.5%', 'right', '37.5%', 'middle', '<0.1%']
     assert picture.width == 1040
     legend = np.asarray(picture)[780:].reshape(-1, 3)
-    for color in voc_colours(3):
+    for color in palette(None, 3):
         assert (legend == color).all(axis=1).any()
 
     written.clear()

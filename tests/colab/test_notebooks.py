@@ -20,13 +20,13 @@ EXPECTED = {
     'train_tpu': ['! NO TPU: jax', 'eval/accuracy', 'train/loss'],
     'inference_and_attention': ['digits/digit_', '%'],
     'port_from_pytorch': ['tensors', '%'],
-    'detect_and_segment': ['china.jpg: ', 'AP50'],
+    'detect_and_segment': ['china.jpg: ', 'AP50', 'mean IoU', 'square'],
 }
 PICTURES = {
     'train_tpu': 2,
     'inference_and_attention': 6,
     'port_from_pytorch': 1,
-    'detect_and_segment': 3,
+    'detect_and_segment': 7,
 }
 
 

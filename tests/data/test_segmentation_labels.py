@@ -36,7 +36,12 @@ def test_a_published_palette_is_found_by_its_names():
     'names', [None, LABEL_SETS['cityscapes'].names[:5], ['a', 'b', 'c', 'd', 'e']]
 )
 def test_other_labels_get_the_colours_of_voc(names):
-    np.testing.assert_array_equal(palette(names, 5), LABEL_SETS['voc'].palette[:5])
+    np.testing.assert_array_equal(palette(names, 5), LABEL_SETS['voc'].palette[1:6])
+
+
+def test_a_background_alone_is_black():
+    names = ['Background', 'b', 'c']
+    np.testing.assert_array_equal(palette(names, 3), LABEL_SETS['voc'].palette[:3])
 
 
 def test_the_colour_map_is_voc_s_and_distinct():

@@ -244,7 +244,9 @@ def test_the_same_from_the_image_to_the_masks(pair):
             boxes = parts(moved_boxes, [boxes] * stages, deltas, parts.size)[stage]
     found = parts(detections, boxes, chosen.valid, logits, deltas[0], parts.size)
     values = np.asarray(parts(masks, pyramid, found))
-    check_detections(found, kept, 1e-4)
+    # A hundred layers: with its other kernels mmdetection's own scores move by 3e-5, its masks by
+    # 1e-4 (R101 r4).
+    check_detections(found, kept, 3e-4)
     count = len(kept['labels'])
     assert np.abs(values[0, :count] - kept['masks']).max() < 5e-4
     scale = np.tile((kept['size'] / SIZE)[::-1], 2).astype(np.float32)
