@@ -227,9 +227,9 @@ def _check_kind(network: str, task: type[Task], example: str) -> None:
     tasks = [other.name for other in TASKS.values() if other.networks == kind]
     if not tasks:
         raise ConfigError(
-            f'{network} is a detector, and detectors cannot be trained yet: choose a '
-            'classifier; to start one from the backbone in a file of mmdetection, port the '
-            'file with --model and the name of the classifier'
+            f'{network} is a detector, and detectors cannot be trained yet: choose a network for '
+            f'{task.networks}, such as {example}; to start from the backbone in a file of '
+            'mmdetection, port the file with --model and the name of a classifier'
         )
     raise ConfigError(
         f'{network} is a network for {kind}, and config.task.name is {task.name!r}; choose a '

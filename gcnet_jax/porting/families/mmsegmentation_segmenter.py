@@ -87,7 +87,7 @@ def network(shapes: Shapes) -> tuple[str, dict[str, Any]]:
     if any(name.startswith(context) for name in shapes):
         kind = 'gc'
         block, channels = mmcv_context.block_options(shapes, context)
-        options['context_ratio'] = block['hidden_channels'] / channels
+        options['context_ratio'] = mmcv_context.ratio_of(block['hidden_channels'], channels)
     depth = name if name in ('resnet50', 'resnet101') else 'resnet50'
     # Other data sets are mostly prepared as ADE20K is.
     data_set = DATA_SETS.get(shapes[f'{HEAD}conv_seg.weight'][0], 'ade20k')
