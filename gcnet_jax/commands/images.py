@@ -79,11 +79,10 @@ def check_directories(images: Iterable[str], directories: Mapping[str, str | Non
         holder = path if is_folder else path.parent
         for flag, place in given.items():
             if place == holder or (is_folder and holder in place.parents):
+                what = 'where the images are,' if is_folder else 'where an image is,'
                 raise UserError(
-                    f'{flag} {one_line(directories[flag])} is where the image'
-                    f'{"s" if is_folder else ""} {one_line(source)} {"are" if is_folder else "is"}, '
-                    'which could be overwritten, or be taken for images next time; give a '
-                    'directory of its own'
+                    f'{flag} {one_line(directories[flag])} is {what} {one_line(source)}: they could '
+                    'be overwritten, or results taken for images next time; give another directory'
                 )
 
 

@@ -41,9 +41,13 @@ def run(stored_segmenter, capsys):
 @pytest.mark.parametrize(
     ('images', 'flags', 'error'),
     [
-        ('images/val', ('--maps', 'images/val'), 'is where the images .* are, which could be over'),
-        ('images/val', ('--draw', 'images/val/drawn'), 'is where the images .* are'),
-        ('images/val/1.png', ('--maps', 'images/val'), 'is where the image .* is'),
+        (
+            'images/val',
+            ('--maps', 'images/val'),
+            'is where the images are, .* could be overwritten',
+        ),
+        ('images/val', ('--draw', 'images/val/drawn'), 'is where the images are'),
+        ('images/val/1.png', ('--maps', 'images/val'), 'is where an image is'),
         ('images/val', ('--draw', 'new', '--maps', './new'), '--draw and --maps are one directory'),
     ],
 )
