@@ -81,8 +81,9 @@ def check_directories(images: Iterable[str], directories: Mapping[str, str | Non
             if place == holder or (is_folder and holder in place.parents):
                 what = 'where the images are,' if is_folder else 'where an image is,'
                 raise UserError(
-                    f'{flag} {one_line(directories[flag])} is {what} {one_line(source)}: they could '
-                    'be overwritten, or results taken for images next time; give another directory'
+                    f'{flag} {one_line(directories[flag])} is {what} {one_line(source)}: they '
+                    'could be overwritten, or results be taken for images next time; give another '
+                    'directory'
                 )
 
 

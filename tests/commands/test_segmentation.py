@@ -44,7 +44,7 @@ def run(stored_segmenter, capsys):
         (
             'images/val',
             ('--maps', 'images/val'),
-            'is where the images are, .* could be overwritten',
+            'where the images are, .* could be overwritten',
         ),
         ('images/val', ('--draw', 'images/val/drawn'), 'is where the images are'),
         ('images/val/1.png', ('--maps', 'images/val'), 'is where an image is'),
