@@ -206,6 +206,14 @@ def load(name):
     return config
 
 
+def instead_of(key, config):
+    """Whether a setting is unread because the config has another one in its place."""
+    group, _, name = key.partition('.')
+    if name.endswith('_epochs'):
+        return config[group].get(name.replace('_epochs', '_steps')) is not None
+    return key == 'schedule.decay_factor' and config.schedule.poly_power is not None
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_every_setting_changes_what_is_built_or_is_refused(name):
     original = load(name)
@@ -213,8 +221,8 @@ def test_every_setting_changes_what_is_built_or_is_refused(name):
     dead, refused, running = [], [], read_while_running()
     for key, value in leaves(original.to_dict()):
         config, before = original, unchanged
-        if key == 'schedule.decay_factor' and original.schedule.poly_power is not None:
-            continue  # Of drops, which other configs have in place of this one's power.
+        if instead_of(key, original):
+            continue
         if (
             key in NEEDS
             and original.to_dict() != change(original, *NEEDS[key], strict=False).to_dict()
@@ -233,9 +241,13 @@ def test_every_setting_changes_what_is_built_or_is_refused(name):
     # Only what the other settings exclude: options of other optimizers, and the like.
     # Each task has settings of its own, and reads data of its own.
     allowed = ('optimizer.', 'model.', 'mesh.', 'data.crop_scale', 'task.name')
-    if original.task.name == 'multilabel':
+    if original.task.name == 'multilabel' or original.model.num_classes is not None:
         allowed += ('data.name',)
-    if original.data.crop_scale is not None:
+    if original.schedule.poly_power is not None:
+        allowed += ('schedule.decay_epochs',)
+    if original.training.batch_size < 2 * jax.device_count():
+        allowed += ('training.accumulation_steps',)
+    if original.data.get('crop_scale') is not None:
         allowed += ('data.augmentation',)
     assert [key for key in refused if not key.startswith(allowed)] == []
 
