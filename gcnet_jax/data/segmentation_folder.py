@@ -97,8 +97,7 @@ def prepare_segmentation(
     splits, problems, counts = _usable(folder, names, reduce_zero_label, skip_damaged)
     if not counts['train'][:IGNORED].any():
         raise DataError(
-            f'no pixel of the training label maps in {shown(folder.root)} counts: all are {IGNORED}'
-            f'{" once 0 does not count" if reduce_zero_label else ""}'
+            f'all pixels of the training label maps in {shown(folder.root)} are {IGNORED}'
         )
     are_named, names = names is not None, names or numbered_names(sum(counts.values()))
     make_builder = functools.partial(

@@ -114,10 +114,8 @@ def port_reverse(
       family: Whose names: 'timm', 'torchvision', 'mmdetection', 'mmsegmentation', 'gccnn' or
         'pytorch_resnet_cifar10'.
       out: A file that ends in `.safetensors` or `.pth`, or a directory, which gets the hub's form:
-        `model.safetensors` and `config.json`; new, unless `overwrite`. A `.pth` file for
-        mmdetection or mmsegmentation has the label names in its `meta`, and a segmenter's the
-        config that mmsegmentation builds it of. These two read no directory of a detector or a
-        segmenter.
+        `model.safetensors` and `config.json`; new, unless `overwrite`. Detectors and segmenters
+        become one file; a `.pth` has the label names in its `meta`, and a segmenter's config.
       choose: 'newest' or 'best', where there are several checkpoints.
       overwrite: Replace a file of that name.
 
