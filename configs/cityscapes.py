@@ -7,7 +7,7 @@ The second command trains the same network without context. DIR is a classifier 
 stem of three convolutions, or a segmenter; from a ported ResNet-50 of torchvision or timm give
 `--config.model.stem=imagenet` too. Without it the run starts at random, and far from the published
 77.7% mIoU. Cityscapes must have been prepared from images and `labelTrainIds` maps:
-`python -m gcnet_jax prepare --task segmentation DIRECTORY --name cityscapes --labels cityscapes`.
+`gcnet_jax prepare --task segmentation DIRECTORY --name my_cityscapes --labels cityscapes`.
 
 What differs: the type of the computation is bfloat16, weight decay spares norms and biases, and the
 learning rate reaches its end one step later. The run has not been made here.
@@ -30,7 +30,7 @@ def get_config(variant: str = 'gc') -> ConfigDict:
     config.model.name = f'{variant}_resnet50_d8_cityscapes'
     config.model.num_classes = 19
     config.model.dtype = 'bfloat16'
-    config.data.name = 'cityscapes'
+    config.data.name = 'my_cityscapes'
     config.data.image_size = (512, 1024)
     config.data.evaluation_image_size = (1024, 2048)
     config.task.count_ignored = True

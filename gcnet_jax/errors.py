@@ -20,6 +20,10 @@ class DataError(UserError, ValueError):
     """A data set, a split or a record that cannot be read."""
 
 
+class UnlabelledError(DataError):
+    """A record whose label stands for no class, as in the test splits of competitions."""
+
+
 class CheckpointError(UserError, ValueError):
     """A checkpoint or a working directory that cannot be used."""
 

@@ -80,9 +80,8 @@ def write_pictures(
       images: A file, a folder, or several of them.
       out: A directory; made if need be. Pictures of the same name are replaced.
       choose: 'best' or 'newest', where there are several checkpoints.
-      size: Size of what the network gets, in pixels, one number for a square or height and width;
-        None for its own; for a detector or a segmenter the limits of the sides. More pixels give
-        finer maps.
+      size: Pixels of what the network gets: one number, or height and width; for a detector or a
+        segmenter the limits of the sides. None for its own; more pixels give finer maps.
       all_blocks, queries: See `draw_attention` and `draw_queries`.
       left_out: Counts the files of folders that are no images.
 

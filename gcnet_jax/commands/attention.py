@@ -3,7 +3,7 @@
 import argparse
 
 from gcnet_jax.commands.common import image_size, report_choice
-from gcnet_jax.commands.images import IMAGES_HELP, ImageStream
+from gcnet_jax.commands.images import IMAGES_HELP, ImageStream, check_directories
 from gcnet_jax.errors import one_line
 
 
@@ -47,6 +47,7 @@ def _attention(options: argparse.Namespace) -> int:
     from gcnet_jax.analysis.query_distances import format_distances
     from gcnet_jax.inference.images import LeftOut
 
+    check_directories(options.images, {'--out': options.out})
     report_choice(options.checkpoint, options.choose)
     left_out = LeftOut()
     results = write_pictures(

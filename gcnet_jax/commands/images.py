@@ -5,11 +5,12 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gcnet_jax.commands.common import EXIT_ERROR, EXIT_SOME_IMAGES_FAILED, report_choice
-from gcnet_jax.errors import UserError, print_error
+from gcnet_jax.errors import UserError, one_line, print_error
 
 if TYPE_CHECKING:
     from gcnet_jax.inference.images import LeftOut
@@ -54,6 +55,36 @@ def load_network(options: argparse.Namespace, **more: Any) -> Any:
         weights=options.weights,
         **more,
     )
+
+
+def check_directories(images: Iterable[str], directories: Mapping[str, str | None]) -> None:
+    """Refuses directories for output where a file could take the place of an image or of another.
+
+    Args:
+      images: As the command got them.
+      directories: By their flags; None for a flag that was not given.
+
+    Raises:
+      UserError: A directory holds the images, is inside a folder of them, or has two flags.
+    """
+    given = {flag: Path(place).resolve() for flag, place in directories.items() if place}
+    flags = list(given)
+    for number, flag in enumerate(flags):
+        for other in flags[:number]:
+            if given[flag] == given[other]:
+                raise UserError(f'{other} and {flag} are one directory; give each one of its own')
+    for source in images:
+        path = Path(source).resolve()
+        is_folder = path.is_dir()
+        holder = path if is_folder else path.parent
+        for flag, place in given.items():
+            if place == holder or (is_folder and holder in place.parents):
+                what = 'where the images are,' if is_folder else 'where an image is,'
+                raise UserError(
+                    f'{flag} {one_line(directories[flag])} is {what} {one_line(source)}: they '
+                    'could be overwritten, or results be taken for images next time; give another '
+                    'directory'
+                )
 
 
 class ImageStream:

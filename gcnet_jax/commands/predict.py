@@ -11,6 +11,7 @@ from gcnet_jax.commands.images import (
     IMAGES_HELP,
     ImageStream,
     add_checkpoint_flags,
+    check_directories,
     load_network,
 )
 from gcnet_jax.errors import one_line
@@ -59,6 +60,7 @@ def _predict(options: argparse.Namespace) -> int:
     from gcnet_jax.inference.detector import Detector
     from gcnet_jax.inference.segmenter import Segmenter
 
+    check_directories(options.images, {'--draw': options.draw, '--maps': options.maps})
     network = load_network(options)
     if isinstance(network, Detector):
         refuse_flags(options, 'a detector', ('top_k', 'maps'))

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from gcnet_jax.data.sizes import Size, height_and_width
-from gcnet_jax.errors import ConfigError, DataError
+from gcnet_jax.errors import ConfigError, DataError, UnlabelledError
 
 MAX_SEED = 2**32 - 1
 MAX_THREADS = 16
@@ -133,7 +133,7 @@ def batches_of_all(
     num_workers: int = 0,
     skip_damaged: bool = False,
 ) -> Batches:
-    """Returns every example once over all processes, in order, in as many batches for each of them.
+    """Returns every example once over all processes, in order; all get the same number of batches.
 
     Args:
       source: The records.
@@ -171,9 +171,10 @@ class _TrainExample:
         length = len(self.source)
         for skipped in range(length if self.skip_damaged else 1):
             place = (int(index) + skipped) % length
-            record = self.source[place]
             try:
-                return self.make(record, rng), skipped
+                return self.make(self.source[place], rng), skipped
+            except UnlabelledError:
+                raise
             except DataError as error:
                 reason = str(error)
                 if not self.skip_damaged:
@@ -194,9 +195,10 @@ class _EvaluationExample:
         nothing = {'mask': np.array(False)}
         if index >= len(self.source):
             return self.filling() | nothing, 0
-        record = self.source[int(index)]
         try:
-            return self.make(record) | {'mask': np.array(True)}, 0
+            return self.make(self.source[int(index)]) | {'mask': np.array(True)}, 0
+        except UnlabelledError:
+            raise
         except DataError as error:
             if not self.skip_damaged:
                 raise _damaged(self.source, int(index), str(error)) from error

@@ -44,7 +44,8 @@ def damaged_files(root: Path, damaged: Collection[str], what: str) -> DataError:
     listed = '; '.join(list(damaged)[:MAX_LISTED])
     more = f' and {len(damaged) - MAX_LISTED} more' if len(damaged) > MAX_LISTED else ''
     return DataError(
-        f'{len(damaged)} files in {shown(root)} {what}: {listed}{more}; '
+        f'{len(damaged)} file{"s" if len(damaged) > 1 else ""} in {shown(root)} {what}: '
+        f'{listed}{more}; '
         'they can stay where they are and be left out of the data set with skip_damaged '
         '(--skip-damaged)'
     )

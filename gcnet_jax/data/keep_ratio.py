@@ -57,7 +57,7 @@ def pad(image: np.ndarray, size: tuple[int, int], value: Any = 0) -> np.ndarray:
     Args:
       image: `[height, width, ...]`.
       size: Height and width of the result.
-      value: Of the padding; one number, or one a channel.
+      value: Of the padding; one number, or one per channel.
     """
     if image.shape[:2] == size:
         return image

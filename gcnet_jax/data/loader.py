@@ -96,7 +96,7 @@ def evaluation_batches(
     num_workers: int = 0,
     skip_damaged: bool = False,
 ) -> Batches:
-    """Returns every example once over all processes, in order, in as many batches for each of them.
+    """Returns every example once over all processes, in order; all get the same number of batches.
 
     The last batch is filled up with black images of label 0, whose mask is False.
 

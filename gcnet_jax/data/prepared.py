@@ -72,7 +72,7 @@ def check_set_name(name: str, data_dir: str | None, overwrite: bool) -> None:
 
 
 def check_label_names(names: Iterable[str], what: str = 'class', advice: str = 'rename it') -> None:
-    """Refuses names that would shift the labels: they are stored one a line, without margins.
+    """Refuses names that would shift the labels: they are stored one per line, without margins.
 
     Args:
       names: Of the classes.
@@ -96,7 +96,7 @@ def check_label_names(names: Iterable[str], what: str = 'class', advice: str = '
         if reason:
             raise DataError(
                 f'the {what} {shown(name)} cannot name a class: {reason}, and labels are '
-                f'stored one a line; {advice}'
+                f'stored one per line; {advice}'
             )
         alike[_visible(name)].append(name)
     for same in alike.values():

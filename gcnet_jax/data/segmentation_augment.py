@@ -18,13 +18,11 @@ from gcnet_jax.data.label_maps import IGNORED, LabelMap
 from gcnet_jax.data.preprocess import Box
 from gcnet_jax.data.preprocessing import MAX_SIZE, KeepRatio
 from gcnet_jax.data.segmentation_pairs import decode_picture
+from gcnet_jax.data.segmentation_ranges import CATEGORY_MAX_RATIO, MAX_SCALE, SCALE_RANGE
 from gcnet_jax.data.sizes import Size, height_and_width
 from gcnet_jax.errors import ConfigError
 
-SCALE_RANGE = (0.5, 2.0)
-CATEGORY_MAX_RATIO = 0.75
 CROP_ATTEMPTS = 10
-MAX_SCALE = 10.0
 
 # Photometric distortion, in 255ths, as factors, and in OpenCV's degrees of hue, which are two each.
 BRIGHTNESS = 32

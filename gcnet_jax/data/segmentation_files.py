@@ -63,12 +63,16 @@ class SegmentationFolder(NamedTuple):
         return [split for split in self.images if split in self.labels]
 
 
-def open_folder(root: Path) -> SegmentationFolder:
+def open_folder(root: Path, *, training: bool = True) -> SegmentationFolder:
     """Finds the splits of a folder with `images/{train,val,test}` and `labels/{train,val,test}`.
 
     Splits are spelled as in `folder_entries.SPLIT_FOLDERS`. `annotations` stands for `labels`, as
     in ADE20K, `leftImg8bit` and `gtFine` for the two as in Cityscapes. A folder that holds nothing
     but another folder stands for that one.
+
+    Args:
+      root: The folder.
+      training: Whether it must have the split `train`.
 
     Raises:
       DataError: If the folder has no such form.
@@ -80,8 +84,8 @@ def open_folder(root: Path) -> SegmentationFolder:
         if len(inner) != 1 or inner[0].name.casefold() in IMAGE_FOLDERS + LABEL_FOLDERS:
             break
         root = inner[0]
-    images = _splits(_one_of(root, 'images', IMAGE_FOLDERS))
-    labels = _splits(_one_of(root, 'labels', LABEL_FOLDERS))
+    images = _splits(_one_of(root, 'images', IMAGE_FOLDERS), training)
+    labels = _splits(_one_of(root, 'labels', LABEL_FOLDERS), training)
     for split, folder in images.items():
         if split not in labels and split != 'test':
             raise DataError(
@@ -121,7 +125,7 @@ def find_pairs(folder: SegmentationFolder, split: str) -> FoundPairs:
 
 
 def read_classes(root: Path) -> tuple[str, ...] | None:
-    """Returns the names in `classes.txt`, one a line in the order of the labels; None without it.
+    """Returns the names in `classes.txt`, one per line in the order of the labels; None without it.
 
     Raises:
       DataError: If the file cannot be read, or a name cannot be stored.
@@ -183,7 +187,7 @@ def _one_of(root: Path, what: str, names: tuple[str, ...]) -> Path:
     return found[0]
 
 
-def _splits(folder: Path) -> dict[str, Path]:
+def _splits(folder: Path, training: bool) -> dict[str, Path]:
     """Returns the folders of the splits, `train` first."""
     splits: dict[str, Path] = {}
     for inner in subfolders(folder):
@@ -194,8 +198,10 @@ def _splits(folder: Path) -> dict[str, Path]:
                 'val and test; rename it if it is one of these, or move it away'
             )
         splits[split] = inner
-    if 'train' not in splits:
+    if training and 'train' not in splits:
         raise DataError(f'{shown(folder)} has no folder train; training needs one')
+    if not splits:
+        raise DataError(f'{shown(folder)} has no folder of a split: train, val or test')
     return {split: splits[split] for split in ('train', 'validation', 'test') if split in splits}
 
 

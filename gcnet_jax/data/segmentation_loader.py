@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from gcnet_jax.data import segmentation_augment
 from gcnet_jax.data.batches import Batches, Example, batches_of_all, endless_batches
 from gcnet_jax.data.label_maps import IGNORED
 from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.data.segmentation_augment import SegmentationOptions, augment_pair, fit_pair
+from gcnet_jax.data.segmentation_ranges import CATEGORY_MAX_RATIO, SCALE_RANGE
 from gcnet_jax.data.segmentation_sources import SegmentationSource
 from gcnet_jax.data.sizes import Size, height_and_width
 
@@ -23,8 +23,8 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     preprocessing: KeepRatio,
-    scale_range: tuple[float, float] = segmentation_augment.SCALE_RANGE,
-    category_max_ratio: float = segmentation_augment.CATEGORY_MAX_RATIO,
+    scale_range: tuple[float, float] = SCALE_RANGE,
+    category_max_ratio: float = CATEGORY_MAX_RATIO,
     flip: bool = True,
     photometric: bool = True,
     num_threads: int | None = None,
@@ -81,7 +81,7 @@ def evaluation_batches(
     num_workers: int = 0,
     skip_damaged: bool = False,
 ) -> Batches:
-    """Returns every example once over all processes, in order, in as many batches for each of them.
+    """Returns every example once over all processes, in order; all get the same number of batches.
 
     Images keep their ratio: they are resized until one side is that of `image_size`, and padded on
     the right and at the bottom. The last batch is filled up with examples whose mask is False.

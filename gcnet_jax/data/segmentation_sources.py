@@ -27,12 +27,11 @@ from gcnet_jax.data.segmentation_pairs import decode_labels
 from gcnet_jax.data.stored_split import (
     DEFAULT_SPLITS,
     StoredSplit,
-    UnlabelledError,
     check_purpose,
     choose_split,
     open_split,
 )
-from gcnet_jax.errors import DataError, one_line, unknown_name
+from gcnet_jax.errors import DataError, UnlabelledError, one_line, unknown_name
 from gcnet_jax.files import as_path
 
 # What data sets call their label maps, by preference.
@@ -241,7 +240,7 @@ def read_segmentation_names(
       DataError: As `load_segmentation`.
     """
     if is_folder(name):
-        folder = open_folder(as_path(name))
+        folder = open_folder(as_path(name), training=False)
         return class_names(folder, None) or _numbered(folder, reduce_zero_label=False)
     place = os.path.expanduser(data_dir or default_data_dir())
     info = find_builder(name, place, given=data_dir is not None).info
@@ -290,7 +289,7 @@ def _find_keys(info: tfds.core.DatasetInfo, name: str) -> tuple[str, str]:
             f"data set {name!r} stores Cityscapes' raw labels (33 of them, and 0 for unlabelled); "
             'make *_gtFine_labelTrainIds.png of the original files (pip install cityscapesscripts, '
             'csCreateTrainIdLabelImgs) and prepare their folder: python -m gcnet_jax prepare '
-            '--task segmentation DIR --name NAME --labels cityscapes'
+            '--task segmentation DIR --name my_cityscapes --labels cityscapes'
         )
     return pictures[0], maps[0]
 
@@ -318,7 +317,7 @@ def _load_folder(
     label_names: Sequence[str] | None,
     reduce_zero_label: bool,
 ) -> FolderMaps:
-    folder = open_folder(as_path(name))
+    folder = open_folder(as_path(name), training=False)
     split = _folder_split(folder, name, split, purpose)
     found = find_pairs(folder, split)
     if found.problems:

@@ -9,8 +9,8 @@ import tensorflow_datasets as tfds
 from gcnet_jax.data import digits
 from gcnet_jax.data.builders import find_builder
 from gcnet_jax.data.records import default_data_dir
-from gcnet_jax.data.stored_split import StoredSplit, UnlabelledError, choose_split, open_split
-from gcnet_jax.errors import DataError
+from gcnet_jax.data.stored_split import StoredSplit, choose_split, open_split
+from gcnet_jax.errors import DataError, UnlabelledError
 
 # Images of a split with several labels each that are searched for a label.
 LABELS_LOOKED_AT = 1000

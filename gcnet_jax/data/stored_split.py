@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from gcnet_jax.data.builders import check_format, open_builder
-from gcnet_jax.errors import ConfigError, DataError, one_line, unknown_name
+from gcnet_jax.errors import ConfigError, DataError, UnlabelledError, one_line, unknown_name
 
 # What data sets call the feature that tells where an image came from.
 RECORD_NAMES = ('file_name', 'filename', 'image/filename', 'id', 'image_id')
@@ -17,10 +17,6 @@ DEFAULT_SPLITS = {
     'selection': ('validation', 'val', 'valid', 'dev', 'test'),
     'evaluation': ('test', 'validation', 'val', 'valid', 'dev'),
 }
-
-
-class UnlabelledError(DataError):
-    """A record whose label stands for no class, as in the test splits of competitions."""
 
 
 class StoredSplit:

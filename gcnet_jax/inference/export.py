@@ -38,8 +38,7 @@ CHECKED_BATCHES = (1, 3)
 NO_ONNX = {
     'detection': 'a detector cannot become an ONNX file: jax2onnx cannot convert its non-maximum '
     'suppression and RoIAlign',
-    'segmentation': 'a segmenter cannot become an ONNX file: these are for networks that return '
-    'probabilities of whole images',
+    'segmentation': 'a segmenter cannot become an ONNX file: only classifiers can',
 }
 
 

@@ -116,15 +116,7 @@ def evaluate_segmenter(
     label_maps: dict[int, UInt8[np.ndarray, 'height width']] = {}
 
     def load(index: int) -> Any:
-        name = source.describe(index)
-        inputs = segmenter.load_image(source[index]['image'], name)
-        labels = source.label_map(index)
-        height, width = inputs['original'].shape[1:]
-        if labels.shape != (height, width):
-            raise DataError(
-                f'{one_line(name)}: the image has {width} x {height} pixels and its label map '
-                f'{labels.shape[1]} x {labels.shape[0]}; they must have the same size'
-            )
+        inputs, labels = _load_pair(segmenter, source, index)
         label_maps[index] = classes[labels]
         return inputs
 
@@ -153,6 +145,25 @@ def evaluate_segmenter(
         images_per_second=(len(source) - skipped) / (time.perf_counter() - began),
         confusion=confusion,
     )
+
+
+def _load_pair(
+    segmenter: Segmenter, source: SegmentationSource, index: int
+) -> tuple[Any, UInt8[np.ndarray, 'height width']]:
+    """Returns what the segmenter reads of an image, and its label map."""
+    name, record = source.describe(index), source[index]
+    inputs = segmenter.load_image(record['image'], name)
+    try:
+        labels = source.decode_label(record['label'])
+    except DataError as error:
+        raise DataError(f'{name}: {error}') from error
+    height, width = inputs['original'].shape[1:]
+    if labels.shape != (height, width):
+        raise DataError(
+            f'{one_line(name)}: the image has {width} x {height} pixels and its label map '
+            f'{labels.shape[1]} x {labels.shape[0]}; they must have the same size'
+        )
+    return inputs, labels
 
 
 def count_pixels(

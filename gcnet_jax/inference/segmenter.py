@@ -23,7 +23,7 @@ LABEL_OUTPUTS = (LABELS, FINITE)
 BLOCK_VALUES = 2**24
 # Probabilities of a batch; labels take a byte a pixel instead of four bytes a class.
 MAX_PROBABILITY_BYTES = 4_000_000_000
-# From so many labels on, the last one of a byte, 255, would be a label and not what is ignored.
+# With more labels than this, the value 255 of a byte would be a label and not the ignored one.
 MAX_BYTE_LABELS = 255
 
 

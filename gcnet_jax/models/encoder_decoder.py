@@ -35,7 +35,7 @@ class EncoderDecoder(nn.Module):
       align_corners: How logits are enlarged, see `resize_bilinear`.
       window: Height and width of the windows that an image is cut into outside of training, whose
         logits are averaged where they overlap; None computes whole images.
-      window_stride: Distance of the windows, at most their size.
+      window_stride: Distance between the starts of neighbouring windows, at most `window`.
       norm: Makes the heads' norms, see `layers.parse_norm`.
       dtype: Type of the computation. Logits are float32.
     """
@@ -136,7 +136,7 @@ def average_windows(
 ) -> Logits:
     """Returns the logits of windows that cover the images, averaged where they overlap.
 
-    Windows lie `stride` apart from the left upper corner on; the last ones are moved back to the
+    Windows start at the top left corner, `stride` apart; the last ones are moved back to end at the
     border. Images smaller than a window are computed whole along that axis.
 
     Args:

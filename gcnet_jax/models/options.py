@@ -95,7 +95,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     'output_stride': (lambda value: value in (None, 4, 8, 16, 32), '4, 8, 16, 32 or None'),
     'norm_epsilon': (lambda value: 0 < value < 1, 'in (0, 1)'),
-    'context_ratio': (lambda value: value is None or 0 < value <= 1, 'in (0, 1]'),
+    'context_ratio': (lambda value: value is None or 0 < value <= 1, 'None, or in (0, 1]'),
     'dropout_rate': _RATE,
     'stochastic_depth_rate': _RATE,
 }

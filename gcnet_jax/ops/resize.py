@@ -70,18 +70,18 @@ def map_resized(
     align_corners: bool = False,
     max_values: int,
 ) -> Array:
-    """Returns a function of resized maps, which are never in memory as a whole.
+    """Applies a function to resized maps without holding all of them in memory.
 
-    It is `function(resize_bilinear(values, size))` to rounding, a block of rows at a time: of a
-    large image with many classes the resized maps take gigabytes, and their maxima megabytes.
-    Positions are looked up instead of multiplied with matrices, which of long sides are large too.
+    Equal to `function(resize_bilinear(values, size))` up to rounding, one block of rows at a time:
+    the resized maps of a large image with many classes take gigabytes, their maxima megabytes.
+    Neighbours are gathered, because weight matrices of long sides are large.
 
     Args:
       function: Returns `[batch, rows, new_width, ...]` of any number of rows of the result.
       values: Of any height and width.
       size: Height and width of the result.
       align_corners: See `resize_bilinear`.
-      max_values: Most resized values of a block; one row at least is in it.
+      max_values: Largest number of resized values in a block, which has at least one row.
     """
     if tuple(values.shape[1:3]) == size:
         return function(values)

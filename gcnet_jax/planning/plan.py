@@ -131,9 +131,7 @@ def describe(
         # The weights come from the images; the cost of a step does not depend on their values.
         tree['task']['class_weights'] = (1.0,) * len(labels)
     sources = [
-        StandInSource(
-            data['name'], split, labels, batch_size, getattr(kind, 'is_multilabel', False)
-        )
+        StandInSource(data['name'], split, labels, batch_size, kind.is_multilabel)
         for split in (data['train_split'], data['evaluation_split'])
     ]
     return build(ConfigDict(tree), devices=devices, sources=sources)

@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+
 from gcnet_jax.errors import CheckpointError, one_line
-from gcnet_jax.models.registry import list_models, model_entry
+from gcnet_jax.models.registry import create_model, list_models, model_entry
 from gcnet_jax.porting import published, published_segmenters
 from gcnet_jax.porting.files import TorchFile
 from gcnet_jax.porting.hub import HARMLESS_ARGUMENTS, HUB_FILES, read_hub_config
@@ -35,7 +37,7 @@ GROUPS = ('args', 'hyper_parameters', 'hparams', 'config')
 NAMES = ('arch', 'architecture', 'model', 'model_name', 'backbone')
 
 
-def compare_with_told(
+def build_and_compare(
     file: TorchFile,
     name: str,
     options: Mapping[str, Any],
@@ -43,8 +45,8 @@ def compare_with_told(
     *,
     choose: bool,
     check: bool,
-) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """Compares a network with all that a file says of its own beside its tensors.
+) -> tuple[nn.Module, str, dict[str, Any], tuple[str, ...]]:
+    """Builds a network and compares it with all that a file says of its own beside its tensors.
 
     Args:
       file: The file.
@@ -54,30 +56,30 @@ def compare_with_told(
       check: Whether contradictions are refused.
 
     Returns:
-      The name and the options of the network, chosen if need be, and notes for the user.
+      The network, its name and options, chosen if need be, and notes for the user.
 
     Raises:
       CheckpointError: They contradict each other; says both.
+      ConfigError: An unknown option, or a value out of range.
     """
     task, notes, options = model_entry(name).task, (), dict(options)
-    if task == 'detection':
-        if choose:
-            name, options = published.choose_norm(file, name, options)
-        if check:
-            published.check_told(file, name, options)
-    elif task == 'segmentation':
-        sources = published_segmenters.sources_of(file)
-        if choose:
-            name, options, notes = published_segmenters.choose_row(sources, name, options)
-        if check:
-            published_segmenters.check_told(file.path, sources, name, options, asked)
+    sources = published_segmenters.sources_of(file) if task == 'segmentation' else {}
+    if choose and task == 'detection':
+        name, options = published.choose_norm(file, name, options)
+    elif choose and task == 'segmentation':
+        name, options, notes = published_segmenters.choose_row(sources, name, options)
+    network = create_model(name, **options)
     if check:
+        if task == 'detection':
+            published.check_told(file, name, options)
+        elif task == 'segmentation':
+            published_segmenters.check_told(file.path, sources, name, options, asked)
         settings = dict(model_entry(name).module.keywords) | options
         is_dilated = settings.get('output_stride') is not None
         check_settings(file.metadata, name, one_line(file.path), is_dilated=is_dilated)
         for told in (*told_architectures(file.metadata), _told_beside(file.path)):
             check_architecture(told, name, one_line(file.path))
-    return name, options, notes
+    return network, name, options, notes
 
 
 def _told_beside(path: Path) -> str:

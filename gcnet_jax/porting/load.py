@@ -15,8 +15,8 @@ import numpy as np
 from gcnet_jax.context.global_context import GlobalContext
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.files import as_path, reason, write_whole
-from gcnet_jax.models.registry import create_model, list_models, model_entry
-from gcnet_jax.porting.architectures import check_architecture, compare_with_told
+from gcnet_jax.models.registry import list_models, model_entry
+from gcnet_jax.porting.architectures import build_and_compare, check_architecture
 from gcnet_jax.porting.convert import Report, from_torch, to_torch_arrays
 from gcnet_jax.porting.families.rules import Family
 from gcnet_jax.porting.files import TorchFile, read_checkpoint
@@ -144,10 +144,9 @@ def load_named(
     else:
         asked = {*options, *(['num_classes'] if drop_classifier else [])}
         name, options = _named_options(file, names, model, drop_classifier, options)
-        name, options, notes = compare_with_told(
+        network, name, options, notes = build_and_compare(
             file, name, options, asked, choose=model is None, check=not ignore_architecture
         )
-        network = create_model(name, **options)
     if not isinstance(network, names.module):
         raise CheckpointError(
             f'{file.path} has the names of {names.library}, which are not those of a '

@@ -28,6 +28,7 @@ from gcnet_jax.porting.load import (
     load_named,
     write_safetensors,
 )
+from gcnet_jax.porting.mmsegmentation_config import config_of
 from gcnet_jax.porting.recognise import family_of
 from gcnet_jax.porting.torch_writer import write_torch
 from gcnet_jax.stored import ModelDescription, load_variables, write_ported
@@ -113,9 +114,8 @@ def port_reverse(
       family: Whose names: 'timm', 'torchvision', 'mmdetection', 'mmsegmentation', 'gccnn' or
         'pytorch_resnet_cifar10'.
       out: A file that ends in `.safetensors` or `.pth`, or a directory, which gets the hub's form:
-        `model.safetensors` and `config.json`; new, unless `overwrite`. A `.pth` file for
-        mmdetection or mmsegmentation has the label names in its `meta`. These two read no directory
-        of a detector or a segmenter.
+        `model.safetensors` and `config.json`; new, unless `overwrite`. Detectors and segmenters
+        become one file; a `.pth` has the label names in its `meta`, and a segmenter's config.
       choose: 'newest' or 'best', where there are several checkpoints.
       overwrite: Replace a file of that name.
 
@@ -170,6 +170,8 @@ def _write_file(
         meta = {'CLASSES': tuple(labels)} if labels else {}
         if labels and family == 'mmsegmentation':
             meta['PALETTE'] = palette(labels, len(labels)).tolist()
+        if description.task == 'segmentation':
+            meta['cfg'] = config_of(description)
         write_torch(out, arrays, meta=meta)
     else:
         write_torch(out, arrays)

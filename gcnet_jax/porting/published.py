@@ -248,4 +248,4 @@ _HEADS = {
 
 
 def _ratio(ratio: float) -> str:
-    return f'r{round(1 / ratio)}' if ratio else 'none'
+    return f'r{round(1 / ratio)}' if ratio > 1e-6 else 'none'

@@ -15,6 +15,7 @@ from gcnet_jax.errors import CheckpointError, one_line
 from gcnet_jax.models.registry import list_models
 from gcnet_jax.porting.families.mmsegmentation_segmenter import differing, row_settings
 from gcnet_jax.porting.files import TorchFile
+from gcnet_jax.porting.mmsegmentation_config import GEOMETRY
 from gcnet_jax.porting.told import (
     config_texts,
     fraction,
@@ -63,8 +64,9 @@ _CLASSES = {
 }
 _HEADS = {'gcnet': 'GCHead', 'fcn': 'FCNHead', 'fcn_d6': 'FCNHead'}
 _BACKBONES = {'ResNetV1c': '', 'ResNet': 'b', 'ResNetV1d': 'd'}
+_HEAD_DILATION = 'dilation of the head'
 # What tensors do not tell, and how it is chosen.
-_CHOSEN = ('window', 'window_stride', 'align_corners', 'output_stride')
+_CHOSEN = (*_WHOLE, 'output_stride')
 
 
 def choose_row(
@@ -141,18 +143,17 @@ def _from_tensors(settings: Mapping[str, Any]) -> dict[str, Any]:
         'classes': settings['num_classes'],
     }
     if depth:
-        found['backbone'] = f'r{depth[1]}{"b" if settings["stem"] == "imagenet" else ""}'
+        found['backbone'] = f'r{depth[1]}{"" if settings.get("stem") == "deep" else "b"}'
     return found | ({'ratio': round(ratio, 6)} if ratio else {})
 
 
 def _computed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a network that its tensors do not tell, by the names here and there."""
-    stride = settings['output_stride']
-    dilations = {8: (1, 1, 2, 4), 16: (1, 1, 1, 2)}.get(stride, (1, 1, 1, 1))
+    stride = settings.get('output_stride') or 32
     # The first block of a dilated stage has the dilation before.
-    contracted = {'contract_dilation': True} if stride in (8, 16) else {}
-    chosen = {key: settings[key] for key in _CHOSEN}
-    return chosen | contracted | {'dilations': dilations, 'dilation of the head': 1}
+    contracted = {'contract_dilation': True} if stride < 32 else {}
+    geometry = {'output_stride': stride, 'dilations': GEOMETRY[stride][1]}
+    return {key: settings[key] for key in _WHOLE} | geometry | contracted | {_HEAD_DILATION: 1}
 
 
 def sources_of(file: TorchFile) -> dict[str, dict[str, Any]]:
@@ -193,7 +194,7 @@ def told_by_name(name: str) -> dict[str, Any]:
         'head': _HEADS.get(head, f'of {head}'),
         'backbone': found['backbone'],
         'output_stride': int(found['stride']),
-        'dilation of the head': 6 if head == 'fcn_d6' else 1,
+        _HEAD_DILATION: 6 if head == 'fcn_d6' else 1,
     }
     data_set = (found['data'] or found['new_data']).replace('-', '_')
     if data_set in _CLASSES:
@@ -237,7 +238,7 @@ def _head(text: str) -> dict[str, Any]:
         told['head'] = kind[1]
     if classes:
         told['classes'] = int(classes[1])
-    told['dilation of the head'] = int(dilation[1]) if dilation else 1
+    told[_HEAD_DILATION] = int(dilation[1]) if dilation else 1
     ratio = fraction('ratio', text)
     if ratio is not None and told.get('head') == 'GCHead':
         told['ratio'] = round(ratio, 6)

@@ -75,12 +75,22 @@ def whole_numbers(name: str, text: str) -> tuple[int, ...] | None:
 
 
 def groups(name: str, text: str) -> Iterator[str]:
-    """Yields the text of every group of settings of a name, such as `backbone=dict(...)`."""
+    """Yields the settings of every group of a name, such as `backbone=dict(...)`, as text.
+
+    Groups inside are left out: the type of a norm is not that of its backbone.
+    """
     starts = re.finditer(rf'\b{name}[\'"]?\s*[=:]\s*(dict\(|{{)', text)
     for found in itertools.islice(starts, _MAX_GROUPS):
-        depth = 0
+        kept, inside, depth = [], [], 0
         for place in range(found.end() - 1, min(len(text), found.end() + _MAX_GROUP)):
-            depth += (text[place] in _OPEN) - (text[place] in _CLOSE)
-            if depth == 0:
-                yield text[found.start() : place + 1]
+            letter = text[place]
+            if letter in _OPEN:
+                inside.append(letter == '{' or text[place - 4 : place] == 'dict')
+                depth += inside[-1]
+            if depth == 1:
+                kept.append(letter)
+            if letter in _CLOSE:
+                depth -= inside.pop()
+            if not inside:
+                yield ''.join(kept)
                 break

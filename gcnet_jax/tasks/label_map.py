@@ -1,4 +1,4 @@
-"""What a segmenter says about one image: a label for each pixel."""
+"""A segmenter's prediction for one image: a label for each pixel."""
 
 import dataclasses
 from typing import Any

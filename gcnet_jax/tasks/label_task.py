@@ -34,7 +34,6 @@ class LabelTask(ClassTask):
     Attributes:
       num_classes: Number of labels.
       mean, std: Per channel, on the scale where 255 is 1.
-      is_multilabel: Whether an image has any number of labels.
     """
 
     num_classes: int
@@ -43,7 +42,6 @@ class LabelTask(ClassTask):
 
     networks: ClassVar[str] = 'classification'
     output_modules: ClassVar[tuple[str, ...]] = ('classifier',)
-    is_multilabel: ClassVar[bool] = False
     data_settings: ClassVar[Mapping[str, Any]] = {
         # Evaluation's central crop, as a part of the resized shorter side, and its resize
         # ('bilinear', 'bicubic'); None as for `image_size`.

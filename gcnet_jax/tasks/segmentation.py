@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gcnet_jax.data import on_device
 from gcnet_jax.data.label_maps import IGNORED
 from gcnet_jax.data.preprocessing import KeepRatio
+from gcnet_jax.data.segmentation_ranges import CATEGORY_MAX_RATIO, MAX_SCALE, SCALE_RANGE
 from gcnet_jax.data.sizes import plain_size
 from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.ranges import Range, kind, number
@@ -36,9 +37,9 @@ Labels = Int[Array, 'batch height width']
 
 
 def _is_scale_range(value: Any) -> bool:
-    finite = number(0.05, 20)
+    factor = number(0, MAX_SCALE, open_low=True)
     is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-    return is_pair and all(map(finite.allows, value)) and value[0] <= value[1]
+    return is_pair and all(map(factor.allows, value)) and value[0] <= value[1]
 
 
 _FLAG = kind(bool, 'True or False')
@@ -84,16 +85,16 @@ class Segmentation(ClassTask):
     }
     data_settings: ClassVar[Mapping[str, Any]] = {
         # Smallest and largest random factor on the limits that training images are resized to.
-        'scale_range': (0.5, 2.0),
+        'scale_range': SCALE_RANGE,
         # Another crop is drawn, up to ten times, while one class fills more than this part of the
         # labelled pixels; 1.0: the first is taken.
-        'category_max_ratio': 0.75,
+        'category_max_ratio': CATEGORY_MAX_RATIO,
         # Random brightness, contrast, saturation and hue, as in mmsegmentation.
         'photometric': True,
     }
     data_ranges: ClassVar[Mapping[str, Range]] = {
         'scale_range': Range(
-            _is_scale_range, 'two numbers from 0.05 to 20, the smallest factor and the largest'
+            _is_scale_range, f'two numbers with 0 < smallest <= largest <= {MAX_SCALE:g}'
         ),
         'category_max_ratio': number(0, 1, open_low=True),
         'photometric': _FLAG,
@@ -259,13 +260,11 @@ def confusion_matrices(
     labels: Labels, answers: Labels, num_classes: int
 ) -> Int[Array, 'batch classes classes']:
     """Counts each image's pixels by label (row) and answer (column), without those `IGNORED`."""
-    batch = labels.shape[0]
-    # Zeros and ones are exact in every type that a device multiplies in, and sums of them in
-    # float32 up to 2**24, the pixels of the largest image.
-    rows = jax.nn.one_hot(labels.reshape(batch, -1), num_classes)
-    columns = jax.nn.one_hot(answers.reshape(batch, -1), num_classes)
-    counts = jnp.einsum('bpi,bpj->bij', rows, columns, preferred_element_type=jnp.float32)
-    return counts.astype(jnp.int32)
+    cells = num_classes**2
+    places = jnp.where(labels < num_classes, labels * num_classes + answers, cells)
+    empty = jnp.zeros(cells + 1, jnp.int32)  # The last one takes what does not count.
+    counts = jax.vmap(lambda places: empty.at[places.reshape(-1)].add(1))(places)
+    return counts[:, :cells].reshape(-1, num_classes, num_classes)
 
 
 class SegmentationEvaluation:

@@ -82,11 +82,12 @@ class Task(abc.ABC):
       settings: Every setting of the group `config.task` beside `name`, with its default.
       ranges: What each of them may be, where it is not None by default.
       data_settings: The settings of the group `config.data` that not every task reads, with their
-        defaults; a type stands for None, to be set to a value of that type.
+        defaults; a type means: None by default, else a value of that type.
       data_ranges: What each of them may be, where it is not None.
       networks: The task of the registry's rows that it trains.
       backbones: Tasks of the checkpoints that can fill the backbone of such a network.
       output_modules: Paths of the modules whose last axis is the classes.
+      is_multilabel: Whether an image has any number of labels.
     """
 
     name: ClassVar[str]
@@ -99,6 +100,7 @@ class Task(abc.ABC):
     networks: ClassVar[str]
     backbones: ClassVar[frozenset[str]] = frozenset()
     output_modules: ClassVar[tuple[str, ...]]
+    is_multilabel: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
@@ -122,7 +124,7 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def preprocessing(cls, data: Mapping[str, Any], base: Any) -> Any:
-        """Returns what the images of a run are like.
+        """Returns the preprocessing of a run's images.
 
         Args:
           data: The group `config.data`, whose settings win where they are not None.

@@ -124,12 +124,14 @@ def all_paths() -> list[str]:
 def explain_unread(path: str) -> str | None:
     """Explains a setting, such as 'data.crop_scale', that is not every task's; None for others."""
     group, _, key = path.partition('.')
-    readers = [name for name, task in TASKS.items() if key in task.data_settings]
-    if group != 'data' or not readers or len(readers) == len(TASKS):
+    own = {'data': 'data_settings', 'task': 'settings'}.get(group)
+    readers = [name for name, task in TASKS.items() if own and key in getattr(task, own)]
+    if not readers or len(readers) == len(TASKS):
         return None
     return (
         f'config.{path} is for {" and ".join(readers)}, and no other task reads it; leave it out, '
-        'or choose such a task first, by gcnet_jax.training.config.name_task'
+        f'or choose such a task: --config.task.name={readers[0]}, in a config file '
+        f'name_task(config, {readers[0]!r})'
     )
 
 

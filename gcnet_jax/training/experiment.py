@@ -140,8 +140,7 @@ def build(
     Args:
       config: Every setting, as `check_config` has let it pass.
       devices: What the mesh is made of; the devices that are here when None.
-      sources: Training and evaluation examples; None opens those that the config names. Stand-ins
-        without images do: only their length, name, split and what the task reads are used here.
+      sources: Training and evaluation examples, or stand-ins for them; None opens the config's.
       workdir: Where the run is or will be, see `read_initial_description`.
 
     Raises:
@@ -164,6 +163,8 @@ def build(
     durations = _durations(config, len(train_source), batch_size)
     schedule, notes = _schedule(config, durations)
     common = _common_options(config, batch_size)
+    train = task.train_loader(config.data, images)
+    evaluate = task.evaluation_loader(config.data, images)
     experiment = Experiment(
         config=config,
         description=description,
@@ -171,12 +172,8 @@ def build(
         task=task,
         train_source=train_source,
         evaluation_source=evaluation_source,
-        train_batches=functools.partial(
-            task.train_loader(config.data, images), train_source, **common, seed=seed
-        ),
-        evaluation_batches=functools.partial(
-            task.evaluation_loader(config.data, images), evaluation_source, **common
-        ),
+        train_batches=functools.partial(train, train_source, **common, seed=seed),
+        evaluation_batches=functools.partial(evaluate, evaluation_source, **common),
         schedule=schedule,
         optimizer=make_optimizer(schedule=schedule, **config.optimizer),
         step_options=step_options,
@@ -227,9 +224,9 @@ def _check_kind(network: str, task: type[Task], example: str) -> None:
     tasks = [other.name for other in TASKS.values() if other.networks == kind]
     if not tasks:
         raise ConfigError(
-            f'{network} is a detector, and detectors cannot be trained yet: choose a '
-            'classifier; to start one from the backbone in a file of mmdetection, port the '
-            'file with --model and the name of the classifier'
+            f'{network} is a detector, and detectors cannot be trained yet: choose a network for '
+            f'{task.networks}, such as {example}; to start from the backbone in a file of '
+            'mmdetection, port the file with --model and the name of a classifier'
         )
     raise ConfigError(
         f'{network} is a network for {kind}, and config.task.name is {task.name!r}; choose a '

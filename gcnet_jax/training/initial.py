@@ -164,8 +164,7 @@ def merge_initial(
       CheckpointError: Anything else is missing, left over, or of another shape; lists both sides.
     """
     ours, theirs = flatten_dict(dict(fresh), sep='/'), flatten_dict(dict(loaded), sep='/')
-    missing = sorted(ours.keys() - theirs.keys())
-    extra = sorted(theirs.keys() - ours.keys())
+    missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     common = sorted(ours.keys() & theirs.keys())
 
     def of_modules(keys, modules):
@@ -174,11 +173,7 @@ def merge_initial(
         return [key for key in keys if key.partition('/')[2].startswith(starts)]
 
     new = of_modules(missing, new_modules)
-    context = [
-        key
-        for key in missing
-        if key not in new and any(part.startswith('context') for part in key.split('/'))
-    ]
+    context = [key for key in missing if key not in new and '/context' in key]
     classifier = of_modules(ours, outputs)
     # A checkpoint of pooled features has no classifier.
     absent = new + [key for key in missing if key in classifier and kept == ()]
@@ -189,14 +184,10 @@ def merge_initial(
         return left[:-1] != right[:-1] if key in classifier and kept is not None else left != right
 
     wrong = [f'{key} {theirs[key].shape} for {ours[key].shape}' for key in common if differs(key)]
-    if lost or extra or wrong:
-        parts = {'missing': lost, 'not in the network': extra, 'of another shape': wrong}
-        raise CheckpointError(
-            f'{place} is of another network: '
-            + '; '.join(
-                f'{len(keys)} {what}, first {keys[0]}' for what, keys in parts.items() if keys
-            )
-        )
+    parts = {'missing': lost, 'not in the network': extra, 'of another shape': wrong}
+    found = [f'{len(keys)} {what}, first {keys[0]}' for what, keys in parts.items() if keys]
+    if found:
+        raise CheckpointError(f'{place} is of another network: {"; ".join(found)}')
     merged = {key: theirs.get(key, value) for key, value in ours.items()}
     if kept is not None:
         for key in classifier:

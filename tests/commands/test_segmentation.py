@@ -1,6 +1,7 @@
 """The commands on a segmenter: what they print, draw and refuse."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -35,6 +36,28 @@ def run(stored_segmenter, capsys):
         return code, captured.out.splitlines(), captured.err.splitlines()
 
     return call
+
+
+@pytest.mark.parametrize(
+    ('images', 'flags', 'error'),
+    [
+        (
+            'images/val',
+            ('--maps', 'images/val'),
+            'where the images are, .* could be overwritten',
+        ),
+        ('images/val', ('--draw', 'images/val/drawn'), 'is where the images are'),
+        ('images/val/1.png', ('--maps', 'images/val'), 'is where an image is'),
+        ('images/val', ('--draw', 'new', '--maps', './new'), '--draw and --maps are one directory'),
+    ],
+)
+def test_no_image_is_overwritten(run, folder, monkeypatch, images, flags, error):
+    monkeypatch.chdir(folder)
+    before = {path: path.read_bytes() for path in folder.rglob('*.png')}
+    code, _, lines = run('predict', images, *flags)
+    assert code == 1
+    assert re.search(error, lines[-1])
+    assert {path: path.read_bytes() for path in folder.rglob('*.png')} == before
 
 
 def test_predict_prints_draws_and_stores(run, folder, tmp_path):

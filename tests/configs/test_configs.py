@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gcnet_jax.commands.config_files import load_config
-from gcnet_jax.data import sources
+from gcnet_jax.data import segmentation_sources, sources
+from gcnet_jax.data.prepared import check_set_name
 from gcnet_jax.data.preprocessing import Preprocessing
 from gcnet_jax.errors import UserError
 from gcnet_jax.stored import ModelDescription
@@ -26,8 +27,12 @@ NAMES = [
     'finetune',
     'finetune:imagenet',
     'multilabel',
+    'segmentation',
+    'segmentation:fcn',
+    'cityscapes',
+    'cityscapes:fcn',
 ]
-CLASSES = {'digits': 10, 'cifar10': 10, 'imagenet2012': 1000, 'voc/2007': 20}
+CLASSES = {'imagenet2012': 1000, 'voc/2007': 20, 'my_cityscapes': 19}
 
 
 OWN_SIZES = Preprocessing(train_size=160, test_size=192, crop_fraction=0.9)
@@ -60,6 +65,7 @@ class FakeSource:
 @pytest.fixture(autouse=True)
 def fake_data(monkeypatch):
     monkeypatch.setattr(sources, 'load_source', FakeSource)
+    monkeypatch.setattr(segmentation_sources, 'load_segmentation', FakeSource)
     monkeypatch.setattr(initial, 'read_model_description', lambda place, choose: STORED[place])
     # Shapes of large networks take seconds, and nothing here depends on them.
     monkeypatch.setattr(experiment, 'check_shapes', lambda built: None)
@@ -128,6 +134,7 @@ def other(key, value):
         'data.std': (0.1, 0.2, 0.3),
         'data.data_dir': '/elsewhere',
         'data.crop_scale': (0.5, 1.0),
+        'data.scale_range': (0.5, 1.5),
         'data.crop_fraction': 0.5,
         'data.interpolation': 'nearest',
         'data.augmentation': 'none' if value != 'none' else 'pad_crop',
@@ -137,7 +144,7 @@ def other(key, value):
         'optimizer.frozen': ('bias',),
         'task.class_weights': 'balanced',
         'task.name': 'classification' if value == 'multilabel' else 'multilabel',
-        'optimizer.nesterov': False,
+        'optimizer.nesterov': value is False,
         'training.new_classifier': True,
         'training.init_from': '/elsewhere',
         'training.batch_size': value * 2 if isinstance(value, int) else value,
@@ -154,6 +161,8 @@ def other(key, value):
     }
     if key in special:
         return special[key]
+    if key.endswith('image_size') and isinstance(value, tuple):
+        return tuple(2 * side for side in value)
     if value is None:
         return 3 if key.endswith(('_steps', 'size', 'threads')) else 0.7
     if isinstance(value, bool):
@@ -197,6 +206,14 @@ def load(name):
     return config
 
 
+def instead_of(key, config):
+    """Whether a setting is unread because the config has another one in its place."""
+    group, _, name = key.partition('.')
+    if name.endswith('_epochs'):
+        return config[group].get(name.replace('_epochs', '_steps')) is not None
+    return key == 'schedule.decay_factor' and config.schedule.poly_power is not None
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_every_setting_changes_what_is_built_or_is_refused(name):
     original = load(name)
@@ -204,6 +221,8 @@ def test_every_setting_changes_what_is_built_or_is_refused(name):
     dead, refused, running = [], [], read_while_running()
     for key, value in leaves(original.to_dict()):
         config, before = original, unchanged
+        if instead_of(key, original):
+            continue
         if (
             key in NEEDS
             and original.to_dict() != change(original, *NEEDS[key], strict=False).to_dict()
@@ -222,9 +241,13 @@ def test_every_setting_changes_what_is_built_or_is_refused(name):
     # Only what the other settings exclude: options of other optimizers, and the like.
     # Each task has settings of its own, and reads data of its own.
     allowed = ('optimizer.', 'model.', 'mesh.', 'data.crop_scale', 'task.name')
-    if original.task.name == 'multilabel':
+    if original.task.name == 'multilabel' or original.model.num_classes is not None:
         allowed += ('data.name',)
-    if original.data.crop_scale is not None:
+    if original.schedule.poly_power is not None:
+        allowed += ('schedule.decay_epochs',)
+    if original.training.batch_size < 2 * jax.device_count():
+        allowed += ('training.accumulation_steps',)
+    if original.data.get('crop_scale') is not None:
         allowed += ('data.augmentation',)
     assert [key for key in refused if not key.startswith(allowed)] == []
 
@@ -237,10 +260,29 @@ def test_a_config_is_plain_data_and_opens_with_its_command(name):
     assert 'python train.py' in text.split('"""')[1]
 
 
-def test_the_twins_differ_in_nothing_but_the_context():
-    first, second = plain(load('imagenet')), plain(load('imagenet:resnet50'))
-    assert (first['model'].pop('name'), second['model'].pop('name')) == ('gc_resnet50', 'resnet50')
+@pytest.mark.parametrize(
+    ('name', 'twin', 'networks'),
+    [
+        ('imagenet', 'resnet50', ('gc_resnet50', 'resnet50')),
+        ('segmentation', 'fcn', ('gc_resnet18_d16', 'fcn_resnet18_d16')),
+        ('cityscapes', 'fcn', ('gc_resnet50_d8_cityscapes', 'fcn_resnet50_d8_cityscapes')),
+    ],
+)
+def test_the_twins_differ_in_nothing_but_the_context(name, twin, networks):
+    first, second = plain(load(name)), plain(load(f'{name}:{twin}'))
+    assert (first['model'].pop('name'), second['model'].pop('name')) == networks
     assert first == second
+
+
+@pytest.mark.parametrize('name', ['segmentation', 'cityscapes'])
+def test_the_set_of_a_config_can_be_prepared_under_its_name(name, tmp_path):
+    check_set_name(load(name).data.name, str(tmp_path), overwrite=False)
+
+
+def test_every_config_is_tested():
+    assert {name.partition(':')[0] for name in NAMES} == {
+        path.stem for path in CONFIGS.glob('*.py')
+    }
 
 
 def test_a_run_is_as_long_as_its_config_says():

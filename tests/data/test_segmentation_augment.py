@@ -42,10 +42,10 @@ def png(pixels):
     return crafted.encode(Image.fromarray(pixels), 'PNG')
 
 
-@pytest.mark.mmdetection
+@pytest.mark.mmsegmentation
 @pytest.mark.parametrize('shape', [(40, 60), (60, 37), (90, 130), (20, 30)])
 def test_everything_together_is_mmsegmentations(shape, monkeypatch):
-    import tests.porting.mmdetection_peer  # noqa: F401
+    import tests.porting.mmsegmentation_peer  # noqa: F401
 
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -61,9 +61,6 @@ def test_every_output_is_of_the_map_that_it_should_be_of(random_variables, align
     ):
         expected = resize_bilinear(given, (33, 47), align_corners=align_corners)
         np.testing.assert_allclose(outputs[found], expected, atol=1e-5)
-    np.testing.assert_array_equal(
-        bound(images, train=False), bound.outputs(images, train=False)['logits']
-    )
 
 
 def test_without_auxiliary_head_and_context(random_variables):
@@ -223,8 +220,8 @@ def test_bfloat16(random_variables):
         ({'window': 10**9, 'window_stride': 1}, 'window must be None, or from 1 to'),
         ({'window': (32, 64), 'window_stride': 32}, 'window must be a whole number or None'),
         ({'num_classes': 0}, 'num_classes is 0: a segmenter has a logit for each of its classes'),
-        ({'context_ratio': 0}, r'context_ratio must be in \(0, 1\]'),
-        ({'context_ratio': 2.0}, r'context_ratio must be in \(0, 1\]'),
+        ({'context_ratio': 0}, r'context_ratio must be None, or in \(0, 1\]'),
+        ({'context_ratio': 2.0}, r'context_ratio must be None, or in \(0, 1\]'),
         ({'channels': 0}, 'channels must be from 1'),
         ({'auxiliary_channels': -1}, 'auxiliary_channels must be from 0'),
         ({'dropout_rate': 1.0}, r'dropout_rate must be in \[0, 1\)'),

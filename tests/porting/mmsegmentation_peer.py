@@ -36,10 +36,19 @@ def build(config: str) -> torch.nn.Module:
     """
     init_default_scope('mmseg')
     place = config if '/' in config else f'gcnet/{config}'
-    path = Path(mmseg.__file__).parent / '.mim/configs' / f'{place}.py'
+    return _built(Config.fromfile(Path(mmseg.__file__).parent / '.mim/configs' / f'{place}.py'))
+
+
+def build_text(text: str, pipeline: object) -> torch.nn.Module:
+    """Does as `build` with a config that is text; the pipeline prepares images."""
+    settings = Config.fromstring(text, '.py')
+    settings.test_pipeline = pipeline
+    return _built(settings)
+
+
+def _built(settings: Config) -> torch.nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        settings = Config.fromfile(path)
         settings.model.train_cfg = None
         # What SyncBN does in evaluation; it would ask for a GPU.
         model = revert_sync_batchnorm(MODELS.build(settings.model)).eval()

@@ -22,6 +22,9 @@ from gcnet_jax.inference.segmenter import Segmenter
 from gcnet_jax.models.fcn_head import ConvNormReLU
 from gcnet_jax.ops.resize import resize_bilinear
 from gcnet_jax.porting import port, port_reverse
+from gcnet_jax.porting.files import TorchFile
+from gcnet_jax.porting.published_segmenters import check_told, choose_row, sources_of
+from gcnet_jax.porting.tensors import LazyTensors
 from gcnet_jax.stored import load_variables
 from gcnet_jax.tasks.confusion import iou, summary
 from gcnet_jax.tasks.segmentation import confusion_matrices
@@ -48,6 +51,7 @@ class Pair:
         from tests.porting import mmsegmentation_peer as peer
 
         self.model, self.peer, self.directory = peer.build(config), peer, directory
+        self.config = config
         shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
         peer.load(self.model, detector_weights(shapes, SEED))
         path = directory / f'{config.rpartition("/")[2]}.pth'
@@ -225,6 +229,23 @@ def test_the_way_back(pair):
     assert tuple(meta['classes']) == names
     assert np.array_equal(meta['palette'], label_set.palette)
     (pair.directory / 'back.pth').unlink()
+    # The config in the file makes the same network.
+    again = pair.peer.build_text(loaded['meta']['cfg'], pair.model.cfg.test_pipeline)
+    assert again.test_cfg == pair.peer.build(pair.config).test_cfg
+    again.load_state_dict(loaded['state_dict'], strict=True)
+    image, kept = pair.theirs(SMALL, WINDOWS)
+    found = pair.peer.run(again, image, LIMITS, WINDOWS)
+    np.testing.assert_array_equal(found['original_logits'], kept['original_logits'])
+
+
+def test_the_config_in_a_file_chooses_the_network(pair):
+    """As mmengine saves it, under any name of the file."""
+    config = pair.peer.build(pair.config).cfg.pretty_text
+    path = pair.directory / 'iter_40000.pth'
+    sources = sources_of(TorchFile(path, LazyTensors({}), metadata={'meta': {'cfg': config}}))
+    name, options, notes = choose_row(sources, pair.description.name.removesuffix('_769'), {})
+    check_told(path, sources, name, options)
+    assert (name, options, notes) == (pair.description.name, {}, ())
 
 
 @pytest.mark.parametrize('classes', [19, 5])

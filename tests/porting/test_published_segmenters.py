@@ -38,16 +38,27 @@ model = dict(
     auxiliary_head=dict(type='FCNHead', num_convs=1, num_classes=19, align_corners=True))
 train_cfg = dict()
 test_cfg = dict(mode='slide', crop_size=(769, 769), stride=(513, 513))"""
-SORTED = """test_cfg = dict(type='TestLoop')
+# In the order of the letters, as mmengine writes it: the type of a norm precedes the backbone's.
+SORTED = """crop_size = (769, 769)
 model = dict(
-    auxiliary_head=dict(align_corners=True, num_classes=19, type='FCNHead'),
+    auxiliary_head=dict(
+        align_corners=True, in_channels=1024, in_index=2,
+        loss_decode=dict(loss_weight=0.4, type='CrossEntropyLoss', use_sigmoid=False),
+        norm_cfg=dict(requires_grad=True, type='SyncBN'), num_classes=19, type='FCNHead'),
     backbone=dict(
-        contract_dilation=True, depth=50, dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1),
-        type='ResNetV1c'),
+        contract_dilation=True, depth=50, dilations=(1, 1, 2, 4),
+        norm_cfg=dict(requires_grad=True, type='SyncBN'), norm_eval=False, num_stages=4,
+        out_indices=(0, 1, 2, 3), strides=(1, 2, 1, 1), style='pytorch', type='ResNetV1c'),
+    data_preprocessor=dict(size=(769, 769), type='SegDataPreProcessor'),
     decode_head=dict(
-        align_corners=True, num_classes=19, ratio=0.25, type='GCHead'),
+        align_corners=True, channels=512, dropout_ratio=0.1, fusion_types=('channel_add', ),
+        in_channels=2048, in_index=3,
+        loss_decode=dict(loss_weight=1.0, type='CrossEntropyLoss', use_sigmoid=False),
+        norm_cfg=dict(requires_grad=True, type='SyncBN'), num_classes=19, pooling_type='att',
+        ratio=0.25, type='GCHead'),
     test_cfg=dict(crop_size=(769, 769), mode='slide', stride=(513, 513)),
-    type='EncoderDecoder')"""
+    train_cfg=dict(), type='EncoderDecoder')
+test_cfg = dict(type='TestLoop')"""
 SETTINGS = {
     'model': {
         'backbone': {
@@ -233,21 +244,22 @@ def test_a_config_of_whole_images(tmp_path, config):
 @pytest.mark.parametrize(
     ('old', 'new', 'row', 'options'),
     [
+        ('', '', f'{NAME}_769', {'output_stride': 16}),
         ('(513, 513)', '(341, 341)', f'{NAME}', {'window': 769, 'window_stride': 341}),
         (
             'align_corners=True',
             'align_corners=False',
             *(NAME, {'window': 769, 'window_stride': 513, 'align_corners': False}),
         ),
-        (
-            'dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1)',
-            'dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1)',
-            *(f'{NAME}_769', {'output_stride': 16}),
-        ),
     ],
 )
 def test_settings_that_no_row_has_are_options(tmp_path, old, new, row, options):
-    file = named(tmp_path / 'a.pth', {'cfg': SORTED.replace(old, new)})
+    config = SORTED.replace(old, new) if old else SORTED
+    if 'output_stride' in options:
+        config = config.replace('(1, 1, 2, 4)', '(1, 1, 1, 2)').replace(
+            '(1, 2, 1, 1)', '(1, 2, 2, 1)'
+        )
+    file = named(tmp_path / 'a.pth', {'cfg': config})
     name, found, notes = chosen(file)
     assert (name, notes) == (row, ())
     row_options = published_segmenters.row_settings(name)
@@ -312,6 +324,28 @@ def test_numbers_of_a_stranger_raise_nothing_else(tmp_path, old, new):
         said = str(error)
     assert '\n' not in said
     assert len(said) < 1500
+
+
+@pytest.mark.parametrize(
+    ('option', 'value'),
+    [
+        ('context_ratio', 'x'),
+        ('context_ratio', [1]),
+        ('output_stride', [8]),
+        ('output_stride', 12),
+        ('output_stride', 'x'),
+        ('window', (1, 2)),
+        ('num_classes', None),
+        ('stem', 3),
+        ('backbone', 3),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, option, value):
+    path = write_detector(tmp_path / 'gcnet_r50-d8_769x769_40k_cityscapes.pth', R50)
+    for model in (None, NAME):
+        with pytest.raises((ConfigError, CheckpointError)) as caught:
+            load_named(path, model, **{option: value})
+        assert '\n' not in str(caught.value)
 
 
 def test_a_config_that_opens_many_groups_takes_no_time(tmp_path):

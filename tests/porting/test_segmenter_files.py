@@ -86,8 +86,13 @@ def test_every_bit_comes_back_from_a_directory(tmp_path, capsys):
     assert main(['port', *arguments, '--out', str(tmp_path / 'back.pth')]) == 0
     back = read_checkpoint(tmp_path / 'back.pth')
     names, palette = (list(part) for part in LABEL_SETS['cityscapes'])
+    meta = back.metadata['meta']
     # mmsegmentation reads both, or neither.
-    assert back.metadata == {'meta': {'CLASSES': names, 'PALETTE': list(map(list, palette))}}
+    assert (meta['CLASSES'], meta['PALETTE']) == (names, list(map(list, palette)))
+    assert meta.keys() == {'CLASSES', 'PALETTE', 'cfg'}
+    # The config in the file tells that it slides windows.
+    again = load_named(tmp_path / 'back.pth')
+    assert (again.name, again.report.warnings) == (f'{NAME}_769', ())
     assert {name: back.tensors.shapes[name] for name in back.tensors} == R50
     for name, expected in weights.items():
         assert back.tensors[name].tobytes() == expected.tobytes(), name

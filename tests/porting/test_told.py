@@ -40,11 +40,15 @@ def test_whole_numbers(text, numbers):
     assert whole_numbers('strides', text) == numbers
 
 
-def test_groups_end_where_their_brackets_do():
-    text = "model = dict(head=dict(a=(1, 2), b=dict(c=[3])), neck=1); {'head': {'d': {}}, 'e': 1}"
-    assert [*groups('head', text)] == ['head=dict(a=(1, 2), b=dict(c=[3]))', "head': {'d': {}}"]
+def test_groups_end_where_their_brackets_do_and_leave_out_groups_inside():
+    text = (
+        "model = dict(head=dict(a=(1, 2), b=dict(type='c'), d=[dict(e=1)], f=4), g=1);"
+        " {'head': {'a': {'b': 1}, 'c': [1]}, 'd': 1}"
+    )
+    assert [*groups('head', text)] == ['(a=(1, 2), b=dict, d=[dict], f=4)', "{'a': , 'c': [1]}"]
     assert [*groups('head', 'head=dict(a=1')] == []
     assert len([*groups('head', 'head=dict()' * 100)]) == 8
+    assert [*groups('head', 'head=dict(' * 200_000)] == []
 
 
 def test_configs_are_found_where_mmcv_and_mmengine_put_them():

@@ -26,6 +26,16 @@ def rules(ours: str, theirs: str) -> Rules:
     )
 
 
+def ratio_of(hidden: int, channels: int) -> float:
+    """Returns the ratio of a block's bottleneck, from which its width follows again.
+
+    In floating point `hidden / channels * channels` can fall short of `hidden`, and the width is
+    rounded down.
+    """
+    ratio = hidden / channels
+    return ratio if int(ratio * channels) == hidden else (hidden + 0.5) / channels
+
+
 def block_options(shapes: Shapes, place: str) -> tuple[dict[str, Any], int]:
     """Returns the options of `GlobalContext`, and the width of its input.
 

@@ -60,7 +60,7 @@ def _context_options(shapes: Shapes) -> dict[str, Any]:
             'block': 'global_context',
             'stages': stages,
             'position': f'after_{last}',
-            'ratio': hidden / channels,
+            'ratio': mmcv_context.ratio_of(hidden, channels),
             **options,
         }
     }

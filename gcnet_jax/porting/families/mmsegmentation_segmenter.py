@@ -4,11 +4,13 @@ Dilation, windows and the rule by which logits are enlarged have no tensors: see
 `porting.published_segmenters`.
 """
 
+import dataclasses
 import re
 from typing import Any
 
 from gcnet_jax.errors import CheckpointError
 from gcnet_jax.models.encoder_decoder import EncoderDecoder
+from gcnet_jax.models.options import module_options
 from gcnet_jax.models.registry import model_entry
 from gcnet_jax.porting.families import mmcv_context, mmdetection, mmsegmentation_backbone, resnet
 from gcnet_jax.porting.families.rules import BOOKKEEPING, Family, Rules, Shapes, under
@@ -87,7 +89,7 @@ def network(shapes: Shapes) -> tuple[str, dict[str, Any]]:
     if any(name.startswith(context) for name in shapes):
         kind = 'gc'
         block, channels = mmcv_context.block_options(shapes, context)
-        options['context_ratio'] = block['hidden_channels'] / channels
+        options['context_ratio'] = mmcv_context.ratio_of(block['hidden_channels'], channels)
     depth = name if name in ('resnet50', 'resnet101') else 'resnet50'
     # Other data sets are mostly prepared as ADE20K is.
     data_set = DATA_SETS.get(shapes[f'{HEAD}conv_seg.weight'][0], 'ade20k')
@@ -102,8 +104,9 @@ def differing(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def row_settings(name: str) -> dict[str, Any]:
     """Returns all settings of a segmenter of the registry, with its module's defaults."""
-    fields = EncoderDecoder.__dataclass_fields__.values()
-    defaults = {field.name: field.default for field in fields}
+    options = module_options(EncoderDecoder)
+    fields = {field.name: field for field in dataclasses.fields(EncoderDecoder)}
+    defaults = {option: fields[option].default for option in options if option != 'backbone'}
     return defaults | dict(model_entry(name).module.keywords)
 
 

@@ -65,7 +65,7 @@ class Family:
       recognise: Patterns. A file is of this family if each of them matches one of its names.
       network: Returns the registered network that a file holds, from the names (without `prefix`)
         and shapes of its tensors, and the options that the file tells; None for a single block.
-      told: Returns the options that the file tells of whatever network is named for it, from the
+      told: Returns the options that a file determines for any network it is loaded into, from the
         same; None for none.
       num_classes: Returns the number of classes from the same; None counts the classifier's rows.
       classifier: Pattern of the names of what depends on the classes.
