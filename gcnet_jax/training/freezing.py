@@ -55,9 +55,13 @@ def frozen_paths(params: Mapping[str, Any], patterns: Sequence[str]) -> frozense
     if paths and len(frozen) == len(paths):
         raise ConfigError(
             f'config.optimizer.frozen={",".join(patterns)!r} freezes every parameter; leave some '
-            "to train, for example with the further pattern '!classifier'"
+            f"to train, for example with the further pattern '!{_last_layer(params)}'"
         )
     return frozenset(frozen)
+
+
+def _last_layer(params: Mapping[str, Any]) -> str:
+    return 'head' if 'backbone' in params else 'classifier'
 
 
 def _matches(path: str, glob: str) -> bool:
@@ -135,12 +139,17 @@ def evaluate_frozen(params: Mapping[str, Any], frozen: frozenset) -> Callable:
 
 
 def layer_distances(params: Mapping[str, Any]) -> dict[str, int]:
-    """Returns how many layers below the classifier each top-level module lies.
+    """Returns how many layers below the classifier each module lies, by its path.
 
-    The classifier and the convolution and norm in front of it (`head_*`) have distance 0, the last
+    Modules are those at the top, and those in a `backbone`. The classifier and the convolution and
+    norm in front of it (`head_*`), and everything beside a backbone, have distance 0, the last
     residual block 1, the block before it 2, and so on; the stem, and every other name, comes below
     all blocks.
     """
+    if 'backbone' in params:
+        below = {f'backbone/{name}': d for name, d in layer_distances(params['backbone']).items()}
+        others = params.keys() - {'backbone'}
+        return below | dict.fromkeys(sorted(others), 0)
     blocks = {name: _BLOCK.match(name) for name in params}
     order = sorted((int(found[1]), int(found[2]), name) for name, found in blocks.items() if found)
     distances = {name: len(order) - place for place, (_, _, name) in enumerate(order)}

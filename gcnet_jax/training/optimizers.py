@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.training.freezing import (
@@ -192,10 +193,10 @@ def _decay_by_layer(
     def update(updates, state, params):
         updates, state = core.update(updates, state, params)
         scales = {name: decay**distance for name, distance in layer_distances(params).items()}
-        updates = {
-            name: jax.tree.map(lambda leaf, scale=scales[name]: leaf * scale, below)
-            for name, below in updates.items()
+        scaled = {
+            path: leaf * scales['/'.join(path[: 2 if path[0] == 'backbone' else 1])]
+            for path, leaf in flatten_dict(dict(updates)).items()
         }
-        return updates, state
+        return unflatten_dict(scaled), state
 
     return optax.GradientTransformation(core.init, update)

@@ -98,6 +98,21 @@ def test_a_config_is_described_without_its_data(name, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize('name', ['segmentation', 'cityscapes'])
+def test_a_segmenter_is_described_with_and_without_the_context_in_its_head(name, monkeypatch):
+    monkeypatch.setattr('gcnet_jax.training.experiment.check_shapes', lambda built: None)
+    tree = load_config(str(CONFIGS / f'{name}.py'))
+    tree.model.num_classes = 19
+    tree.model.backbone = 'gc_resnet18'
+    built = planning.describe(tree, jax.devices(), 64)
+    assert built.task.num_classes == 19
+    assert built.model.context_ratio
+    assert built.model.backbone.context
+    plain = planning.describe(tree, jax.devices(), 64, with_context=False)
+    assert plain.model.context_ratio is None
+    assert not plain.model.backbone.context
+
+
 def test_an_unknown_data_set_says_how_to_plan_anyway(small_config, tmp_path):
     small_config.data.name, small_config.data.data_dir = 'my_flowers', str(tmp_path)
     with pytest.raises(DataError, match=r'--config\.model\.num_classes=NUMBER') as raised:

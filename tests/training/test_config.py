@@ -108,6 +108,7 @@ def test_the_defaults_are_those_that_stored_runs_were_started_with():
         ('optimizer.clip_norm', 0.0, r'\(0, inf\)'),
         ('schedule.peak_learning_rate', float('nan'), r'\(0, inf\)'),
         ('schedule.end_factor', 2.0, r'\[0, 1\]'),
+        ('schedule.poly_power', 0.0, r'\(0, inf\)'),
         ('mesh.fsdp', 0, 'or -1'),
         ('runtime.progress', 'loud', "'lines'"),
         ('runtime.compilation_cache', '', "a directory, 'off', or None"),
@@ -157,6 +158,15 @@ def test_settings_that_would_do_nothing_are_refused():
     config.data.augmentation = 'none'
     config.data.crop_scale = (0.2, 1.0)
     with pytest.raises(ConfigError, match='choose resized_crop'):
+        check_config(config)
+
+
+def test_a_rate_falls_by_one_rule():
+    config = default_config()
+    config.schedule.poly_power = 0.9
+    check_config(config)
+    config.schedule.decay_epochs = (8, 11)
+    with pytest.raises(ConfigError, match=r'poly_power is 0\.9 and config\.schedule\.decay_epochs'):
         check_config(config)
 
 
@@ -231,6 +241,45 @@ def test_a_task_has_its_own_settings():
         check_config(config)
     config.task.name = 'detection'
     with pytest.raises(ConfigError, match="unknown task 'detection'"):
+        check_config(config)
+
+
+def test_data_settings_that_a_task_does_not_read_are_refused_by_name():
+    config = default_config()
+    config.data.image_size = 64
+    name_task(config, 'segmentation')
+    check_config(config)
+    assert config.data.image_size == 64
+    assert config.data.scale_range == (0.5, 2.0)
+    with pytest.raises(AttributeError, match='crop_scale'):
+        config.data.crop_scale = (0.5, 1.0)
+    config.data.unlock().crop_scale = (0.5, 1.0)
+    with pytest.raises(ConfigError, match=r'data\.crop_scale is for classification and multilabel'):
+        check_config(config)
+    config = default_config()
+    config.data.unlock().scale_range = (0.5, 1.0)
+    with pytest.raises(ConfigError, match=r'config\.data\.scale_range is for segmentation, and no'):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'),
+    [
+        ('data.scale_range', (2.0, 0.5)),
+        ('data.scale_range', 0.5),
+        ('data.category_max_ratio', 0.0),
+        ('data.photometric', 1),
+        ('task.auxiliary_weight', -0.1),
+        ('task.count_ignored', 'no'),
+    ],
+)
+def test_settings_of_segmentation_have_ranges(key, value):
+    config = default_config()
+    name_task(config, 'segmentation')
+    group, name = key.split('.')
+    del config[group].unlock()[name]
+    config[group][name] = value
+    with pytest.raises(ConfigError, match=rf'config\.{group}\.{name} is .*it must be'):
         check_config(config)
 
 

@@ -64,6 +64,8 @@ def test_something_must_be_left_to_train():
         frozen('*')
     with pytest.raises(ConfigError, match='freezes every parameter'):
         frozen('st*', 'classifier')
+    with pytest.raises(ConfigError, match="further pattern '!head'"):
+        frozen_paths({'backbone': PARAMS, 'head': {'kernel': 0}}, ('*',))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,16 @@ def test_layers_are_counted_down_from_the_classifier():
         'stage10_0': 1,
         'head_conv': 0,
         'head_norm': 0,
+    }
+    backbone = {name: leaf for name, leaf in PARAMS.items() if name != 'classifier'}
+    heads = {'head': PARAMS['classifier'], 'auxiliary_head': PARAMS['classifier']}
+    assert layer_distances({'backbone': backbone, **heads}) == {
+        'backbone/stem_conv': 3,
+        'backbone/stem_norm': 3,
+        'backbone/stage1_0': 2,
+        'backbone/stage1_10': 1,
+        'head': 0,
+        'auxiliary_head': 0,
     }
 
 

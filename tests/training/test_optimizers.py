@@ -11,6 +11,7 @@ from gcnet_jax.training.optimizers import (
     make_optimizer,
     warmup_cosine,
     warmup_milestones,
+    warmup_poly,
 )
 
 RNG = np.random.default_rng(0)
@@ -198,6 +199,19 @@ def test_layer_decay_gives_each_layer_the_rate_of_its_depth(name):
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
 
 
+def test_layers_of_a_backbone_have_the_rates_they_have_without_a_head():
+    heads = dict.fromkeys(('head', 'auxiliary_head'), NETWORK['classifier'])
+    network = {'backbone': {k: v for k, v in NETWORK.items() if k != 'classifier'}, **heads}
+    updates = {}
+    for decay in (None, 0.5):
+        optimizer = make_optimizer('sgd', 0.1, momentum=0.0, nesterov=False, layer_decay=decay)
+        updates[decay] = optimizer.update(network, optimizer.init(network), network)[0]
+    for path, one in jax.tree_util.tree_leaves_with_path(updates[0.5]):
+        rate = RATES.get(path[1].key, 1.0)
+        whole = dict(jax.tree_util.tree_leaves_with_path(updates[None]))[path]
+        np.testing.assert_allclose(one, rate * whole, rtol=1e-6)
+
+
 @pytest.mark.parametrize('name', ['sgd', 'adamw'])
 def test_layer_decay_is_a_smaller_rate_in_the_textbook(name):
     options = {'momentum': 0.0, 'nesterov': False} if name == 'sgd' else {'epsilon': 1e-3}
@@ -225,3 +239,18 @@ def test_frozen_parameters_have_no_update_and_no_state(name):
     # The gradient is clipped by the norm of what is trained.
     free, _ = run_network(name, 0.2, frozen=frozen, clip_norm=1e9, layer_decay=0.5)
     jax.tree.map(np.testing.assert_array_equal, free, params)
+
+
+@pytest.mark.parametrize('power', [0.9, 2.0])
+def test_poly_is_mmsegmentations_recursion_after_the_warm_up(power):
+    """mmengine's PolyLR steps from one rate to the next; over one step less, as it counts them."""
+    schedule = warmup_poly(0.01, warmup_steps=5, total_steps=40, power=power, end_factor=0.01)
+    rates = [float(schedule(step)) for step in range(45)]
+    np.testing.assert_allclose(rates[:5], [0.01 * (step + 1) / 6 for step in range(5)], rtol=1e-6)
+    rate, end, steps = 0.01, 1e-4, 35
+    for step in range(5, 41):
+        np.testing.assert_allclose(rates[step], rate, rtol=1e-4)
+        left = steps - (step - 5)
+        if left:
+            rate = (rate - end) * (1 - 1 / left) ** power + end
+    np.testing.assert_allclose(rates[40:], 1e-4, rtol=1e-5)

@@ -226,6 +226,17 @@ def test_an_unknown_key_in_a_file_is_one_line(tmp_path):
     path.write_text(OWN.replace('config.model.dropout_rate', 'config.optimizer.batch_size'))
     with pytest.raises(ConfigError, match=r"did you mean 'config.training.batch_size'"):
         config_files.load_config(str(path))
+    text = OWN.replace(
+        'default_config()\n    config.model.name',
+        'default_config()\n    name_task(config, "segmentation")\n    config.model.name',
+    )
+    text = text.replace('import default_config', 'import default_config, name_task')
+    path.write_text(text.replace('config.model.dropout_rate', 'config.data.crop_scale'))
+    with pytest.raises(
+        ConfigError, match=r'data\.crop_scale is for classification and multi'
+    ) as one:
+        config_files.load_config(str(path))
+    assert '\n' not in str(one.value)
 
 
 @pytest.mark.parametrize(
@@ -270,3 +281,28 @@ def test_a_config_of_an_earlier_version_is_refused_in_one_line():
     config = override(ConfigDict(earlier), ['--config.training.seed=3'])
     with pytest.raises(ConfigError, match=r'config\.task must be a group'):
         check_config(config)
+
+
+def test_options_of_a_backbone_are_set_as_those_of_the_network():
+    config = read('segmentation', 'model.widths=(8,8,8,8)', 'model.backbone=gc_resnet18')
+    assert (config.model.backbone, config.model.widths) == ('gc_resnet18', (8, 8, 8, 8))
+    config = read('segmentation', 'model.context.ratio=0.5', 'model.backbone=gc_resnet18')
+    assert config.model.context['ratio'] == 0.5
+    assert config.model.context['stages'] == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ('setting', 'message'),
+    [
+        ('model.backbone=resnet19', "unknown backbone of gc_resnet18_d16 'resnet19'"),
+        ('model.output_strid=8', "did you mean 'config.model.output_stride'"),
+        ('model.output_stride=7', 'output_stride must be 4, 8, 16, 32 or None'),
+        ('model.context.ratio=0.5', 'gc_resnet18_d16 has no context'),
+        ('data.crop_scale=(0.5,1.0)', r'data\.crop_scale is for classification and multilabel'),
+        ('data.scale_rang=(0.5,1.0)', "did you mean 'config.data.scale_range'"),
+    ],
+)
+def test_a_setting_that_no_part_of_a_segmenter_reads_is_one_line(setting, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        read('segmentation', setting)
+    assert '\n' not in str(raised.value)
