@@ -95,11 +95,11 @@ def prepare_segmentation(
     folder = open_folder(as_path(directory))
     names = class_names(folder, label_names)
     splits, problems, counts = _usable(folder, names, reduce_zero_label, skip_damaged)
+    are_named, names = names is not None, names or numbered_names(sum(counts.values()))
     if not counts['train'][:IGNORED].any():
         raise DataError(
             f'all pixels of the training label maps in {shown(folder.root)} are {IGNORED}'
         )
-    are_named, names = names is not None, names or numbered_names(sum(counts.values()))
     make_builder = functools.partial(
         _make_builder, name, folder.root, names, splits, reduce_zero_label
     )

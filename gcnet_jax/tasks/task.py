@@ -42,6 +42,7 @@ class Described(Protocol):
         """Builds the network."""
 
 
+@runtime_checkable
 class Examples(Protocol):
     """What a run knows of its data; how one example is read is between the task and its loaders."""
 

@@ -81,6 +81,7 @@ def test_it_is_the_module_on_the_normalised_and_padded_image(
     np.testing.assert_allclose(found.mask_probabilities, masks[0, :count], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_images_of_one_padded_size_share_a_batch_and_no_answer_changes(
     description, variables, landscape
 ):

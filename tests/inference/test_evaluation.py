@@ -124,7 +124,7 @@ def test_logits_that_are_not_finite_are_refused(stored, source):
 
 @pytest.mark.parametrize('dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)])
 def test_it_is_the_accuracy_of_the_training_run(make, tmp_path, monkeypatch, dtype):
-    from gcnet_jax.training import experiment
+    from gcnet_jax.data import sources
     from gcnet_jax.training.config import default_config
     from gcnet_jax.training.loop import train
 
@@ -133,7 +133,7 @@ def test_it_is_the_accuracy_of_the_training_run(make, tmp_path, monkeypatch, dty
         for split, count, offset in (('train', 48, 0), ('test', 45, 100))
     }
     monkeypatch.setattr(
-        experiment,
+        sources,
         'load_source',
         lambda name, split, data_dir, **_: TrainingSource(
             images[split or 'test'], name=name, split=split or 'test'

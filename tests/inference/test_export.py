@@ -133,6 +133,7 @@ def exported_detector(stored_detector, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_detector_finds_the_same_in_any_number_of_images(
     stored_detector, exported_detector, make
 ):

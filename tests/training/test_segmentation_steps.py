@@ -20,6 +20,7 @@ from gcnet_jax.training.steps import (
     make_train_step,
 )
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 CLASSES, IGNORED = 4, 255
 TASK = Segmentation(CLASSES, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 OPTIONS = {
