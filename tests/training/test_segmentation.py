@@ -237,10 +237,9 @@ def test_images_that_a_mesh_cannot_split_are_refused(config):
         assemble(config)
 
 
-def test_a_checkpoint_on_the_command_line_replaces_what_it_knows(
-    config, classifier, finished, pictures
-):
+def test_a_checkpoint_on_the_command_line_replaces_what_it_knows(pictures, classifier, finished):
     """A classifier knows the values of images; a segmenter the network and their sizes too."""
+    config = tiny_config(pictures)
     config.data.mean = (0.1, 0.2, 0.3)
     changed = override(config, [f'--config.training.init_from={classifier[0]}'])
     assert changed.model.name == 'gc_resnet18_d16'

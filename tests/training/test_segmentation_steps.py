@@ -116,33 +116,33 @@ def close(actual, expected, tolerance):
 def ten_steps(start):
     done = {}
 
-    def of(shape, **options):
-        key = shape, tuple(options)
+    def of(shape, parts, options):
+        key = shape, parts, tuple(options)
         if key not in done:
             model = segmenter(**options)
-            done[key] = run(shape, model, start, steps=10, accumulation_steps=2)
+            done[key] = run(shape, model, start, steps=10, accumulation_steps=parts)
         return done[key]
 
     return of
 
 
 @pytest.mark.parametrize(
-    ('shape', 'options'),
+    ('shape', 'parts', 'options'),
     [
-        ((2, 2, 2), {}),
-        pytest.param((8, 1, 1), {}, marks=pytest.mark.slow),
-        pytest.param((1, 1, 8), {}, marks=pytest.mark.slow),
-        pytest.param((2, 2, 2), DILATED, marks=pytest.mark.slow),
-        pytest.param((2, 1, 4), DILATED, marks=pytest.mark.slow),
+        ((2, 2, 2), 1, {}),
+        pytest.param((8, 1, 1), 2, {}, marks=pytest.mark.slow),
+        pytest.param((1, 1, 8), 2, {}, marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), 2, DILATED, marks=pytest.mark.slow),
+        pytest.param((2, 1, 4), 2, DILATED, marks=pytest.mark.slow),
     ],
 )
-def test_any_mesh_gives_one_devices_losses_gradient_and_ten_steps(shape, options, ten_steps):
-    """With dropout, accumulation, an image without labels, and parameters in shards."""
-    losses, gradient, after = ten_steps(ONE, **options)
+def test_any_mesh_gives_one_devices_losses_gradient_and_ten_steps(shape, parts, options, ten_steps):
+    """With dropout, micro-batches, an image without labels, and parameters in shards."""
+    losses, gradient, after = ten_steps(ONE, parts, options)
     assert len(set(losses)) == 10
     context = gradient['head']['context']['pool']['logits']['kernel']
     assert np.abs(context).max() > 1e-6
-    others = ten_steps(shape, **options)
+    others = ten_steps(shape, parts, options)
     close(others[1], gradient, 1e-4)
     np.testing.assert_allclose(others[0], losses, rtol=1e-4)
     close(others[2], after, 1e-3)
