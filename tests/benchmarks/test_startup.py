@@ -10,6 +10,7 @@ from benchmarks import startup
 CONFIG = Path(__file__).parents[1] / 'training' / 'tiny_config.py'
 
 
+@pytest.mark.slow
 def test_a_row_for_each_start(capsys, monkeypatch):
     """One of each is started; cold and warm differ in what an earlier one left behind."""
     real, started = startup.start, {}

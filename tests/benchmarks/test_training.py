@@ -17,6 +17,7 @@ def rows_of(capsys, *flags):
     return json.loads(capsys.readouterr().out)['rows']
 
 
+@pytest.mark.slow
 def test_ours_and_plain_flax_need_no_torch(capsys, in_this_process):
     rows = rows_of(capsys, '--candidates', 'gcnet_jax', 'plain Flax')
     assert [(row['network'], row['candidate']) for row in rows] == [

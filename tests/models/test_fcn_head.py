@@ -109,25 +109,3 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32(random_variables):
     )
     assert found.dtype == np.float32
     assert 0 < np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
-
-
-def test_the_gradient_is_finite_and_reaches_every_parameter(random_variables):
-    head = FCNHead(4, 8, context_ratio=1 / 2)
-    variables = random_variables(head, FEATURES, train=False)
-
-    def loss(params):
-        logits, _ = head.apply(
-            variables | {'params': params},
-            FEATURES,
-            train=True,
-            mutable='batch_stats',
-            rngs={'dropout': jax.random.key(0)},
-        )
-        return jnp.square(logits).mean()
-
-    gradients = jax.grad(loss)(variables['params'])
-    for path, leaf in jax.tree.leaves_with_path(gradients):
-        assert np.isfinite(leaf).all(), path
-        # The bias of the attention's logits cancels in the softmax.
-        is_bias = jax.tree_util.keystr(path) == "['context']['pool']['logits']['bias']"
-        assert is_bias or np.abs(leaf).max() > 0, path

@@ -105,6 +105,7 @@ def test_labels_by_the_number_of_the_class(tmp_path, weights):
     )
 
 
+@pytest.mark.slow
 def test_the_papers_protocol_in_one_command(tmp_path, weights, capsys):
     """A plain network of the hub becomes a GC network that starts with the same answers."""
     source = write(tmp_path / 'hub', weights, CONFIG)

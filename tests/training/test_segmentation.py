@@ -97,6 +97,7 @@ def test_it_learns(finished):
     assert (images.train_size, images.short_side, images.long_side) == ((16, 24), 24, 32)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_in_the_same_weights(finished, pictures, tmp_path):
     whole, _ = finished
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
@@ -135,6 +136,7 @@ def classifier(tmp_path_factory, random_variables):
     return place, variables
 
 
+@pytest.mark.slow
 def test_a_classifier_fills_the_backbone(classifier, config, tmp_path, capsys):
     place, variables = classifier
     train(one_step(config, place), tmp_path)
@@ -155,6 +157,7 @@ def test_a_classifier_whose_last_layer_is_to_be_kept_is_refused(classifier, conf
         train(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_segmenter_keeps_the_classes_it_knows_by_name(
     finished, pictures, tmp_path, monkeypatch, capsys
 ):

@@ -130,12 +130,13 @@ def ten_steps(start):
     ('shape', 'parts', 'options'),
     [
         ((2, 2, 2), 1, {}),
-        pytest.param((8, 1, 1), 2, {}, marks=pytest.mark.slow),
-        pytest.param((1, 1, 8), 2, {}, marks=pytest.mark.slow),
-        pytest.param((2, 4, 1), 2, DILATED, marks=pytest.mark.slow),
-        pytest.param((2, 1, 4), 2, DILATED, marks=pytest.mark.slow),
+        ((8, 1, 1), 2, {}),
+        ((1, 1, 8), 2, {}),
+        ((2, 4, 1), 2, DILATED),
+        ((2, 1, 4), 2, DILATED),
     ],
 )
+@pytest.mark.slow
 def test_any_mesh_gives_one_devices_losses_gradient_and_ten_steps(shape, parts, options, ten_steps):
     """With dropout, micro-batches, an image without labels, and parameters in shards."""
     losses, gradient, after = ten_steps(ONE, parts, options)
@@ -182,6 +183,7 @@ def test_a_step_is_the_gradient_of_the_loss_over_the_labelled_pixels(start):
     close(statistics, updated, 1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_whole_batchs_gradient_where_no_norm_mixes_images(start):
     model = segmenter(dropout_rate=0.0, norm={'kind': 'group', 'channel_groups': 2})
     whole, parts = run(ONE, model, start), run(ONE, model, start, accumulation_steps=4)
