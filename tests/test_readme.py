@@ -167,8 +167,10 @@ def test_commands_exist(page, command):
 
 def is_setting(path):
     group, _, option = path.partition('.')
-    if group == 'model' and option.partition('.')[0] == 'context':
-        return hasattr(create_model('resnet50'), 'context')
+    if group == 'model':
+        networks = map(create_model, ('resnet50', 'gc_resnet18_d16'))
+        if any(hasattr(network, option.partition('.')[0]) for network in networks):
+            return True
     paths = all_paths()
     return path in paths or any(known.startswith(f'{path}.') for known in paths)
 
