@@ -8,11 +8,11 @@ from pathlib import Path
 import jax
 
 from gcnet_jax.commands.train import run
-from gcnet_jax.training import experiment
+from gcnet_jax.data import loader
 
 
 def recorded(make, kind):
-    """Wraps a loader of experiment.py: a line of checksums for every batch, beside the workdir."""
+    """Wraps a function of loader.py: a line of checksums for every batch, beside the workdir."""
 
     def batches(*arguments, **options):
         made = make(*arguments, **options)
@@ -29,15 +29,16 @@ def watched(iterator, file):
     """Hands out what an iterator gives, and writes down which images that is."""
     try:
         with Path(file).open('a') as lines:
-            for images, labels, masks, skipped in iterator:
-                sums = [zlib.crc32(image.tobytes()) for image in images[masks]]
+            for batch, skipped in iterator:
+                images = batch['image'][batch['mask']] if 'mask' in batch else batch['image']
+                sums = [zlib.crc32(image.tobytes()) for image in images]
                 print(json.dumps(sums), file=lines, flush=True)
-                yield images, labels, masks, skipped
+                yield batch, skipped
     finally:
         iterator.close()
 
 
 if __name__ == '__main__':
-    experiment.train_batches = recorded(experiment.train_batches, 'train')
-    experiment.evaluation_batches = recorded(experiment.evaluation_batches, 'evaluation')
+    loader.train_batches = recorded(loader.train_batches, 'train')
+    loader.evaluation_batches = recorded(loader.evaluation_batches, 'evaluation')
     sys.exit(run(sys.argv, Path()))
