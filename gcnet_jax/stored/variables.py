@@ -34,7 +34,7 @@ def _read_description(checkpoint: Path) -> ModelDescription:
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop that waits for the reads that were left behind, and keeps their errors."""
+    """An event loop that waits for the tasks that were left behind, and keeps their errors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,10 +61,11 @@ class _PatientPolicy(asyncio.DefaultEventLoopPolicy):
 
 @contextlib.contextmanager
 def first_error_only() -> Iterator[None]:
-    """While Orbax reads a damaged checkpoint, hides every error except the one it raises.
+    """Where Orbax cannot read or write, hides every error except the one that it raises.
 
-    Orbax reads all arrays at once and leaves the others behind when one fails. Each of them that
-    fails later would otherwise print a traceback of its own, long after the error was dealt with.
+    Orbax reads and writes all arrays at once and leaves the others behind when one fails: in a
+    damaged checkpoint, or on a full disk. Each of them that fails later would otherwise print a
+    traceback of its own, long after the error was dealt with.
     """
     before = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(_PatientPolicy())

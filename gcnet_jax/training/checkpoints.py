@@ -100,6 +100,9 @@ class CheckpointStore:
         # Orbax logs what fails in the background with a traceback, and then raises it here.
         self._filter = _WithoutExplained(is_bucket(self._root))
         logging.getLogger('absl').addFilter(self._filter)
+        # The threads that save start when they like: for as long as this store is open.
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(first_error_only())
 
     @property
     def newest(self) -> int | None:
@@ -251,6 +254,7 @@ class CheckpointStore:
             with self.explain_errors(), explain_bucket(self._root, CheckpointError):
                 self._manager.close()
         finally:
+            self._quiet.close()
             logging.getLogger('absl').removeFilter(self._filter)
 
     @contextlib.contextmanager

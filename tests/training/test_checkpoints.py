@@ -1,3 +1,4 @@
+import asyncio
 import errno
 import json
 import logging
@@ -304,6 +305,18 @@ def test_orbax_does_not_log_what_is_explained(tmp_path, caplog):
             logging.getLogger('absl').exception('in the background')
     store.close()
     assert [record.exc_info[0] for record in caplog.records] == [KeyError]
+
+
+def test_writes_that_end_after_the_first_error_say_nothing(tmp_path):
+    store = CheckpointStore(tmp_path, DESCRIPTION, 'accuracy', 1)
+    closed = [asyncio.new_event_loop()]
+    store.close()
+    closed.append(asyncio.new_event_loop())
+    for loop in closed:
+        loop.close()
+    closed[0].call_soon_threadsafe(print)
+    with pytest.raises(RuntimeError, match='closed'):
+        closed[1].call_soon_threadsafe(print)
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path):
