@@ -308,6 +308,7 @@ def test_orbax_does_not_log_what_is_explained(tmp_path, caplog):
 
 
 def test_writes_that_end_after_the_first_error_say_nothing(tmp_path):
+    asyncio.set_event_loop_policy(None)  # Other tests leave their stores open.
     store = CheckpointStore(tmp_path, DESCRIPTION, 'accuracy', 1)
     closed = [asyncio.new_event_loop()]
     store.close()
