@@ -31,7 +31,7 @@ MIN_SHOWN_SHARE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentationEvaluation:
+class LabelMapEvaluation:
     """The result of `evaluate_segmenter`.
 
     Attributes:
@@ -94,7 +94,7 @@ def evaluate_segmenter(
     num_threads: int | None = None,
     skip_damaged: bool = False,
     progress: bool = False,
-) -> SegmentationEvaluation:
+) -> LabelMapEvaluation:
     """Evaluates a segmenter on one split, every image once.
 
     Args:
@@ -136,7 +136,7 @@ def evaluate_segmenter(
             raise found
     if skipped == len(source):
         raise DataError(f'every image of {source.name!r} split {source.split!r} is damaged')
-    return SegmentationEvaluation(
+    return LabelMapEvaluation(
         data=source.name,
         split=source.split,
         label_names=_label_names(segmenter, source),
@@ -223,7 +223,7 @@ def _names(label_names: tuple[str, ...]) -> tuple[str, ...]:
     return () if tuple(label_names) == made_up else tuple(name.strip() for name in label_names)
 
 
-def format_segmentation(evaluation: SegmentationEvaluation) -> str:
+def format_segmentation(evaluation: LabelMapEvaluation) -> str:
     """Lays a result out as text: the figures, and the classes from the worst to the best."""
     skipped = f', {evaluation.skipped:,} damaged ones left out' if evaluation.skipped else ''
     lines = [
@@ -258,7 +258,7 @@ def format_segmentation(evaluation: SegmentationEvaluation) -> str:
 
 
 def write_segmentation(
-    evaluation: SegmentationEvaluation, directory: str | os.PathLike
+    evaluation: LabelMapEvaluation, directory: str | os.PathLike
 ) -> list[Path]:
     """Writes `evaluation.json` and `confusion.png`.
 

@@ -10,7 +10,7 @@ from PIL import Image
 from gcnet_jax.data.segmentation_sources import load_segmentation
 from gcnet_jax.errors import DataError
 from gcnet_jax.inference.segmentation_evaluation import (
-    SegmentationEvaluation,
+    LabelMapEvaluation,
     count_pixels,
     evaluate_segmenter,
     format_segmentation,
@@ -177,7 +177,7 @@ def test_pixels_are_counted_by_class_and_answer():
 
 def test_what_does_not_occur_has_no_figure():
     confusion = np.array([[3, 1, 0], [0, 0, 0], [0, 0, 0]])
-    evaluation = SegmentationEvaluation('a set', 'val', LABELS, 1, 0, 1.0, confusion)
+    evaluation = LabelMapEvaluation('a set', 'val', LABELS, 1, 0, 1.0, confusion)
     report = evaluation.to_json()
     assert [entry['iou'] for entry in report['classes']] == [0.75, 0.0, None]
     assert [entry['accuracy'] for entry in report['classes']] == [0.75, None, None]
