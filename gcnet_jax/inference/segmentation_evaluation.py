@@ -257,9 +257,7 @@ def format_segmentation(evaluation: LabelMapEvaluation) -> str:
     return '\n'.join(lines)
 
 
-def write_segmentation(
-    evaluation: LabelMapEvaluation, directory: str | os.PathLike
-) -> list[Path]:
+def write_segmentation(evaluation: LabelMapEvaluation, directory: str | os.PathLike) -> list[Path]:
     """Writes `evaluation.json` and `confusion.png`.
 
     Args:

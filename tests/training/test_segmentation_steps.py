@@ -1,6 +1,7 @@
 """Training steps of a small segmenter: any mesh and any micro-batches give one device's numbers."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -175,9 +176,8 @@ def test_a_step_is_the_gradient_of_the_loss_over_the_labelled_pixels(start):
     losses, gradient, (_, statistics) = run(ONE, model, start)
     _, _, state = start(ONE, model, optax.sgd(0.02))
     state = jax.device_get(state)
-    (loss, updated), expected = jax.value_and_grad(reference_loss, argnums=1, has_aux=True)(
-        model, state.params, state.batch_stats, make_batch()
-    )
+    reference = partial(reference_loss, model, statistics=state.batch_stats, batch=make_batch())
+    (loss, updated), expected = jax.jit(jax.value_and_grad(reference, has_aux=True))(state.params)
     np.testing.assert_allclose(losses[0], loss, rtol=1e-5)
     close(gradient, expected, 1e-4)
     close(statistics, updated, 1e-5)
@@ -204,7 +204,7 @@ def test_a_frozen_norm_keeps_its_statistics_and_is_evaluations(start):
         outputs = model.apply(variables, batch['image'], train=False, method='outputs')
         return TASK.loss(outputs, batch)['loss'] / TASK.weight(batch)
 
-    expected = jax.value_and_grad(loss)(state.params)
+    expected = jax.jit(jax.value_and_grad(loss))(state.params)
     np.testing.assert_allclose(losses[0], expected[0], rtol=1e-5)
     close(gradient, expected[1], 1e-4)
 
@@ -235,7 +235,8 @@ def test_evaluation_counts_the_pixels_of_every_image_once(shape, model, start):
     images = (batch['image'] / 255 - np.array(TASK.mean)) / np.array(TASK.std)
     images[:, 12:], images[:, :, 20:] = 0, 0
     variables = jax.device_get(state.evaluation_variables())
-    logits = np.asarray(model.apply(variables, images.astype(np.float32), train=False))
+    answer = jax.jit(partial(model.apply, train=False))
+    logits = np.asarray(answer(variables, images.astype(np.float32)))
     labels = batch['label'][:5]
     counted = labels != IGNORED
     matrix = np.zeros((CLASSES, CLASSES), int)
