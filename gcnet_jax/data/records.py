@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from gcnet_jax.data.sorting import sorted_in_files
 from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.files import as_path
 
@@ -123,7 +124,7 @@ def write_image_set(
         _remove_leftovers(root)
         with _directory_aside(root) as aside:
             builder = make_builder(aside)
-            with _quiet(progress):
+            with _quiet(progress), sorted_in_files():
                 builder.download_and_prepare(
                     # Otherwise TFDS looks in Google's storage for a set of this name.
                     download_config=tfds.download.DownloadConfig(try_download_gcs=False)
