@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,22 +110,19 @@ def prepare_detection(
 
     Raises:
       ConfigError: If the name cannot be used, or is taken.
-      DataError: If there are no annotations, something is wrong with one (the error names the file
-        and the annotation), the splits have different categories, an image cannot be used, a split
-        has no object to train on, or data_dir cannot be written.
+      DataError: If there are no annotations, one is wrong (the error names file and annotation),
+        the splits have different categories, an image cannot be used, a split has no object to
+        train on, or data_dir cannot be written.
     """
     check_set_name(name, data_dir, overwrite)
     root = as_path(directory)
     splits = _load_splits(root)
     label_names = _label_names(splits)
-    problems = [problem for data in splits.values() for problem in _problems(root, data).items()]
+    problems = {path: why for data in splits.values() for path, why in _problems(root, data)}
     if problems and not skip_damaged:
-        raise damaged_files(root, [text for _, text in problems], 'cannot be used')
-    left_out = {path for path, _ in problems}
-    images = {split: _images(data, label_names, left_out) for split, data in splits.items()}
-    indices = {split: _index(members) for split, members in images.items()}
-    for split, index in indices.items():
-        _check_objects(splits[split], images[split], index)
+        raise damaged_files(root, problems.values(), 'cannot be used')
+    images = {split: _images(data, label_names, problems) for split, data in splits.items()}
+    indices = {split: _index(splits[split], members) for split, members in images.items()}
     make_builder = functools.partial(_make_builder, name, root, label_names, images, indices)
     path, written = write_image_set(make_builder, data_dir, overwrite=overwrite, progress=progress)
     if not written:
@@ -135,7 +132,7 @@ def prepare_detection(
         path,
         label_names,
         {split: len(members) for split, members in images.items()},
-        tuple(text for _, text in problems),
+        tuple(problems.values()),
         objects={split: _count(images[split], indices[split]) for split in images},
         label_counts=_label_counts(images['train'], len(label_names)),
         notes=_notes(splits),
@@ -190,8 +187,8 @@ def _label_names(splits: dict[str, CocoSet]) -> tuple[str, ...]:
     return names
 
 
-def _problems(root: Path, data: CocoSet) -> dict[Path, str]:
-    """Returns the images that cannot be used, each with the reason in one line."""
+def _problems(root: Path, data: CocoSet) -> Iterator[tuple[Path, str]]:
+    """Yields the images that cannot be used, each with the reason in one line."""
 
     def check(image: CocoImage) -> str | None:
         try:
@@ -208,14 +205,12 @@ def _problems(root: Path, data: CocoSet) -> dict[Path, str]:
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = [*pool.map(check, data.images)]
-    found = dict(zip((image.path for image in data.images), reasons, strict=True))
-    found |= dict.fromkeys(data.missing, 'no such file')
-    return {
-        path: f'{one_line(path.relative_to(root))} ({why})' for path, why in found.items() if why
-    }
+    found = [(image.path, why) for image, why in zip(data.images, reasons, strict=True) if why]
+    for path, why in (*found, *((path, 'no such file') for path in data.missing)):
+        yield path, f'{one_line(path.relative_to(root))} ({why})'
 
 
-def _images(data: CocoSet, label_names: Sequence[str], left_out: set[Path]) -> list[_Image]:
+def _images(data: CocoSet, label_names: Sequence[str], left_out: Collection[Path]) -> list[_Image]:
     """Returns the images of a split with their annotations, in the order they are stored in."""
     labels = {number: label_names.index(name) for number, name in data.categories.items()}
     objects: dict[int, list[dict[str, Any]]] = {image.id: [] for image in data.images}
@@ -237,23 +232,21 @@ def _draw(member: _Image) -> bytes:
     return hashlib.sha256(name).digest()
 
 
-def _index(images: Sequence[_Image]) -> SplitIndex:
+def _index(data: CocoSet, images: Sequence[_Image]) -> SplitIndex:
+    """Returns what is known of a split's images, and refuses a split that trains nothing."""
+    if not images:
+        raise DataError(f'{one_line(data.file)} has no image that can be used')
     targets = [[o for o in image.objects if is_target(o, image.image.size)] for image in images]
+    if not any(targets):
+        raise DataError(
+            f'{one_line(data.file)} has no object to train on in its {len(images):,} images; '
+            'crowds, boxes thinner than a pixel and objects without area do not count'
+        )
     return SplitIndex(
         sizes=np.array([image.image.size for image in images], np.int32).reshape(-1, 2),
         counts=np.array([len(objects) for objects in targets], np.int32),
         has_masks=all('segmentation' in item for objects in targets for item in objects),
     )
-
-
-def _check_objects(data: CocoSet, images: Sequence[_Image], index: SplitIndex) -> None:
-    if not images:
-        raise DataError(f'{one_line(data.file)} has no image that can be used')
-    if not index.counts.any():
-        raise DataError(
-            f'{one_line(data.file)} has no object to train on in its {len(images):,} images; '
-            'crowds, boxes thinner than a pixel and objects without area do not count'
-        )
 
 
 def _count(images: Sequence[_Image], index: SplitIndex) -> SplitObjects:

@@ -52,27 +52,21 @@ def train_batches(
 
     Args:
       source: The images and objects.
-      global_batch_size: Images per step over all processes.
-      seed, start_step, process_index, process_count: See `batches.endless_batches`.
-      preprocessing: Of the network: the limits of the sides, and what canvases are multiples of.
-      scales: Limits (short side, long side), one of which is drawn for each image; None for the
-        network's own.
-      canvases: Sizes that images are padded to; see `detection_canvases.make_canvases`.
-      flip: Probability that an image is mirrored.
-      max_boxes: Objects of an image; of more, those with the largest boxes are kept. For how many
-        that leaves out see `detection_sources.count_beyond`.
+      global_batch_size, seed, start_step, process_index, process_count, num_threads, num_workers,
+        skip_damaged: See `batches.endless_batches`.
+      preprocessing, scales, canvases: See `detection_canvases.make_canvases`; one of the scales is
+        drawn for each image.
+      flip, max_boxes, mask_size: See `detection_examples.DetectionOptions`. How many objects
+        `max_boxes` leaves out, `detection_sources.count_beyond` says.
       masks: Whether masks are made; None where the source has them.
-      mask_size: Height and width of the masks' crops.
-      num_threads, num_workers, skip_damaged: See `batches.endless_batches`.
 
     Returns:
-      Iterator of {'image': uint8 [local_batch, height, width, 3], padded with 0 on the right and at
-      the bottom, 'size': int32 [local_batch, 2], height and width without the padding, 'boxes':
-      float32 [local_batch, max_boxes, 4], left, top, right and bottom in pixels of the image,
-      'labels': int32 [local_batch, max_boxes], -1 where there is no object}, and with masks
-      {'masks': uint8 [local_batch, max_boxes, mask_size, mask_size], 1 inside the object,
-      'mask_boxes': float32 [local_batch, max_boxes, 4], the part of the image that each covers},
-      see `detection_masks.crop_mask`. Height and width are those of one of the canvases.
+      Iterator of {'image': uint8 [local_batch, height, width, 3], of one of the canvases, padded
+      with 0 on the right and at the bottom, 'size': int32 [local_batch, 2], height and width
+      without the padding, 'boxes': float32 [local_batch, max_boxes, 4], left, top, right and bottom
+      in pixels, 'labels': int32 [local_batch, max_boxes], -1 for none}, and with masks {'masks':
+      uint8 [local_batch, max_boxes, mask_size, mask_size], 1 inside the object, 'mask_boxes':
+      float32 [local_batch, max_boxes, 4], what each covers}, see `detection_masks.crop_mask`.
 
     Raises:
       ConfigError: If an argument cannot work.
@@ -80,17 +74,11 @@ def train_batches(
         if an image or a mask is damaged and not skipped.
     """
     places = make_canvases(preprocessing, scales, canvases)
-    if masks and not source.has_masks:
-        raise DataError(
-            f"{source.name!r} split '{source.split}' has no mask for some objects or for all; "
-            'train on boxes alone, or complete the annotations'
-        )
-    cells = mask_size if (source.has_masks if masks is None else masks) else None
-    options = DetectionOptions(places, flip, max_boxes, cells)
+    cells = mask_size if _makes_masks(source, masks) else None
     _check_batch_size(source, global_batch_size)
     return endless_batches(
         source,
-        _TrainExample(options),
+        _TrainExample(DetectionOptions(places, flip, max_boxes, cells)),
         global_batch_size=global_batch_size,
         image_size=places.sizes[0],
         seed=seed,
@@ -168,6 +156,15 @@ def _one_after_another(parts: Sequence[Batches]) -> Iterator[tuple[Batch, int]]:
             for batch in part:
                 yield batch, part.skipped - before
                 before = part.skipped
+
+
+def _makes_masks(source: DetectionSource, masks: bool | None) -> bool:
+    if masks and not source.has_masks:
+        raise DataError(
+            f"{source.name!r} split '{source.split}' has no mask for some objects or for all; "
+            'train on boxes alone, or complete the annotations'
+        )
+    return source.has_masks if masks is None else masks
 
 
 def _check_batch_size(source: DetectionSource, global_batch_size: int) -> None:
