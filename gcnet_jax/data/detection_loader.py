@@ -26,7 +26,7 @@ from gcnet_jax.data.detection_sources import DetectionSource
 from gcnet_jax.data.grouped_order import GroupedOrder
 from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.data.sizes import Size
-from gcnet_jax.errors import ConfigError, DataError
+from gcnet_jax.errors import DataError
 
 
 def train_batches(
@@ -75,7 +75,6 @@ def train_batches(
     """
     places = make_canvases(preprocessing, scales, canvases)
     cells = mask_size if _makes_masks(source, masks) else None
-    _check_batch_size(source, global_batch_size)
     return endless_batches(
         source,
         _TrainExample(DetectionOptions(places, flip, max_boxes, cells)),
@@ -127,7 +126,8 @@ def evaluation_batches(
       DataError: If an image fits on no canvas; while iterating, if one is damaged and not skipped.
     """
     places = make_canvases(preprocessing, sizes=canvases)
-    _check_batch_size(source, global_batch_size)
+    if len(source) == 0:
+        raise DataError('the source has no examples')
     chosen = places.choose_all(source)
     parts = []
     for number in np.unique(chosen):
@@ -165,14 +165,6 @@ def _makes_masks(source: DetectionSource, masks: bool | None) -> bool:
             'train on boxes alone, or complete the annotations'
         )
     return source.has_masks if masks is None else masks
-
-
-def _check_batch_size(source: DetectionSource, global_batch_size: int) -> None:
-    """Refuses what would divide by zero before the checks of `batches`."""
-    if len(source) == 0:
-        raise DataError('the source has no examples')
-    if global_batch_size < 1:
-        raise ConfigError(f'global_batch_size is {global_batch_size}; it is at least 1')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
