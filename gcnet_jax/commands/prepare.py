@@ -1,4 +1,4 @@
-"""The command prepare: a data set of a folder of images, with classes or with label maps."""
+"""The command prepare: a data set of a folder of images, with classes, label maps or objects."""
 
 import argparse
 import shlex
@@ -9,10 +9,13 @@ from gcnet_jax.commands.common import print_lines, refuse_flags
 from gcnet_jax.errors import one_line
 
 if TYPE_CHECKING:
+    from gcnet_jax.data.detection_folder import PreparedDetection
     from gcnet_jax.data.prepared import PreparedSet
     from gcnet_jax.data.segmentation_folder import PreparedSegmentation
 
-TASKS = ('classification', 'segmentation')
+TASKS = ('classification', 'segmentation', 'detection')
+SEGMENTATION_FLAGS = ('classes', 'labels', 'reduce_zero_label')
+SPLIT_FLAGS = ('test_fraction', 'seed')
 # Label names that come with the package, see `data.segmentation_labels`.
 LABEL_SETS = ('ade20k', 'cityscapes', 'voc')
 TEST_FRACTION = 0.1
@@ -23,7 +26,8 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
     prepare.add_argument(
         'directory',
         help='holds train/CLASS/IMAGE (and val, test) or CLASS/IMAGE; for segmentation '
-        'images/train/NAME.jpg and labels/train/NAME.png (and val, test)',
+        'images/train/NAME.jpg and labels/train/NAME.png (and val, test); for detection '
+        'annotations/instances_train.json (and val, test) and train/NAME.jpg, as COCO does',
     )
     prepare.add_argument('--name', required=True, help='what config.data.name will say')
     prepare.add_argument('--data-dir', help="where data sets live; default: TFDS's directory")
@@ -31,7 +35,7 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
         '--task',
         choices=TASKS,
         default=TASKS[0],
-        help='what the folder is for: one folder a class, or images and label maps',
+        help="what the folder is for: one folder a class, images and label maps, or COCO's format",
     )
     prepare.add_argument(
         '--test-fraction',
@@ -64,10 +68,13 @@ def add_prepare(commands: argparse._SubParsersAction) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     if options.task == 'segmentation':
-        refuse_flags(options, '--task segmentation', ('test_fraction', 'seed'))
+        refuse_flags(options, '--task segmentation', SPLIT_FLAGS)
         _prepare_segmentation(options)
+    elif options.task == 'detection':
+        refuse_flags(options, '--task detection', (*SPLIT_FLAGS, *SEGMENTATION_FLAGS))
+        _prepare_detection(options)
     else:
-        refuse_flags(options, '--task classification', ('classes', 'labels', 'reduce_zero_label'))
+        refuse_flags(options, '--task classification', SEGMENTATION_FLAGS)
         _prepare_classification(options)
 
 
@@ -124,6 +131,39 @@ def _prepare_segmentation(options: argparse.Namespace) -> None:
     _print_shares(prepared)
     command = _training_command(prepared, 'segmentation', options.data_dir, f'runs/{prepared.name}')
     print(f'train on it: {command}')
+
+
+def _prepare_detection(options: argparse.Namespace) -> None:
+    from gcnet_jax.data.detection_folder import prepare_detection
+
+    prepared = prepare_detection(
+        options.directory,
+        options.name,
+        options.data_dir,
+        skip_damaged=options.skip_damaged,
+        overwrite=options.overwrite,
+        progress=sys.stderr.isatty(),
+    )
+    print_lines(f'left out: {problem}' for problem in prepared.damaged)
+    if prepared.damaged:
+        print(f'left out: {len(prepared.damaged):,} in all')
+    _print_set(prepared)
+    _print_objects(prepared)
+
+
+def _print_objects(prepared: 'PreparedDetection') -> None:
+    for split, found in prepared.objects.items():
+        masks = 'with masks' if found.has_masks else 'boxes only'
+        print(
+            f'{split}: objects to train on: {found.targets:,} ({masks}), up to {found.most:,} in '
+            f'one image; others: {found.crowds:,} crowds, {found.degenerate:,} degenerate; images '
+            f'without objects: {found.backgrounds:,}'
+        )
+    print_lines(f'note: {note}' for note in prepared.notes)
+    counts = zip(prepared.label_names, prepared.label_counts, strict=True)
+    absent = [name for name, count in counts if not count]
+    if absent:
+        print_lines([f'not in any training image: {", ".join(absent)}'])
 
 
 def _print_set(prepared: 'PreparedSet') -> None:

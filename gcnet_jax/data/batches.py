@@ -6,13 +6,14 @@ position in the data is nothing but the step, and any number of processes, threa
 the same batches.
 
 What an example is, the caller says: `loader` makes images with labels, `segmentation_loader` images
-with label maps.
+with label maps, `detection_loader` images with objects, in an order of its own.
 """
 
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -43,6 +44,18 @@ class ExampleSource(Protocol):
         ...
 
 
+class Order(Protocol):
+    """An endless order of records, in place of one epoch after another; picklable."""
+
+    def __call__(self, position: int) -> int:
+        """Returns the record at a position."""
+        ...
+
+    def following(self, record: int) -> Iterator[int]:
+        """Yields a record, then those that may stand in for it if it is damaged."""
+        ...
+
+
 class Batches(Iterator[Batch]):
     """An iterator over batches. Dropping or closing it ends its threads.
 
@@ -50,7 +63,7 @@ class Batches(Iterator[Batch]):
       skipped: Damaged images met so far in the batches that were handed out (of this process).
     """
 
-    def __init__(self, dataset: grain.IterDataset) -> None:
+    def __init__(self, dataset: Iterable[tuple[Batch, int]]) -> None:
         self.skipped = 0
         self._iterator = iter(dataset)
 
@@ -87,6 +100,7 @@ def endless_batches(
     num_threads: int | None = None,
     num_workers: int = 0,
     skip_damaged: bool = False,
+    order: Order | None = None,
 ) -> Batches:
     """Returns this process's part of every training batch from `start_step` on, without end.
 
@@ -104,6 +118,7 @@ def endless_batches(
       num_workers: Processes that make batches; 0 for threads of this one. They are spawned, so the
         caller's script needs the usual `if __name__ == '__main__'`.
       skip_damaged: Replace a damaged record by the next readable one, and count it.
+      order: Which records make up the batches; None shuffles all of them anew for each epoch.
 
     Raises:
       ConfigError: If an argument cannot work.
@@ -111,8 +126,11 @@ def endless_batches(
     """
     _check_batch(source, global_batch_size, image_size, process_index, process_count)
     _check_start(seed, start_step)
-    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    dataset = dataset.random_map(_TrainExample(source, make, skip_damaged))
+    if order is None:
+        dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    else:
+        dataset = grain.MapDataset.range(sys.maxsize).seed(seed).map(order)
+    dataset = dataset.random_map(_TrainExample(source, make, skip_damaged, order))
     dataset = dataset.batch(
         global_batch_size // process_count, drop_remainder=True, batch_fn=_stack
     )
@@ -166,11 +184,10 @@ class _TrainExample:
     source: ExampleSource
     make: Callable[[Record, np.random.Generator], Example]
     skip_damaged: bool
+    order: Order | None = None
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[Example, int]:
-        length = len(self.source)
-        for skipped in range(length if self.skip_damaged else 1):
-            place = (int(index) + skipped) % length
+        for skipped, place in enumerate(self._following(int(index))):
             try:
                 return self.make(self.source[place], rng), skipped
             except UnlabelledError:
@@ -180,6 +197,12 @@ class _TrainExample:
                 if not self.skip_damaged:
                     raise _damaged(self.source, place, reason) from error
         raise DataError(f'{self.source.describe(0)} and all others are damaged: {reason}')
+
+    def _following(self, record: int) -> Iterator[int]:
+        if self.order is not None:
+            return self.order.following(record)
+        length = len(self.source)
+        return ((record + skipped) % length for skipped in range(length))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ class CocoSet:
       missing: Files of images that do not exist.
       categories: Name of each category by its id. Ids may have gaps.
       objects: The annotations of all images, see `coco_annotations.Annotations`.
+      ids: What the annotation file numbers them by.
       notes: What is unusual about the set, a line each; to be shown to the user.
     """
 
@@ -63,6 +64,7 @@ class CocoSet:
     missing: tuple[Path, ...]
     categories: dict[int, str]
     objects: Sequence[dict[str, Any]]
+    ids: tuple[int, ...]
     notes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -110,12 +112,17 @@ def load_coco(directory: str | os.PathLike, split: str | None = None) -> CocoSet
         missing=tuple(missing),
         categories=annotations.categories,
         objects=annotations.objects,
+        ids=annotations.ids,
         notes=notes,
     )
 
 
-def _find_file(root: Path, split: str | None) -> tuple[str, Path]:
-    """Returns the split and its annotation file; the split is empty for `instances.json`."""
+def annotation_files(root: Path) -> dict[str, Path]:
+    """Returns the annotation file of each split; the split is empty for `instances.json`.
+
+    Raises:
+      DataError: The folder cannot be read.
+    """
     if not root.is_dir():
         raise DataError(
             f'{one_line(root)} is not a directory; give the folder that holds annotations/'
@@ -132,6 +139,12 @@ def _find_file(root: Path, split: str | None) -> tuple[str, Path]:
             found = FILE_PATTERN.fullmatch(name)
             if found or name == PLAIN_FILE:
                 files.setdefault(found[1] if found else '', root / folder / name)
+    return files
+
+
+def _find_file(root: Path, split: str | None) -> tuple[str, Path]:
+    """Returns the split and its annotation file."""
+    files = annotation_files(root)
     if split is not None:
         if split not in files or not split:
             raise _no_split(root, split, files)

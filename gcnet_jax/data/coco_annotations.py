@@ -41,12 +41,14 @@ class Annotations:
       objects: One dictionary for each annotation, as pycocotools takes them: `id`, `image_id`,
         `category_id`, `bbox` (left, top, width and height in pixels), `area` in square pixels,
         `iscrowd`, and `segmentation` where there is one.
+      ids: What the file numbers the annotations by; `objects` are numbered anew.
       notes: What is unusual about it, a line each.
     """
 
     images: tuple[ImageEntry, ...]
     categories: dict[int, str]
     objects: list[dict[str, Any]]
+    ids: tuple[int, ...]
     notes: tuple[str, ...]
 
 
@@ -78,7 +80,8 @@ def check_annotations(contents: Any, file: object) -> Annotations:
     images = _check_images(parts['images'], file)
     categories = _check_categories(parts['categories'], file)
     objects, notes = _check_objects(parts['annotations'], images, categories, file)
-    return Annotations(tuple(images.values()), categories, objects, notes)
+    ids = tuple(entry['id'] for entry in parts['annotations'])
+    return Annotations(tuple(images.values()), categories, objects, ids, notes)
 
 
 def _check_images(entries: list[Any], file: object) -> dict[int, ImageEntry]:

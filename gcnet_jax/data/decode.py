@@ -10,7 +10,7 @@ from PIL import Image
 
 from gcnet_jax.data import image_limits
 from gcnet_jax.data.image_limits import DECODING_MEMORY, MAX_PIXELS, check_size
-from gcnet_jax.data.orientation import ORIENTATIONS, orientation, turn
+from gcnet_jax.data.orientation import ORIENTATIONS, orientation, turn, upright_size
 from gcnet_jax.errors import DataError, one_line
 
 # Only these decoders ever see the data. Others of Pillow start programs (EPS runs Ghostscript).
@@ -139,17 +139,22 @@ def to_array(image: Image.Image) -> RGB:
     return array
 
 
-def verify(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+def verify(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Makes sure that an image can be decoded, at the least cost that shows a truncated file.
+
+    Returns:
+      Height and width in pixels, turned as its EXIF orientation says.
 
     Raises:
       DataError: As `decode`.
     """
     with opened(data, max_pixels) as image:
+        size = upright_size(image, data)
         image.draft(
             'RGB', (1, 1)
         )  # A JPEG is read to its end, but decoded at an eighth of its size.
         to_rgb(image)
+        return size
 
 
 def decoding_error(error: Exception) -> str:

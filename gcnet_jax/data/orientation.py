@@ -45,6 +45,16 @@ def orientation(image: Image.Image, data: bytes = b'') -> int:
     return found if found in ORIENTATIONS else 1
 
 
+def upright_size(image: Image.Image, data: bytes = b'') -> tuple[int, int]:
+    """Returns height and width of an image once it is turned upright.
+
+    Args:
+      image, data: As for `orientation`.
+    """
+    width, height = image.size
+    return (width, height) if orientation(image, data) in SWAPPED else (height, width)
+
+
 def jpeg_orientation(data: bytes) -> int:
     """Returns the orientation in the EXIF metadata of a JPEG, 1 where there is none."""
     try:

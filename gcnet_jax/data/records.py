@@ -11,9 +11,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
+from gcnet_jax.data.sorting import sorted_in_files
 from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.files import as_path
 
@@ -74,18 +76,23 @@ class ImageSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         names = self._label_names
-        features = {
-            'image': tfds.features.Image(),
-            'label': tfds.features.LabeledImage(labels=list(names), encoding_format='png')
+        label = (
+            tfds.features.LabeledImage(labels=list(names), encoding_format='png')
             if self._label_maps
-            else tfds.features.ClassLabel(names=names),
-            'file_name': tfds.features.Text(),
-        }
+            else tfds.features.ClassLabel(names=names)
+        )
+        return self._make_info({'label': label}, supervised_keys=('image', 'label'))
+
+    def _make_info(
+        self, features: Mapping[str, tfds.features.FeatureConnector], **options: Any
+    ) -> tfds.core.DatasetInfo:
+        """Describes a set of images and their file names with more features."""
+        shared = {'image': tfds.features.Image(), 'file_name': tfds.features.Text()}
         return tfds.core.DatasetInfo(
             builder=self,
             description=self._description,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=('image', 'label'),
+            features=tfds.features.FeaturesDict(shared | features),
+            **options,
         )
 
     def _split_generators(self, dl_manager: object) -> dict[str, Iterable[Example]]:
@@ -123,7 +130,7 @@ def write_image_set(
         _remove_leftovers(root)
         with _directory_aside(root) as aside:
             builder = make_builder(aside)
-            with _quiet(progress):
+            with _quiet(progress), sorted_in_files():
                 builder.download_and_prepare(
                     # Otherwise TFDS looks in Google's storage for a set of this name.
                     download_config=tfds.download.DownloadConfig(try_download_gcs=False)
