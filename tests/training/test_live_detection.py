@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from gcnet_jax.data.on_device import normalize, zero_padding
+from gcnet_jax.models import layers
 from gcnet_jax.porting import port
 from gcnet_jax.stored import load_variables
 from gcnet_jax.tasks.detection_losses import detection_losses, total_loss
@@ -112,6 +113,25 @@ def their_numbers(theirs, proposals, shapes):
     return numbers
 
 
+def convolve(features, kernel, stride=1, groups=1, dilation=1):
+    """The convolution as one matrix product: in float64, XLA's own takes minutes on a CPU."""
+    size, _, inputs, outputs = kernel.shape
+    padding = dilation * (size - 1) // 2
+    out = [-(-side // stride) for side in features.shape[1:3]]
+    padded = jnp.pad(features, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    taps = [
+        padded[:, row : row + stride * (out[0] - 1) + 1 : stride][
+            :, :, column : column + stride * (out[1] - 1) + 1 : stride
+        ].reshape(len(features), *out, groups, inputs)
+        for row in range(0, dilation * size, dilation)
+        for column in range(0, dilation * size, dilation)
+    ]
+    taps = jnp.concatenate(taps, axis=-1)
+    kernel = kernel.reshape(size * size * inputs, groups, outputs // groups)
+    output = jnp.einsum('byxgc,cgo->byxgo', taps, kernel)
+    return output.reshape(len(features), *out, outputs)
+
+
 def make_step(model, variables):
     """A function `(params, batch, numbers) -> losses, gradient, outputs`, compiled."""
     frozen = frozen_paths(variables['params'], FROZEN)
@@ -149,6 +169,7 @@ def test_losses_and_gradient_of_a_step(config, tmp_path, monkeypatch):
     from tests.training.mmdetection_training import peer
 
     print(f'GCNET_SEED={SEED}')
+    monkeypatch.setattr(layers, 'convolve', convolve)
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     network = peer.build(config, train=True)
@@ -213,11 +234,11 @@ def check_gradients(ours, theirs):
     ):
         name = '/'.join(key.key for key in path)
         largest = np.abs(value).max()
-        if largest == 0:
+        if name.endswith('pool/logits/bias'):  # Below a softmax: rounding alone.
+            assert np.abs(mine).max() < 1e-6
+        elif largest == 0:
             assert name.startswith(('backbone/stem', 'backbone/stage1_')), name
             assert not mine.any(), name
-        elif 'context/pool/logits/bias' in name:  # Below a softmax: rounding alone.
-            assert np.abs(mine).max() < 1e-6
         else:
             differences[name] = float(np.abs(mine - value).max() / largest)
     ordered = sorted(differences, key=differences.get)
