@@ -13,15 +13,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gcnet_jax.ops.assignment import IGNORED, Thresholds, assign
 from gcnet_jax.ops.boxes import encode_deltas
+from gcnet_jax.ops.mask_targets import MASK_TARGET_SIZE
 from gcnet_jax.ops.sampling import sample
 
 # Number of anchors and of boxes of an image that are trained, and of objects' among them, at most.
 ANCHORS, OBJECT_ANCHORS = 256, 128
 BOXES, OBJECT_BOXES = 512, 128
+# Masks of each image that are computed, or skipped where no image has one, together.
+MASK_CHUNK = 16
 # Candidates of each level before suppression.
 CANDIDATES = 2000
 ANCHOR_THRESHOLDS = Thresholds(0.7, 0.3, 0.3)
@@ -134,9 +138,7 @@ def anchor_outputs(
         targets = delta_targets(anchors[index], objects, positive, stds)
         return logits[index], deltas[index], targets, positive, valid
 
-    found = jax.vmap(of_image)(
-        logits, deltas, allowed, batch['boxes'], batch['labels'], priorities
-    )
+    found = jax.vmap(of_image)(logits, deltas, allowed, batch['boxes'], batch['labels'], priorities)
     names = ('rpn_logits', 'rpn_deltas', 'rpn_targets', 'rpn_positive', 'rpn_valid')
     return dict(zip(names, found, strict=True))
 
@@ -199,3 +201,34 @@ def own_deltas(
         return deltas[:, :, 0]
     index = jnp.minimum(labels, deltas.shape[2] - 1)[:, :, None, None]
     return jnp.take_along_axis(deltas, index, axis=2)[:, :, 0]
+
+
+def mask_logits(
+    head: Callable,
+    features: Float[Array, 'batch n height width channel'],
+    labels: Int[Array, 'batch n'],
+    valid: Bool[Array, 'batch n'],
+) -> Float[Array, 'batch n 28 28']:
+    """Returns a mask head's logits of each box's class; zeros for chunks without a box.
+
+    A chunk is the next few places of all images, so that images may live on different devices.
+    """
+    batch, count = labels.shape
+    shape = (batch, MASK_CHUNK, MASK_TARGET_SIZE, MASK_TARGET_SIZE)
+
+    def compute(chunk):
+        features, labels = chunk
+        return head(features.reshape(-1, *features.shape[2:]), labels.reshape(-1)).reshape(shape)
+
+    def compute_or_skip(chunk):
+        *given, valid = chunk
+        dtype = jax.eval_shape(compute, given).dtype
+        return lax.cond(valid.any(), compute, lambda _: jnp.zeros(shape, dtype), given)
+
+    chunks = [
+        jnp.moveaxis(values.reshape(batch, -1, MASK_CHUNK, *values.shape[2:]), 1, 0)
+        for values in (features, labels, valid)
+    ]
+    return jnp.moveaxis(lax.map(compute_or_skip, tuple(chunks)), 0, 1).reshape(
+        batch, count, *shape[2:]
+    )

@@ -30,17 +30,19 @@ from gcnet_jax.models.roi_heads import (
 )
 from gcnet_jax.models.rpn import STDS as ANCHOR_STDS
 from gcnet_jax.models.rpn import Proposals, RPNHead, anchor_boxes, propose
+from gcnet_jax.ops.assignment import Thresholds
 from gcnet_jax.ops.boxes import decode_deltas
-from gcnet_jax.ops.mask_targets import MASK_TARGET_SIZE, mask_targets
+from gcnet_jax.ops.mask_targets import mask_targets
 from gcnet_jax.ops.roi_align import roi_align
 
 STRIDES = (4, 8, 16, 32, 64)
 # Masks that are computed, or skipped, together.
 MASK_CHUNK = 10
-# Masks of each image that are trained, or skipped, together.
-TRAINING_MASK_CHUNK = 16
 # Standard deviations of the deltas of each stage of the cascade; Mask R-CNN is the first alone.
 STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+# Methods that have no parameters and compute each image by itself: all their arrays are batches of
+# images, and their keywords are static. A batch on several devices needs no exchange for them.
+PER_IMAGE = frozenset({'choose_anchors', 'choose_boxes', 'sample'})
 
 
 class MaskRCNN(nn.Module):
@@ -157,16 +159,19 @@ class MaskRCNN(nn.Module):
 
         rules = training.CASCADE if self.cascade else training.MASK_RCNN
         sizes = batch['size'].astype(jnp.float32)
+        objects = {name: batch[name] for name in ('boxes', 'labels')}
         pyramid = self.pyramid(images, train=train)
-        outputs, proposals = self._train_proposals(pyramid, sizes, batch, rules, priorities)
-        boxes, valid = proposals.boxes, proposals.valid
+        shapes = [features.shape[1:3] for features in pyramid]
+        logits, deltas = self.rpn_head(pyramid)
+        numbers = priorities(0, (len(images), sum(part.shape[1] for part in logits)))
+        outputs, (boxes, _, valid) = self.choose_anchors(
+            logits, deltas, sizes, objects, numbers, shapes=shapes, rules=rules
+        )
         outputs['proposals'] = boxes
         for stage, thresholds in enumerate(rules.thresholds):
             count = batch['boxes'].shape[1] + boxes.shape[1]
             numbers = priorities(stage + 1, (len(images), count))
-            chosen = training.choose_boxes(
-                boxes, valid, batch, thresholds, self.num_classes, numbers
-            )
+            chosen = self.choose_boxes(boxes, valid, objects, numbers, thresholds=thresholds)
             found, deltas = self._train_boxes(stage, pyramid, chosen, batch)
             outputs |= found
             outputs |= self._train_masks(stage, pyramid, chosen, batch, images.shape[1:3])
@@ -203,17 +208,19 @@ class MaskRCNN(nn.Module):
         ]
         return propose(*self.rpn_head(pyramid), anchors, image_sizes)
 
-    def _train_proposals(
+    def choose_anchors(
         self,
-        pyramid,
+        logits: list[Float[Array, 'batch _']],
+        deltas: list[Float[Array, 'batch _ 4']],
         image_sizes: Float[Array, 'batch 2'],
-        batch: Mapping[str, Array],
+        objects: Mapping[str, Array],
+        numbers: Float[Array, 'batch n'],
+        *,
+        shapes: Sequence[tuple[int, int]],
         rules: training.TrainingRules,
-        priorities: training.Priorities,
     ) -> tuple[dict[str, Array], Proposals]:
-        shapes = [features.shape[1:3] for features in pyramid]
+        """Returns the proposal network's outputs that are trained, and the proposals."""
         anchors = [anchor_boxes(*shape, s) for shape, s in zip(shapes, STRIDES, strict=True)]
-        logits, deltas = self.rpn_head(pyramid)
         allowed = training.trained_anchors(
             anchors, shapes, STRIDES, image_sizes, whole=rules.whole_anchors
         )
@@ -223,8 +230,8 @@ class MaskRCNN(nn.Module):
             jnp.concatenate(anchors),
             allowed,
             ANCHOR_STDS,
-            batch,
-            priorities(0, allowed.shape),
+            objects,
+            numbers,
         )
         logits, deltas = lax.stop_gradient((logits, deltas))
         proposals = propose(
@@ -232,10 +239,22 @@ class MaskRCNN(nn.Module):
         )
         return outputs, proposals
 
+    def choose_boxes(
+        self,
+        boxes: Float[Array, 'batch n 4'],
+        valid: Bool[Array, 'batch n'],
+        objects: Mapping[str, Array],
+        numbers: Float[Array, 'batch m'],
+        *,
+        thresholds: Thresholds,
+    ) -> training.TrainedBoxes:
+        """Returns the boxes that a head is trained on, see `detector_training.choose_boxes`."""
+        return training.choose_boxes(boxes, valid, objects, thresholds, self.num_classes, numbers)
+
     def _train_boxes(
         self, stage: int, pyramid, chosen: training.TrainedBoxes, batch: Mapping[str, Array]
     ) -> tuple[dict[str, Array], Float[Array, 'batch n boxes 4']]:
-        logits, deltas = self.box_head[stage](self._sample(pyramid, chosen.boxes, BOX_SIZE))
+        logits, deltas = self.box_head[stage](self.sample(pyramid, chosen.boxes, size=BOX_SIZE))
         logits, deltas = (
             values.reshape(*chosen.labels.shape, *values.shape[1:]) for values in (logits, deltas)
         )
@@ -243,9 +262,7 @@ class MaskRCNN(nn.Module):
         outputs = {
             'logits': logits,
             'deltas': training.own_deltas(deltas, chosen.labels),
-            'targets': training.delta_targets(
-                chosen.boxes, objects, chosen.positive, STDS[stage]
-            ),
+            'targets': training.delta_targets(chosen.boxes, objects, chosen.positive, STDS[stage]),
             'labels': chosen.labels,
             'positive': chosen.positive,
             'valid': chosen.valid,
@@ -261,14 +278,16 @@ class MaskRCNN(nn.Module):
         image_shape: tuple[int, int],
     ) -> dict[str, Array]:
         chosen = jax.tree.map(lambda values: values[:, : training.OBJECT_BOXES], chosen)
-        features = self._sample(pyramid, chosen.boxes, MASK_SIZE)
+        features = self.sample(pyramid, chosen.boxes, size=MASK_SIZE)
         features = features.reshape(*chosen.labels.shape, *features.shape[1:])
         labels = jnp.minimum(chosen.labels, self.num_classes - 1)
         targets = jax.vmap(partial(mask_targets, image_shape=image_shape))(
             batch['masks'], batch['mask_boxes'], chosen.boxes, chosen.objects
         )
         head, variables = self.mask_head[stage].unbind()
-        logits = _mask_logits(partial(head.apply, variables), features, labels, chosen.positive)
+        logits = training.mask_logits(
+            partial(head.apply, variables), features, labels, chosen.positive
+        )
         return {
             f'mask_logits_{stage}': logits,
             f'mask_targets_{stage}': targets,
@@ -282,7 +301,7 @@ class MaskRCNN(nn.Module):
         boxes, logits = proposals.boxes, []
         stages = STDS[: len(self.box_head)]
         for index, stds in enumerate(stages):
-            found, deltas = self.box_head[index](self._sample(pyramid, boxes, BOX_SIZE))
+            found, deltas = self.box_head[index](self.sample(pyramid, boxes, size=BOX_SIZE))
             logits.append(found.reshape(*boxes.shape[:2], -1))
             deltas = deltas.reshape(*boxes.shape[:2], *deltas.shape[1:])
             if index + 1 < len(stages):
@@ -297,7 +316,7 @@ class MaskRCNN(nn.Module):
         Where there are fewer detections than places, the heads do not run for chunks of empty
         places, which get zeros.
         """
-        features = self._sample(pyramid, detections.boxes, MASK_SIZE)
+        features = self.sample(pyramid, detections.boxes, size=MASK_SIZE)
         labels = detections.labels.reshape(-1)
         if self.is_initializing():
             masks = _mean_mask(self.mask_head, features, labels)
@@ -327,43 +346,13 @@ class MaskRCNN(nn.Module):
         masks = lax.map(compute_or_skip, tuple(chunks))
         return masks.reshape(-1, *masks.shape[2:])
 
-    def _sample(
-        self, pyramid, boxes: Float[Array, 'batch n 4'], size: int
+    def sample(
+        self, pyramid, boxes: Float[Array, 'batch n 4'], *, size: int
     ) -> Float[Array, 'batch_n {size} {size} channel']:
+        """Returns the features of every image's boxes."""
         batch, count, _ = boxes.shape
         images = jnp.repeat(jnp.arange(batch), count)
         return roi_align(pyramid[:4], STRIDES[:4], boxes.reshape(-1, 4), images, size)
-
-
-def _mask_logits(
-    head: Callable,
-    features: Float[Array, 'batch n height width channel'],
-    labels: Int[Array, 'batch n'],
-    valid: Bool[Array, 'batch n'],
-) -> Float[Array, 'batch n 28 28']:
-    """The head's logits of each box's class; zeros for chunks in which no image has a box.
-
-    A chunk is the next few places of all images, so that images may live on different devices.
-    """
-    batch, count = labels.shape
-    shape = (batch, TRAINING_MASK_CHUNK, MASK_TARGET_SIZE, MASK_TARGET_SIZE)
-
-    def compute(chunk):
-        features, labels = chunk
-        return head(features.reshape(-1, *features.shape[2:]), labels.reshape(-1)).reshape(shape)
-
-    def compute_or_skip(chunk):
-        *given, valid = chunk
-        dtype = jax.eval_shape(compute, given).dtype
-        return lax.cond(valid.any(), compute, lambda _: jnp.zeros(shape, dtype), given)
-
-    chunks = [
-        jnp.moveaxis(values.reshape(batch, -1, TRAINING_MASK_CHUNK, *values.shape[2:]), 1, 0)
-        for values in (features, labels, valid)
-    ]
-    return jnp.moveaxis(lax.map(compute_or_skip, tuple(chunks)), 0, 1).reshape(
-        batch, count, *shape[2:]
-    )
 
 
 def _mean_mask(

@@ -14,6 +14,7 @@ from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from gcnet_jax.context.common import float32_or_wider
 from gcnet_jax.models.layers import Conv
 from gcnet_jax.ops.boxes import decode_deltas
 from gcnet_jax.ops.nms import keep_sorted, separate, sort_by_score
@@ -61,9 +62,10 @@ class RPNHead(nn.Module):
         logits, deltas = conv('logits', len(RATIOS), 1), conv('deltas', 4 * len(RATIOS), 1)
         outputs = [nn.relu(shared(features)) for features in pyramid]
         batch = pyramid[0].shape[0]
+        dtype = float32_or_wider(outputs[0].dtype)
         return (
-            [logits(values).reshape(batch, -1).astype(jnp.float32) for values in outputs],
-            [deltas(values).reshape(batch, -1, 4).astype(jnp.float32) for values in outputs],
+            [logits(values).reshape(batch, -1).astype(dtype) for values in outputs],
+            [deltas(values).reshape(batch, -1, 4).astype(dtype) for values in outputs],
         )
 
 

@@ -36,12 +36,12 @@ def mask_targets(
       out: Height and width of the result.
     """
     cells = masks.shape[1]
-    regions = regions[objects]
+    regions = regions[objects].astype(boxes.dtype)
     (columns, across), (rows, down) = (
         _axis_weights(boxes[:, axis::2], regions[:, axis::2], side, cells, out)
         for axis, side in ((0, image_shape[1]), (1, image_shape[0]))
     )
-    chosen = masks[objects].astype(jnp.float32)
+    chosen = masks[objects].astype(boxes.dtype)
     sums = jnp.einsum('nyh,nhw->nyw', rows, chosen, precision=lax.Precision.HIGHEST)
     sums = jnp.einsum('nxw,nyw->nyx', columns, sums, precision=lax.Precision.HIGHEST)
     # Compared with the number of samples and not divided by it: a half stays exactly a half.
@@ -76,7 +76,7 @@ def _axis_weights(
     first, last = in_cells(jnp.full_like(low, 0.5)), in_cells(jnp.full_like(low, side - 0.5))
     most = -(-2 * cells // out)
     samples = jnp.minimum(jnp.ceil(step), most)
-    centres = jnp.arange(cells, dtype=jnp.float32)
+    centres = jnp.arange(cells, dtype=boxes.dtype)
 
     def add_sample(index: Array, weights: Array) -> Array:
         place = (index + 0.5) / jnp.maximum(samples, 1)
@@ -85,5 +85,5 @@ def _axis_weights(
         near = jnp.maximum(1 - jnp.abs(x[..., None] - centres), 0)
         return weights + jnp.where((index < samples)[:, None, None], near, 0)
 
-    weights = jnp.zeros((low.shape[0], out, cells), jnp.float32)
+    weights = jnp.zeros((low.shape[0], out, cells), boxes.dtype)
     return lax.fori_loop(0, most, add_sample, weights), samples

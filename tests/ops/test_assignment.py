@@ -99,6 +99,4 @@ def test_absent_objects_and_invalid_boxes_change_nothing():
     found = compute(boxes, valid, objects, present, thresholds=RPN)
     boxes = np.where(valid[:, None], boxes, objects[0])  # The best box there could be.
     objects = np.where(present[:, None], objects, boxes[np.flatnonzero(valid)[0]])
-    np.testing.assert_array_equal(
-        compute(boxes, valid, objects, present, thresholds=RPN), found
-    )
+    np.testing.assert_array_equal(compute(boxes, valid, objects, present, thresholds=RPN), found)

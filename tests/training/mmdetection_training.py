@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import torch
+from mmengine.structures import InstanceData
 
 from tests.porting import mmdetection_peer as peer
-from mmdet.models.dense_heads import anchor_head  # isort: skip
-from mmdet.models.task_modules.samplers import RandomSampler  # isort: skip
-from mmdet.structures import DetDataSample  # isort: skip
-from mmdet.structures.mask import BitmapMasks  # isort: skip
-from mmengine.structures import InstanceData  # isort: skip
+
+structures = peer.mmdet.structures
+anchor_head = peer.mmdet.models.dense_heads.anchor_head
+RandomSampler = peer.mmdet.models.task_modules.samplers.RandomSampler
 
 
 @dataclasses.dataclass
@@ -94,9 +94,9 @@ def step(model, images, sizes, boxes, labels, masks, monkeypatch) -> Step:
     return Step(losses, gradients, choices, allowed)
 
 
-def _sample(shape, size, boxes, labels, masks) -> DetDataSample:
+def _sample(shape, size, boxes, labels, masks) -> structures.DetDataSample:
     padded = tuple(-(-int(side) // 32) * 32 for side in size)
-    sample = DetDataSample(
+    sample = structures.DetDataSample(
         metainfo={
             'img_shape': tuple(int(side) for side in size),
             'pad_shape': padded,
@@ -107,12 +107,9 @@ def _sample(shape, size, boxes, labels, masks) -> DetDataSample:
     sample.gt_instances = InstanceData(
         bboxes=torch.from_numpy(boxes),
         labels=torch.from_numpy(labels.astype(np.int64)),
-        masks=BitmapMasks(masks, *shape),
+        masks=structures.mask.BitmapMasks(masks, *shape),
     )
     sample.ignored_instances = InstanceData(
         bboxes=torch.zeros((0, 4)), labels=torch.zeros(0, dtype=torch.int64)
     )
     return sample
-
-
-__all__ = ['Choice', 'Step', 'peer', 'step']

@@ -45,7 +45,10 @@ def make_objects(rng):
         low[0] = 0
         high = np.minimum(low + rng.uniform(12, 100, (count, 2)), size[::-1])
         corners = np.concatenate([low, high], axis=1).astype(np.float32)
-        corners[1] = np.round(corners[1])  # Many anchors may overlap it by the same.
+        # Many anchors may overlap a box in whole pixels by the same. Its sides are odd: else cells
+        # of its mask can be covered by half, where rounding decides what they are.
+        corners[1, :2] = np.floor(corners[1, :2])
+        corners[1, 2:] = corners[1, :2] + (corners[1, 2:] - corners[1, :2]) // 2 * 2 - 1
         bitmaps = np.zeros((count, *SHAPE), np.uint8)
         for bitmap, box in zip(bitmaps, corners, strict=True):
             left, top, right, bottom = np.round(box).astype(int)
@@ -192,9 +195,7 @@ def test_losses_and_gradient_of_a_step(config, tmp_path, monkeypatch):
     _, expected = ported({**theirs.gradients, **buffers}, 'gradient')
 
     model = description.build()
-    model = model.clone(
-        dtype=jnp.float64, backbone=model.backbone.clone(dtype=jnp.float64)
-    )
+    model = model.clone(dtype=jnp.float64, backbone=model.backbone.clone(dtype=jnp.float64))
     variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), variables)
     batch = {**make_batch(*objects), 'image': images}
     stages = len(theirs.choices) // 2 - 1
@@ -242,5 +243,7 @@ def check_gradients(ours, theirs):
         else:
             differences[name] = float(np.abs(mine - value).max() / largest)
     ordered = sorted(differences, key=differences.get)
-    print(f'{len(ordered)} tensors; ' + ', '.join(f'{n} {differences[n]:.1e}' for n in ordered[-5:]))
+    print(
+        f'{len(ordered)} tensors; ' + ', '.join(f'{n} {differences[n]:.1e}' for n in ordered[-5:])
+    )
     assert differences[ordered[-1]] < 1e-4
