@@ -64,7 +64,7 @@ def step(request, random_variables):
 
 
 def test_every_parameter_learns_and_only_from_finite_numbers(step):
-    _, variables, compute = step
+    model, variables, compute = step
     (total, (losses, _)), gradients = compute(variables['params'], 0)
     assert np.isfinite(total)
     assert all(value > 0 for value in losses.values())
@@ -74,17 +74,23 @@ def test_every_parameter_learns_and_only_from_finite_numbers(step):
         assert np.isfinite(gradient).all(), name
         if not gradient.any():
             still.add(name.partition('/')[0])
-    assert not still
+    # In images this small no box is read from the coarse maps, and no anchor on them is whole.
+    assert still <= ({'neck'} if model.cascade else set())
 
 
-def test_a_small_step_down_the_gradient_lowers_the_loss_by_its_square(step):
-    _, variables, compute = step
+def test_a_small_step_down_the_heads_gradient_lowers_the_loss_by_its_square(step):
+    model, variables, compute = step
     (before, _), gradients = compute(variables['params'], 0)
-    square = sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradients))
-    rate = 1e-5 * float(before) / square
+    # Not of what proposes boxes, or moves them: other boxes make another loss.
+    last = f'box_head_{2 if model.cascade else 0}'
+    heads = [name for name in gradients if name.startswith('mask_head') or name == last]
+    leaves = jax.tree.leaves([gradients[name] for name in heads])
+    square = sum(float((leaf**2).sum()) for leaf in leaves)
+    rate = 1e-3 * float(before) / square
     moved = jax.tree.map(lambda leaf, slope: leaf - rate * slope, variables['params'], gradients)
+    moved = {**variables['params'], **{name: moved[name] for name in heads}}
     (after, _), _ = compute(moved, 0)
-    assert before - after == pytest.approx(rate * square, rel=0.3)
+    assert before - after == pytest.approx(rate * square, rel=0.1)
 
 
 def test_the_choice_follows_the_key(step):
