@@ -53,6 +53,37 @@ def total_loss(losses: Mapping[str, Float[Array, '']]) -> Float[Array, '']:
     return total
 
 
+def loss_sums(outputs: Mapping[str, Array]) -> dict[str, Float[Array, '']]:
+    """Returns what a task's `loss` adds up over the parts of a batch, see `gcnet_jax.tasks.Task`.
+
+    All but the counts are means times the number of images, so that the divisor (the task's
+    `weight`) is the number of images. In a batch that is computed in parts, each part has means of
+    its own, as in mmdetection's accumulation of gradients.
+
+    Args:
+      outputs: Of `MaskRCNN.training_outputs`.
+
+    Returns:
+      'loss'; its weighted terms 'rpn_class', 'rpn_box', 'class', 'box' and 'mask', each summed over
+      the stages; and of the first box head 'positives', the number of chosen boxes of objects,
+      'boxes', that of all chosen boxes, and 'correct', of those that got their label.
+    """
+    losses = detection_losses(outputs)
+    images = outputs['rpn_logits'].shape[0]
+    terms = {name: losses[name] for name in ('rpn_class', 'rpn_box')}
+    for kind in ('class', 'box', 'mask'):
+        stages = (losses.get(f'{kind}_{stage}') for stage in range(len(STAGE_WEIGHTS)))
+        weighted = zip(STAGE_WEIGHTS, stages, strict=True)
+        terms[kind] = sum(weight * value for weight, value in weighted if value is not None)
+    terms['loss'] = sum(terms.values())
+    valid, answers = outputs['box_valid_0'], jnp.argmax(outputs['box_logits_0'], axis=-1)
+    correct = (answers == outputs['box_labels_0']) & valid
+    counts = {'positives': outputs['box_positive_0'], 'boxes': valid, 'correct': correct}
+    return {name: images * value for name, value in terms.items()} | {
+        name: jnp.sum(values.astype(jnp.float32)) for name, values in counts.items()
+    }
+
+
 def rpn_losses(outputs: Mapping[str, Array], beta: float) -> dict[str, Float[Array, '']]:
     """Returns 'rpn_class' and 'rpn_box', both over the number of chosen anchors.
 

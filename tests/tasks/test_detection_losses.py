@@ -4,7 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from gcnet_jax.tasks.detection_losses import detection_losses, smooth_l1, total_loss
+from gcnet_jax.tasks.detection_losses import (
+    detection_losses,
+    loss_sums,
+    smooth_l1,
+    total_loss,
+)
 
 CLASSES, BETAS = 4, {1: (0.0, 0.0), 3: (1 / 9, 1.0)}
 
@@ -94,6 +99,20 @@ def test_every_term(stages):
         terms = (expected[f'{kind}_{stage}'] for kind in ('class', 'box', 'mask'))
         total += 0.5**stage * sum(terms)
     assert total_loss(losses) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize('stages', [1, 3])
+def test_sums_are_means_times_images(stages):
+    outputs = draw_outputs(stages)
+    losses, sums = detection_losses(outputs), jax.jit(loss_sums)(outputs)
+    assert sums['loss'] == pytest.approx(2 * float(total_loss(losses)), rel=1e-5)
+    boxes = sum(0.5**stage * losses[f'box_{stage}'] for stage in range(stages))
+    assert sums['box'] == pytest.approx(2 * float(boxes), rel=1e-5)
+    terms = ('rpn_class', 'rpn_box', 'class', 'box', 'mask')
+    assert sums['loss'] == pytest.approx(sum(float(sums[name]) for name in terms), rel=1e-5)
+    assert (sums['positives'], sums['boxes']) == (3, 12 + 9)
+    right = outputs['box_logits_0'].argmax(-1) == outputs['box_labels_0']
+    assert sums['correct'] == (right & outputs['box_valid_0']).sum()
 
 
 def test_places_that_are_left_over_have_no_part():
