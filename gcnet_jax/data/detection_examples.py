@@ -16,12 +16,11 @@ from gcnet_jax.data.batches import Example
 from gcnet_jax.data.decode import RGB, decode_upright
 from gcnet_jax.data.detection_canvases import Canvases
 from gcnet_jax.data.detection_masks import crop_mask, draw_mask, resized_grid
+from gcnet_jax.data.detection_ranges import FLIP, MASK_SIZE, MAX_BOXES, MOST_BOXES, MOST_CELLS
 from gcnet_jax.data.detection_set import is_target
 from gcnet_jax.data.keep_ratio import pad, resize, shape_within
 from gcnet_jax.errors import ConfigError, DataError
 
-MAX_BOXES, MASK_SIZE, FLIP = 100, 112, 0.5
-MOST_BOXES, MOST_CELLS = 1000, 1024
 # The label of a place that holds no object.
 NO_LABEL = -1
 

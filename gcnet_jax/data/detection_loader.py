@@ -14,14 +14,12 @@ from jaxtyping import Int
 from gcnet_jax.data.batches import Batch, Batches, Example, batches_of_all, endless_batches
 from gcnet_jax.data.detection_canvases import Limits, make_canvases
 from gcnet_jax.data.detection_examples import (
-    FLIP,
-    MASK_SIZE,
-    MAX_BOXES,
     DetectionOptions,
     evaluation_example,
     evaluation_filling,
     training_example,
 )
+from gcnet_jax.data.detection_ranges import FLIP, MASK_SIZE, MAX_BOXES
 from gcnet_jax.data.detection_sources import DetectionSource
 from gcnet_jax.data.grouped_order import GroupedOrder
 from gcnet_jax.data.preprocessing import KeepRatio

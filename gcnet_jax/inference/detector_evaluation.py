@@ -4,8 +4,8 @@ import contextlib
 
 from gcnet_jax.data.coco import CocoSet
 from gcnet_jax.errors import DataError
-from gcnet_jax.inference.coco_evaluation import CocoEvaluation, CocoEvaluator
 from gcnet_jax.inference.detector import Detector
+from gcnet_jax.tasks.coco_evaluator import CocoEvaluation, CocoEvaluator
 
 
 def evaluate_detector(

@@ -116,7 +116,7 @@ def evaluate(
         num_threads=num_threads,
         skip_damaged=skip_damaged,
     )
-    evaluation = classifier.task.evaluation(classifier.num_classes)
+    evaluation = classifier.task.evaluation(source)
     seconds = _add_all(classifier, evaluation, batches, len(source), progress)
     metrics = evaluation.metrics()
     examples = int(metrics.pop('examples'))

@@ -134,7 +134,8 @@ class MaskRCNN(nn.Module):
           batch: 'size', height and width of each image without padding, [batch, 2]; its objects,
             'boxes' in pixels of `images`, float32 [batch, m, 4], 'labels', int32 [batch, m], -1
             where there is none, and their masks as crops, 'masks', uint8 [batch, m, cells, cells],
-            with the part of the image that each covers, 'mask_boxes', float32 [batch, m, 4].
+            with the part of the image that each covers, 'mask_boxes', float32 [batch, m, 4]. Where
+            'masks' is missing the mask heads are not trained.
           train: Whether the backbone's norms use the statistics of the batch.
           priorities: Called with the number of a choice and `(batch, n)`, it returns the random
             numbers of that choice, see `gcnet_jax.ops.sampling.sample`: choice 0 is of anchors, of
@@ -174,7 +175,8 @@ class MaskRCNN(nn.Module):
             chosen = self.choose_boxes(boxes, valid, objects, numbers, thresholds=thresholds)
             found, deltas = self._train_boxes(stage, pyramid, chosen, batch)
             outputs |= found
-            outputs |= self._train_masks(stage, pyramid, chosen, batch, images.shape[1:3])
+            if 'masks' in batch:
+                outputs |= self._train_masks(stage, pyramid, chosen, batch, images.shape[1:3])
             # As in mmdetection the next head gets the moved boxes that were chosen here, of which
             # the objects' own are left out: they are added anew.
             move = jax.vmap(decode_deltas, in_axes=(0, 0, None, 0))

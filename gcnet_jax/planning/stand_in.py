@@ -12,6 +12,7 @@ class StandInSource:
     label_names: tuple[str, ...]
     length: int
     is_multilabel: bool = False
+    has_masks: bool = True
 
     @property
     def num_classes(self) -> int:

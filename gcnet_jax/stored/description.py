@@ -10,7 +10,7 @@ from flax import linen as nn
 from gcnet_jax.data.preprocessing import IMAGENET, KeepRatio, Preprocessing
 from gcnet_jax.errors import CheckpointError, ConfigError, one_line
 from gcnet_jax.models.registry import create_model
-from gcnet_jax.tasks import STORED_TASKS
+from gcnet_jax.tasks import TASKS
 
 # Version 2 has a task, and sizes that are not square.
 FORMAT_VERSION = 2
@@ -54,7 +54,7 @@ class ModelDescription:
                 and all(isinstance(n, str) and len(n) <= MAX_TEXT for n in self.label_names),
                 'preprocessing': isinstance(self.preprocessing, _preprocessing_of(self.task)),
                 'source': isinstance(self.source, str) and len(self.source) <= MAX_TEXT,
-                'task': isinstance(self.task, str) and self.task in STORED_TASKS,
+                'task': isinstance(self.task, str) and self.task in TASKS,
             }.items()
             if not is_right
         ]
@@ -95,10 +95,10 @@ class ModelDescription:
                 f'{place}: damaged or incomplete model description: missing or unknown {different}'
             )
         task = fields.get('task')
-        if isinstance(task, str) and task not in STORED_TASKS:
+        if isinstance(task, str) and task not in TASKS:
             raise CheckpointError(
                 f'{place}: its task is {one_line(task, 40)}; this package knows '
-                f'{", ".join(STORED_TASKS)}: use the version of gcnet_jax that wrote it'
+                f'{", ".join(TASKS)}: use the version of gcnet_jax that wrote it'
             )
         try:
             preprocessing = {k: _tuple(v) for k, v in dict(fields['preprocessing']).items()}

@@ -2,15 +2,16 @@
 
 from gcnet_jax.errors import ConfigError, unknown_name
 from gcnet_jax.tasks.classification import Classification
+from gcnet_jax.tasks.detection import Detection
 from gcnet_jax.tasks.label_task import LabelTask
 from gcnet_jax.tasks.multilabel import MultiLabel
 from gcnet_jax.tasks.segmentation import Segmentation
 from gcnet_jax.tasks.task import Evaluation, Examples, OutputPlan, Task
 
 __all__ = [
-    'STORED_TASKS',
     'TASKS',
     'Classification',
+    'Detection',
     'Evaluation',
     'Examples',
     'LabelTask',
@@ -22,10 +23,8 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, MultiLabel, Segmentation)
+    task.name: task for task in (Classification, MultiLabel, Segmentation, Detection)
 }
-# What stored networks are for; detectors are not trained here yet.
-STORED_TASKS = (*TASKS, 'detection')
 
 
 def find_task(name: object) -> type[Task]:

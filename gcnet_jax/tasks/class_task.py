@@ -1,5 +1,8 @@
 """What the tasks have in common whose networks answer with classes that have names."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from gcnet_jax.tasks.label_names import check_same_labels, check_splits, plan_classifier
 from gcnet_jax.tasks.task import Described, Examples, OutputPlan, Task
 
@@ -23,3 +26,13 @@ class ClassTask(Task):
         cls, here: Described, there: Described, new_classifier: bool | None, place: str
     ) -> OutputPlan:
         return plan_classifier(here, there, new_classifier, place)
+
+
+def as_backbone(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a classifier's variables, without its last layer, as those of a backbone."""
+    return {
+        collection: {
+            'backbone': {name: leaf for name, leaf in tree.items() if name != 'classifier'}
+        }
+        for collection, tree in variables.items()
+    }

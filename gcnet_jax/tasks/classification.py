@@ -21,7 +21,7 @@ from gcnet_jax.tasks.losses import (
     is_highest,
     smooth_labels,
 )
-from gcnet_jax.tasks.task import Batch, Sums
+from gcnet_jax.tasks.task import Batch, Examples, Sums
 
 
 def _is_class_weights(value: Any) -> bool:
@@ -125,8 +125,8 @@ class Classification(LabelTask):
         return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
     @classmethod
-    def evaluation(cls, num_classes: int) -> 'ClassificationEvaluation':
-        return ClassificationEvaluation(num_classes)
+    def evaluation(cls, source: Examples) -> 'ClassificationEvaluation':
+        return ClassificationEvaluation(source.num_classes)
 
 
 def _class_weights(setting: Any, source: Any) -> tuple[float, ...] | None:

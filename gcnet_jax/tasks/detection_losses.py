@@ -27,18 +27,16 @@ def detection_losses(outputs: Mapping[str, Array]) -> dict[str, Float[Array, '']
 
     Returns:
       'rpn_class' and 'rpn_box' of the proposal network; of each stage k 'class_k' (cross-entropy),
-      'box_k' and 'mask_k'. `total_loss` sums them up.
+      'box_k' and, where masks are trained, 'mask_k'. `total_loss` sums them up.
     """
     stages = sum(name.startswith('box_logits_') for name in outputs)
     is_cascade = stages > 1
     losses = rpn_losses(outputs, CASCADE_RPN_BETA if is_cascade else 0.0)
     for stage in range(stages):
         terms = box_losses(outputs, stage, CASCADE_BOX_BETA if is_cascade else 0.0)
-        terms['mask'] = mask_loss(
-            outputs[f'mask_logits_{stage}'],
-            outputs[f'mask_targets_{stage}'],
-            outputs[f'mask_valid_{stage}'],
-        )
+        if f'mask_logits_{stage}' in outputs:
+            names = (f'mask_{name}_{stage}' for name in ('logits', 'targets', 'valid'))
+            terms['mask'] = mask_loss(*(outputs[name] for name in names))
         losses |= {f'{name}_{stage}': value for name, value in terms.items()}
     return losses
 
@@ -72,9 +70,13 @@ def loss_sums(outputs: Mapping[str, Array]) -> dict[str, Float[Array, '']]:
     images = outputs['rpn_logits'].shape[0]
     terms = {name: losses[name] for name in ('rpn_class', 'rpn_box')}
     for kind in ('class', 'box', 'mask'):
-        stages = (losses.get(f'{kind}_{stage}') for stage in range(len(STAGE_WEIGHTS)))
-        weighted = zip(STAGE_WEIGHTS, stages, strict=True)
-        terms[kind] = sum(weight * value for weight, value in weighted if value is not None)
+        weighted = [
+            weight * losses[f'{kind}_{stage}']
+            for stage, weight in enumerate(STAGE_WEIGHTS)
+            if f'{kind}_{stage}' in losses
+        ]
+        if weighted:  # There may be no masks.
+            terms[kind] = sum(weighted)
     terms['loss'] = sum(terms.values())
     valid, answers = outputs['box_valid_0'], jnp.argmax(outputs['box_logits_0'], axis=-1)
     correct = (answers == outputs['box_labels_0']) & valid

@@ -114,9 +114,8 @@ class LabelTask(ClassTask):
 
         return sources.read_label_names(name, data_dir)
 
-    @classmethod
     def train_loader(
-        cls, data: Mapping[str, Any], preprocessing: Preprocessing
+        self, data: Mapping[str, Any], preprocessing: Preprocessing
     ) -> Callable[..., Any]:
         from gcnet_jax.data.loader import train_batches  # Slow to import.
 
@@ -137,9 +136,8 @@ class LabelTask(ClassTask):
             options['crop_scale'] = tuple(data['crop_scale'])
         return functools.partial(train_batches, **options)
 
-    @classmethod
     def evaluation_loader(
-        cls, data: Mapping[str, Any], preprocessing: Preprocessing
+        self, data: Mapping[str, Any], preprocessing: Preprocessing
     ) -> Callable[..., Any]:
         from gcnet_jax.data.loader import evaluation_batches
 

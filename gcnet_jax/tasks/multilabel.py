@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from gcnet_jax.data import on_device
 from gcnet_jax.ranges import Range, number
 from gcnet_jax.tasks.label_task import LabelTask
-from gcnet_jax.tasks.task import Batch, Sums
+from gcnet_jax.tasks.task import Batch, Examples, Sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class MultiLabel(LabelTask):
         return numpy.where(logits >= 0, 1, exponentials) / (1 + exponentials)
 
     @classmethod
-    def evaluation(cls, num_classes: int) -> 'MultiLabelEvaluation':
+    def evaluation(cls, source: Examples) -> 'MultiLabelEvaluation':
         return MultiLabelEvaluation()
 
 

@@ -26,7 +26,7 @@ from gcnet_jax.data.segmentation_ranges import CATEGORY_MAX_RATIO, MAX_SCALE, SC
 from gcnet_jax.data.sizes import plain_size
 from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.ranges import Range, kind, number
-from gcnet_jax.tasks.class_task import ClassTask
+from gcnet_jax.tasks.class_task import ClassTask, as_backbone
 from gcnet_jax.tasks.confusion import summary
 from gcnet_jax.tasks.task import Batch, Described, Examples, OutputPlan, Sums
 
@@ -134,8 +134,7 @@ class Segmentation(ClassTask):
 
         return segmentation_sources.read_segmentation_names(name, data_dir)
 
-    @classmethod
-    def train_loader(cls, data: Mapping[str, Any], preprocessing: KeepRatio) -> Callable[..., Any]:
+    def train_loader(self, data: Mapping[str, Any], preprocessing: KeepRatio) -> Callable[..., Any]:
         from gcnet_jax.data.segmentation_loader import train_batches  # Slow to import.
 
         return functools.partial(
@@ -148,9 +147,8 @@ class Segmentation(ClassTask):
             photometric=data['photometric'],
         )
 
-    @classmethod
     def evaluation_loader(
-        cls, data: Mapping[str, Any], preprocessing: KeepRatio
+        self, data: Mapping[str, Any], preprocessing: KeepRatio
     ) -> Callable[..., Any]:
         from gcnet_jax.data.segmentation_loader import evaluation_batches
 
@@ -163,11 +161,7 @@ class Segmentation(ClassTask):
         """Puts a classifier in the place of the backbone, without its last layer."""
         if there.task not in cls.backbones:
             return variables, ()
-        backbone = {
-            collection: {name: leaf for name, leaf in tree.items() if name != 'classifier'}
-            for collection, tree in variables.items()
-        }
-        return {collection: {'backbone': tree} for collection, tree in backbone.items()}, HEADS
+        return as_backbone(variables), HEADS
 
     @classmethod
     def plan_outputs(
@@ -239,8 +233,8 @@ class Segmentation(ClassTask):
         }
 
     @classmethod
-    def evaluation(cls, num_classes: int) -> 'SegmentationEvaluation':
-        return SegmentationEvaluation(num_classes)
+    def evaluation(cls, source: Examples) -> 'SegmentationEvaluation':
+        return SegmentationEvaluation(source.num_classes)
 
 
 def _counted(labels: Labels) -> Bool[Array, 'batch height width']:

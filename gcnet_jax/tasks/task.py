@@ -27,7 +27,7 @@ class Evaluation(Protocol):
         """Takes in the results of one batch, as `Task.results` returns them."""
 
     def metrics(self) -> dict[str, float]:
-        """Returns the metrics of all examples so far: 'loss', 'examples', and the task's own."""
+        """Returns the metrics of all examples so far: 'examples', and the task's own."""
 
 
 @runtime_checkable
@@ -67,10 +67,12 @@ class OutputPlan:
     Attributes:
       kept: Pairs of an output here and the one there; None keeps them all in order.
       text: What is done, in one line for the user.
+      kept_of: Other pairs than `kept`, by path, of modules that have not one output a class.
     """
 
     kept: tuple[tuple[int, int], ...] | None
     text: str
+    kept_of: Mapping[str, tuple[tuple[int, int], ...]] = dataclasses.field(default_factory=dict)
 
 
 class Task(abc.ABC):
@@ -87,7 +89,11 @@ class Task(abc.ABC):
       data_ranges: What each of them may be, where it is not None.
       networks: The task of the registry's rows that it trains.
       backbones: Tasks of the checkpoints that can fill the backbone of such a network.
-      output_modules: Paths of the modules whose last axis is the classes.
+      output_modules: Paths of the modules, or single parameters, whose last axis is the classes.
+      training_method: The network's method that training calls.
+      evaluates_by_device: Whether each device evaluates its own images as if it were alone. The
+        partitioner is better at networks that it can split.
+      fewest_classes: What `config.model.num_classes` may be at least.
       is_multilabel: Whether an image has any number of labels.
     """
 
@@ -101,6 +107,9 @@ class Task(abc.ABC):
     networks: ClassVar[str]
     backbones: ClassVar[frozenset[str]] = frozenset()
     output_modules: ClassVar[tuple[str, ...]]
+    training_method: ClassVar[str] = 'outputs'
+    evaluates_by_device: ClassVar[bool] = False
+    fewest_classes: ClassVar[int] = 2  # A softmax over one class is always 1.
     is_multilabel: ClassVar[bool] = False
 
     @classmethod
@@ -156,9 +165,16 @@ class Task(abc.ABC):
           DataError: They are not known.
         """
 
-    @classmethod
+    def notes(self, source: Any) -> list[str]:
+        """Returns what the user should know of the training examples before the run, a line each.
+
+        Args:
+          source: As `load_source` returned it.
+        """
+        return []
+
     @abc.abstractmethod
-    def train_loader(cls, data: Mapping[str, Any], preprocessing: Any) -> Callable[..., Any]:
+    def train_loader(self, data: Mapping[str, Any], preprocessing: Any) -> Callable[..., Any]:
         """Returns the function from a source to its training batches, without end.
 
         It takes the source and the keywords `global_batch_size`, `seed`, `start_step`,
@@ -170,9 +186,8 @@ class Task(abc.ABC):
           preprocessing: What the network expects of its images.
         """
 
-    @classmethod
     @abc.abstractmethod
-    def evaluation_loader(cls, data: Mapping[str, Any], preprocessing: Any) -> Callable[..., Any]:
+    def evaluation_loader(self, data: Mapping[str, Any], preprocessing: Any) -> Callable[..., Any]:
         """Returns the function from a source to batches that hold every example once.
 
         It takes the keywords of `train_loader` but `seed` and `start_step`.
@@ -261,12 +276,20 @@ class Task(abc.ABC):
     def prepare(self, batch: Batch, key: Array | None) -> dict[str, Array]:
         """Returns the batch as the network and the loss read it; runs on the device.
 
-        The network reads 'image'. Every array has a name and the axes of `batch_spec`.
+        Every array has a name and the axes of `batch_spec` or `evaluation_spec`; one is 'image'.
 
         Args:
           batch: As the loader made it.
           key: Random key of this step; None leaves out what is random.
         """
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """Returns what the network's `training_method` reads of a prepared batch: the images."""
+        return (batch['image'],)
+
+    def evaluation_inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """Returns what its method `outputs` reads in evaluation: the images."""
+        return (batch['image'],)
 
     @abc.abstractmethod
     def weight(self, batch: Batch) -> Float[Array, '']:
@@ -293,7 +316,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def results(self, outputs: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
-        """Returns what evaluation needs of a batch, as little as possible; runs on the device.
+        """Returns what evaluation needs of each image, as little as possible; runs on the device.
 
         Args:
           outputs: Outputs of the network in evaluation, by name.
@@ -302,5 +325,5 @@ class Task(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def evaluation(cls, num_classes: int) -> Evaluation:
-        """Returns an evaluation that has seen nothing yet."""
+    def evaluation(cls, source: Examples) -> Evaluation:
+        """Returns an evaluation of a split that has seen nothing yet."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from gcnet_jax.errors import ConfigError, unknown_name
+from gcnet_jax.ranges import whole
 from gcnet_jax.tasks import find_task
 from gcnet_jax.training.config import (
     default_config,
@@ -31,7 +32,8 @@ def check_config(config: ConfigDict) -> None:
     known = (default_config_of(task['name']) if named else default_config()).to_dict()
     _check_keys(given, known)
     task = find_task(given['task']['name'])
-    ranges = RULES | {f'task.{name}': allowed for name, allowed in task.ranges.items()}
+    ranges = RULES | {'model.num_classes': whole(task.fewest_classes)}
+    ranges |= {f'task.{name}': allowed for name, allowed in task.ranges.items()}
     ranges |= {f'data.{name}': allowed for name, allowed in task.data_ranges.items()}
     defaults = dict(leaves(known))
     for key, value in leaves(given):

@@ -75,8 +75,8 @@ def name_network(config: ConfigDict, name: str | None) -> None:
 def task_settings(name: str) -> dict:
     """Returns the group `task` for a task: its name, and its settings with their defaults."""
     return {
-        # What the network learns: 'classification', 'multilabel' or 'segmentation'. The file of
-        # that name in gcnet_jax/tasks explains the other settings.
+        # What the network learns: 'classification', 'multilabel', 'segmentation', 'detection'; the
+        # file of that name in gcnet_jax/tasks explains the other settings.
         'name': name,
         **_with_placeholders(find_task(name).settings),
     }
@@ -179,7 +179,7 @@ def _common_data() -> dict:
         # Size of the images in pixels: one number for a square, or (height, width); at evaluation
         # None: image_size where it is set. For segmentation `image_size` is the training crop, and
         # `evaluation_image_size` the limits (short, long) that images are resized to, see
-        # gcnet_jax.tasks.segmentation.
+        # gcnet_jax.tasks.segmentation. For detection both are such limits; None: the other one.
         'image_size': placeholder(object),
         'evaluation_image_size': placeholder(object),
         # Mean and standard deviation of each channel, on the scale where 255 is 1.

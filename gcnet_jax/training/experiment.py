@@ -205,7 +205,7 @@ def _step_options(config: ConfigDict) -> StepOptions:
 def _check_trainable(config: ConfigDict, initial: ModelDescription | None) -> None:
     """Refuses networks that the task does not train or start from, and unknown ones."""
     task, name = find_task(config.task.name), config.model.name
-    example = list_models('gc_resnet50*', task.networks)[0]
+    example = list_models('gc_*resnet50*', task.networks)[0]
     if name is None:
         raise ConfigError(
             f'config.training.init_from is a network for {initial.task}, which fills no more than '
@@ -222,12 +222,6 @@ def _check_kind(network: str, task: type[Task], example: str) -> None:
     if kind == task.networks:
         return
     tasks = [other.name for other in TASKS.values() if other.networks == kind]
-    if not tasks:
-        raise ConfigError(
-            f'{network} is a detector, and detectors cannot be trained yet: choose a network for '
-            f'{task.networks}, such as {example}; to start from the backbone in a file of '
-            'mmdetection, port the file with --model and the name of a classifier'
-        )
     raise ConfigError(
         f'{network} is a network for {kind}, and config.task.name is {task.name!r}; choose a '
         f'network for {task.networks}, such as {example}, or --config.task.name={tasks[0]}'

@@ -61,7 +61,7 @@ def frozen_paths(params: Mapping[str, Any], patterns: Sequence[str]) -> frozense
 
 
 def _last_layer(params: Mapping[str, Any]) -> str:
-    return 'head' if 'backbone' in params else 'classifier'
+    return next(name for name in ('head', 'box_head_0', 'classifier', *params) if name in params)
 
 
 def _matches(path: str, glob: str) -> bool:

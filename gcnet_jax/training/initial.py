@@ -8,6 +8,7 @@ import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from gcnet_jax.tasks import find_task
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.workdir import read_own_config, read_own_description
 
+# An output of a module here and the one there that it takes over.
+Pairs = tuple[tuple[int, int], ...]
 # Attributes of a network that no parameter's shape depends on, and the size of its classifier.
 SHAPELESS = {
     'num_classes',
@@ -140,8 +143,9 @@ def merge_initial(
     fresh: Mapping[str, Any],
     loaded: Mapping[str, Any],
     *,
-    kept: tuple[tuple[int, int], ...] | None,
+    kept: Pairs | None,
     place: str,
+    kept_of: Mapping[str, Pairs] = MappingProxyType({}),
     outputs: tuple[str, ...] = ('classifier',),
     new_modules: tuple[str, ...] = (),
 ) -> tuple[dict, list[str]]:
@@ -153,7 +157,8 @@ def merge_initial(
       kept: Outputs of the classifier that are taken from the checkpoint, as in
         `gcnet_jax.tasks.OutputPlan`.
       place: The checkpoint, named in errors.
-      outputs: Paths of the modules whose last axis is the classes.
+      kept_of: Other pairs than `kept`, of some of the modules in `outputs`.
+      outputs: Paths of the modules, or single parameters, whose last axis is the classes.
       new_modules: Modules that the checkpoint does not have, which stay as they are in `fresh`.
 
     Returns:
@@ -170,7 +175,7 @@ def merge_initial(
     def of_modules(keys, modules):
         # Behind the name of the collection.
         starts = tuple(f'{module}/' for module in modules)
-        return [key for key in keys if key.partition('/')[2].startswith(starts)]
+        return [key for key in keys if f'{key.partition("/")[2]}/'.startswith(starts)]
 
     new = of_modules(missing, new_modules)
     context = [key for key in missing if key not in new and '/context' in key]
@@ -190,13 +195,14 @@ def merge_initial(
         raise CheckpointError(f'{place} is of another network: {"; ".join(found)}')
     merged = {key: theirs.get(key, value) for key, value in ours.items()}
     if kept is not None:
+        own = {key: pairs for name, pairs in kept_of.items() for key in of_modules(ours, (name,))}
         for key in classifier:
-            merged[key] = _with_outputs(ours[key], theirs.get(key), kept)
+            merged[key] = _with_outputs(ours[key], theirs.get(key), own.get(key, kept))
     filled = unflatten_dict(merged, sep='/')
     return {'params': filled['params'], 'batch_stats': filled.get('batch_stats', {})}, context
 
 
-def _with_outputs(fresh: Any, loaded: Any, kept: tuple[tuple[int, int], ...]) -> Any:
+def _with_outputs(fresh: Any, loaded: Any, kept: Pairs) -> Any:
     """Returns a classifier's leaf, its last axis the classes, with the kept ones filled in."""
     if not kept or isinstance(fresh, jax.ShapeDtypeStruct):
         return fresh

@@ -106,7 +106,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     for line in read_metrics(workdir):
         final.update(line)
     metric, best = f'eval/{experiment.task.best}', ''
-    values = f'{metric} {run.shown(final[metric])}, eval/loss {final["eval/loss"]:.4f}'
+    values = f'{metric} {run.shown(final[metric])}'
+    if 'eval/loss' in final:
+        values += f', eval/loss {final["eval/loss"]:.4f}'
     if run.best is not None and run.best['step'] != run.step:
         best = f' (best {run.shown(run.best["value"])} at step {run.best["step"]})'
     how = f'trained in {final["seconds"]:.0f} s' if finished else 'was complete already'
@@ -167,7 +169,7 @@ class _Run:
         model, task, options = experiment.model, experiment.task, experiment.step_options
         train_step = make_train_step(model, experiment.optimizer, task, options, self.mesh)
         self.train_step = jit_train_step(train_step, task, self.mesh, shardings)
-        evaluation_step = make_evaluation_step(model, task)
+        evaluation_step = make_evaluation_step(model, task, self.mesh)
         self.evaluation_step = jit_evaluation_step(evaluation_step, task, self.mesh, shardings)
         statistics_step = make_statistics_step(model, task, options, self.mesh)
         self.statistics_step = jit_statistics_step(statistics_step, task, self.mesh, shardings)
@@ -337,8 +339,7 @@ class _Run:
         began = time.perf_counter()
         shardings = batch_shardings(self.mesh, self.task.evaluation_spec())
         variables = self.state.evaluation_variables()
-        classes = self.experiment.train_source.num_classes
-        evaluation, pending = self.task.evaluation(classes), None
+        evaluation, pending = self.task.evaluation(self.experiment.evaluation_source), None
         with contextlib.closing(self.experiment.evaluation_batches()) as batches:
             for batch in batches:
                 previous = pending

@@ -55,7 +55,6 @@ _AXIS = Range(
 # A task's own settings are in `Task.ranges` and `Task.data_ranges`.
 RULES: dict[str, Range] = {
     'model.name': Range(lambda value: value is None or isinstance(value, str), 'a string or None'),
-    'model.num_classes': whole(2),  # A softmax over one class is always 1.
     'model.dtype': choice('float32', 'bfloat16'),
     'data.name': _NAME,
     'data.data_dir': _NAME,

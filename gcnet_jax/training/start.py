@@ -177,6 +177,7 @@ def _fill(
         initial.variables,
         kept=initial.outputs.kept,
         place=initial.place,
+        kept_of=initial.outputs.kept_of,
         **initial.modules,
     )
     say(initial.text)
@@ -208,5 +209,5 @@ def _introduce(experiment: Experiment, shapes: TrainState, say: Callable[[str], 
         _, fixed = split(shapes.params, frozen_paths(shapes.params, patterns))
         count = sum(leaf.size for leaf in jax.tree.leaves(fixed))
         say(f'{count:,} of {parameters:,} parameters are frozen: {", ".join(patterns)}')
-    for note in experiment.notes:
+    for note in (*experiment.notes, *experiment.task.notes(train)):
         say(note)

@@ -60,7 +60,7 @@ def make_statistics_step(
     batch is the mean. Images are neither mixed nor erased. The statistics of frozen modules are
     those in the variables, and so are all of them if the mean is not finite.
     """
-    apply = make_apply(model, options, mesh)
+    apply = make_apply(model, task, options, mesh)
     parts = make_split(task, options.accumulation_steps, mesh)
 
     def step(variables: dict, total: Any, batch: dict, index: Any, count: Any) -> Any:
@@ -71,9 +71,9 @@ def make_statistics_step(
         running, fixed = split(variables['batch_stats'], frozen)
         key = jax.random.fold_in(jax.random.key(0), index)
 
-        def of_micro_batch(images):
+        def of_micro_batch(batch):
             def follow(running):
-                updated = apply(params, merge(running, fixed), images, key)[1]
+                updated = apply(params, merge(running, fixed), task.inputs(batch), key)[1]
                 return split(updated, frozen)[0]
 
             # The new average is `momentum * old + (1 - momentum) * statistics`. With 0 for the old
@@ -82,8 +82,8 @@ def make_statistics_step(
             new, momentum = jax.jvp(follow, (zeros,), (ones,))
             return jax.tree.map(lambda new, momentum: new / (1 - momentum), new, momentum)
 
-        images = parts({'image': task.prepare(batch, None)['image']})['image']
-        found = jax.tree.map(lambda leaf: leaf.mean(axis=0), jax.lax.map(of_micro_batch, images))
+        batches = parts(task.prepare(batch, None))
+        found = jax.tree.map(lambda leaf: leaf.mean(axis=0), jax.lax.map(of_micro_batch, batches))
         total = jax.tree.map(
             lambda old, new: jnp.where(index == 0, 0.0, old) + new / count,
             split(total, frozen)[0],

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from gcnet_jax.models.reorder import reorder
@@ -26,7 +26,8 @@ from gcnet_jax.training.freezing import (
     merge,
     split,
 )
-from gcnet_jax.training.mesh import batch_shardings, feature_sharding, replicated
+from gcnet_jax.training.mesh import batch_parts, batch_shardings, feature_sharding, replicated
+from gcnet_jax.training.per_image import split_by_image
 from gcnet_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
@@ -79,15 +80,18 @@ def place_features(mesh: Mesh) -> Callable:
     return intercept
 
 
-def make_apply(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
+def make_apply(model: nn.Module, task: Task, options: StepOptions, mesh: Mesh) -> Callable:
     """Returns a function computing the named outputs and new running statistics in training.
 
+    It takes the parameters, the statistics, what the task's `inputs` returned, and a random key.
     Modules whose parameters are all frozen run as in evaluation.
     """
     model = reorder(model)
 
-    def apply(params, batch_stats, images, key):
+    def apply(params, batch_stats, inputs, key):
         with contextlib.ExitStack() as stack:
+            if batch_parts(mesh) > 1:
+                stack.enter_context(nn.intercept_methods(split_by_image(mesh)))
             if mesh.shape['spatial'] > 1:
                 stack.enter_context(nn.intercept_methods(place_features(mesh)))
             frozen = frozen_paths(params, options.frozen)
@@ -95,11 +99,11 @@ def make_apply(model: nn.Module, options: StepOptions, mesh: Mesh) -> Callable:
                 stack.enter_context(nn.intercept_methods(evaluate_frozen(params, frozen)))
             outputs, updated = model.apply(
                 {'params': params, 'batch_stats': batch_stats},
-                images,
+                *inputs,
                 train=True,
                 mutable=['batch_stats'],
-                rngs={'dropout': key},
-                method='outputs',
+                rngs={'dropout': key, 'sampling': jax.random.fold_in(key, 1)},
+                method=task.training_method,
             )
         return outputs, updated.get('batch_stats', {})
 
@@ -112,11 +116,11 @@ def make_loss(model: nn.Module, task: Task, options: StepOptions, mesh: Mesh) ->
     The function takes the parameters in two parts, those to differentiate by and the frozen ones,
     and the weight of the whole batch.
     """
-    apply = make_apply(model, options, mesh)
+    apply = make_apply(model, task, options, mesh)
 
     def loss_share(params, fixed, batch_stats, batch, key, weight):
         params = merge(params, fixed) if fixed else params
-        outputs, batch_stats = apply(params, batch_stats, batch['image'], key)
+        outputs, batch_stats = apply(params, batch_stats, task.inputs(batch), key)
         sums = task.loss(outputs, batch)
         if taken := sums.keys() & RESERVED_SUMS:
             raise ValueError(f"task {task.name}: the sums {sorted(taken)} are the step's own names")
@@ -247,19 +251,31 @@ def make_train_step(
     return step
 
 
-def make_evaluation_step(model: nn.Module, task: Task) -> Callable[[dict, dict], dict]:
+def make_evaluation_step(
+    model: nn.Module, task: Task, mesh: Mesh | None = None
+) -> Callable[[dict, dict], dict]:
     """Returns the pure evaluation step.
 
     It maps variables and a batch that has a 'mask' too (bool [batch], False for padding) to what
     the task's evaluation adds up.
+
+    Args:
+      model: The network.
+      task: What it learns.
+      mesh: The devices, where the step may be divided among them; see `Task.evaluates_by_device`.
     """
 
     def step(variables: dict, batch: dict) -> dict:
-        images = task.prepare(batch, None)['image']
-        outputs = model.apply(variables, images, train=False, method='outputs')
+        inputs = task.evaluation_inputs(task.prepare(batch, None))
+        outputs = model.apply(variables, *inputs, train=False, method='outputs')
         return task.results(outputs, batch)
 
-    return step
+    if mesh is None or batch_parts(mesh) == 1 or not task.evaluates_by_device:
+        return step
+    rows = PartitionSpec(('data', 'fsdp'))
+    return jax.shard_map(
+        step, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+    )
 
 
 def jit_train_step(step: Callable, task: Task, mesh: Mesh, shardings: TrainState) -> Callable:

@@ -10,12 +10,11 @@ from PIL import Image
 from gcnet_jax.data.coco import load_coco
 from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.inference.coco_evaluation import (
-    CocoEvaluator,
     draw_precision,
-    evaluate_instances,
     format_coco_evaluation,
     write_coco_evaluation,
 )
+from gcnet_jax.tasks.coco_evaluator import CocoEvaluator, evaluate_instances
 from gcnet_jax.tasks.instances import Instances
 
 LABELS = ('person', 'bicycle', 'dog')

@@ -9,12 +9,13 @@ import pytest
 from gcnet_jax.data import on_device
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.tasks import Classification, find_task
+from gcnet_jax.tasks.classification import ClassificationEvaluation
 
 TASK = Classification(6, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def evaluated(logits, labels, mask=None):
-    evaluation = TASK.evaluation(6)
+    evaluation = ClassificationEvaluation(6)
     mask = np.ones(len(labels), bool) if mask is None else mask
     evaluation.add({'logits': logits, 'label': labels, 'mask': mask})
     return evaluation
@@ -51,7 +52,7 @@ def test_a_logit_that_is_not_a_number_is_never_right_and_is_seen_in_the_loss():
 
 
 def test_no_example_gives_no_metrics():
-    metrics = TASK.evaluation(6).metrics()
+    metrics = ClassificationEvaluation(6).metrics()
     assert metrics['examples'] == 0
     assert np.isnan(metrics['accuracy'])
 

@@ -14,6 +14,7 @@ from gcnet_jax.data.sources import load_source
 from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.stored import find_checkpoint
 from gcnet_jax.tasks import Classification, MultiLabel
+from gcnet_jax.tasks.multilabel import MultiLabelEvaluation
 from gcnet_jax.training.config import default_config, name_task
 from gcnet_jax.training.loop import train
 from gcnet_jax.training.metrics import read_metrics
@@ -31,7 +32,7 @@ def test_the_loss_is_the_mean_over_the_classes_of_the_binary_cross_entropy():
     sums = TASK.loss({'logits': jnp.asarray(logits)}, batch)
     np.testing.assert_allclose(sums['loss'], expected.sum(), rtol=1e-5)
     assert TASK.weight(batch) == 5
-    evaluation = TASK.evaluation(3)
+    evaluation = MultiLabelEvaluation()
     mask = np.array([True, True, False, True, True])
     evaluation.add({'logits': logits, 'label': labels, 'mask': mask})
     np.testing.assert_allclose(evaluation.metrics()['loss'], expected[mask].mean(), rtol=1e-6)
@@ -51,7 +52,7 @@ def test_map_is_the_mean_of_the_classes_average_precision_in_any_batches():
     labels[:, 2] = 0  # A class that is in no image does not count.
     expected = np.mean([average_precision(logits[:, i], labels[:, i]) for i in (0, 1)])
     for size in (40, 7):
-        evaluation = TASK.evaluation(3)
+        evaluation = MultiLabelEvaluation()
         for start in range(0, 40, size):
             rows = slice(start, start + size)
             mask = np.ones(len(labels[rows]), bool)
@@ -60,7 +61,7 @@ def test_map_is_the_mean_of_the_classes_average_precision_in_any_batches():
 
 
 def test_logits_that_are_not_finite_give_no_map():
-    evaluation = TASK.evaluation(3)
+    evaluation = MultiLabelEvaluation()
     logits = np.array([[np.nan, 0, 0], [0, 0, 0]], np.float32)
     evaluation.add({'logits': logits, 'label': np.ones((2, 3), int), 'mask': np.ones(2, bool)})
     assert np.isnan(evaluation.metrics()['mAP'])

@@ -9,7 +9,7 @@ from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError
 from gcnet_jax.stored import ModelDescription
 from gcnet_jax.tasks import Segmentation
-from gcnet_jax.tasks.segmentation import confusion_matrices
+from gcnet_jax.tasks.segmentation import SegmentationEvaluation, confusion_matrices
 
 CLASSES, IGNORED = 4, 255
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -108,7 +108,7 @@ def test_evaluation_adds_up_confusion_and_loss_of_the_images_that_count(batch, o
             expected[place[0], batch['label'][place], answers[place]] += 1
     assert results['confusion'].dtype == jnp.int32
     np.testing.assert_array_equal(results['confusion'], expected)
-    evaluation = TASK.evaluation(CLASSES)
+    evaluation = SegmentationEvaluation(CLASSES)
     for _ in range(2):
         evaluation.add(jax.device_get(results))
     confusion = 2 * expected[mask].sum(0)
@@ -125,7 +125,7 @@ def test_evaluation_adds_up_confusion_and_loss_of_the_images_that_count(batch, o
 def test_padding_that_is_not_finite_does_not_count(batch, outputs):
     outputs['logits'][1] = np.nan
     mask = np.array([True, False, True])
-    evaluation = TASK.evaluation(CLASSES)
+    evaluation = SegmentationEvaluation(CLASSES)
     evaluation.add(jax.device_get(TASK.results(outputs, {**batch, 'mask': mask})))
     assert np.isfinite(list(evaluation.metrics().values())).all()
 
@@ -139,7 +139,7 @@ def test_counts_of_a_large_image_are_exact():
 
 def test_images_without_any_label_cannot_be_evaluated(batch, outputs):
     batch['label'][:] = IGNORED
-    evaluation = TASK.evaluation(CLASSES)
+    evaluation = SegmentationEvaluation(CLASSES)
     evaluation.add(jax.device_get(TASK.results(outputs, {**batch, 'mask': np.ones(3, bool)})))
     with pytest.raises(DataError, match=r'all pixels of the 3 images .* labelled 255'):
         evaluation.metrics()

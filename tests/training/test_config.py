@@ -239,8 +239,8 @@ def test_a_task_has_its_own_settings():
     config.task.name = 'multilabel'  # Without name_task: the settings are still the other's.
     with pytest.raises(ConfigError, match='class_weights is for classification, and no other'):
         check_config(config)
-    config.task.name = 'detection'
-    with pytest.raises(ConfigError, match="unknown task 'detection'"):
+    config.task.name = 'tracking'
+    with pytest.raises(ConfigError, match="unknown task 'tracking'"):
         check_config(config)
 
 

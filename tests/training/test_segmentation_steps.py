@@ -11,6 +11,7 @@ import pytest
 
 from gcnet_jax.models.registry import create_model
 from gcnet_jax.tasks import Segmentation
+from gcnet_jax.tasks.segmentation import SegmentationEvaluation
 from gcnet_jax.training.mesh import batch_shardings, make_mesh, state_shardings, to_global
 from gcnet_jax.training.state import TrainState
 from gcnet_jax.training.steps import (
@@ -229,7 +230,7 @@ def test_evaluation_counts_the_pixels_of_every_image_once(shape, model, start):
     step = make_evaluation_step(model, TASK)
     step = jit_evaluation_step(step, TASK, mesh, shardings)
     places = batch_shardings(mesh, TASK.evaluation_spec())
-    evaluation = TASK.evaluation(CLASSES)
+    evaluation = SegmentationEvaluation(CLASSES)
     evaluation.add(jax.device_get(step(state.evaluation_variables(), to_global(batch, places))))
 
     images = (batch['image'] / 255 - np.array(TASK.mean)) / np.array(TASK.std)

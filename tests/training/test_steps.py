@@ -204,8 +204,8 @@ def test_feature_maps_are_placed_where_a_module_returns_them(job):
         assert placed(Network().apply, variables, images) == [feature_sharding(mesh, 8)]
     # In training, where the height is split.
     for split_mesh, expected in ((mesh, [feature_sharding(mesh, 8)]), (make_mesh(8, 1, 1), [])):
-        apply = make_apply(Network(), job.options, split_mesh)
-        assert placed(apply, variables['params'], {}, images, jax.random.key(0)) == expected
+        apply = make_apply(Network(), job.task, job.options, split_mesh)
+        assert placed(apply, variables['params'], {}, (images,), jax.random.key(0)) == expected
 
 
 def test_the_gradient_is_that_of_the_mean_loss(place, put, job, make_batch):
@@ -335,7 +335,7 @@ def test_evaluation_counts_every_example_once(size, place, put, small_model, job
     }
     step = make_evaluation_step(small_model, job.task)
     step = jit_evaluation_step(step, job.task, mesh, shardings)
-    evaluation = job.task.evaluation(4)
+    evaluation = ClassificationEvaluation(4)
     for start in range(0, 21, size):
         rows = {name: value[start : start + size] for name, value in data.items()}
         real = len(rows['label'])
@@ -367,7 +367,7 @@ def test_padding_that_is_not_finite_does_not_count(place, put, job, make_batch):
     step = jax.jit(make_evaluation_step(Fragile(), job.task))
     batch = make_batch(8) | {'mask': np.arange(8) < 5}
     batch['image'][5:] = 0
-    evaluation = job.task.evaluation(4)
+    evaluation = ClassificationEvaluation(4)
     evaluation.add(jax.device_get(step(state.evaluation_variables(), batch)))
     assert np.isfinite(evaluation.metrics()['loss'])
     assert evaluation.metrics()['examples'] == 5

@@ -8,7 +8,7 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gcnet_jax.inference.average_precision import METRICS, average_precision
+from gcnet_jax.tasks.average_precision import METRICS, average_precision
 
 IMAGES = {1: (100, 200), 2: (300, 400)}
 
