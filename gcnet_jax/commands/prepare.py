@@ -149,6 +149,10 @@ def _prepare_detection(options: argparse.Namespace) -> None:
         print(f'left out: {len(prepared.damaged):,} in all')
     _print_set(prepared)
     _print_objects(prepared)
+    command = _training_command(
+        prepared, 'detection', options.data_dir, f'runs/{prepared.name}', 'DIR'
+    )
+    print(f'fine-tune a ported detector: {command}')
 
 
 def _print_objects(prepared: 'PreparedDetection') -> None:

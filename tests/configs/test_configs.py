@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from gcnet_jax.commands.config_files import load_config
-from gcnet_jax.data import segmentation_sources, sources
+from gcnet_jax.data import detection_sources, segmentation_sources, sources
 from gcnet_jax.data.prepared import check_set_name
-from gcnet_jax.data.preprocessing import Preprocessing
+from gcnet_jax.data.preprocessing import KeepRatio, Preprocessing
 from gcnet_jax.errors import UserError
 from gcnet_jax.stored import ModelDescription
 from gcnet_jax.training import experiment, initial
@@ -31,14 +31,24 @@ NAMES = [
     'segmentation:fcn',
     'cityscapes',
     'cityscapes:fcn',
+    'detection',
+    'coco_mask_rcnn',
+    'coco_mask_rcnn:gc_r4',
+    'coco_mask_rcnn:plain',
 ]
-CLASSES = {'imagenet2012': 1000, 'voc/2007': 20, 'my_cityscapes': 19}
+CLASSES = {'imagenet2012': 1000, 'voc/2007': 20, 'my_cityscapes': 19, 'my_coco': 80}
 
 
 OWN_SIZES = Preprocessing(train_size=160, test_size=192, crop_fraction=0.9)
 STORED = {
     'DIR': ModelDescription('gcresnet50t', {'num_classes': 1000}, preprocessing=OWN_SIZES),
     '/elsewhere': ModelDescription('gc_resnet18', {'num_classes': 5}, preprocessing=OWN_SIZES),
+    'DETECTOR': ModelDescription(
+        'gc_mask_rcnn_resnet50_fpn',
+        {'num_classes': 80},
+        preprocessing=KeepRatio(short_side=600, long_side=1000),
+        task='detection',
+    ),
 }
 
 
@@ -51,6 +61,7 @@ class FakeSource:
         self.num_classes = CLASSES.get(name, 10)
         self.label_names = tuple(map(str, range(self.num_classes)))
         self.is_multilabel = name == 'voc/2007'
+        self.has_masks = True
 
     def __len__(self):
         return 50000
@@ -66,6 +77,7 @@ class FakeSource:
 def fake_data(monkeypatch):
     monkeypatch.setattr(sources, 'load_source', FakeSource)
     monkeypatch.setattr(segmentation_sources, 'load_segmentation', FakeSource)
+    monkeypatch.setattr(detection_sources, 'load_detection', FakeSource)
     monkeypatch.setattr(initial, 'read_model_description', lambda place, choose: STORED[place])
     # Shapes of large networks take seconds, and nothing here depends on them.
     monkeypatch.setattr(experiment, 'check_shapes', lambda built: None)
@@ -75,6 +87,9 @@ def fingerprint(built):
     """What a config built, without the config itself."""
     rng = np.random.default_rng(0)
     params = {'kernel': rng.normal(size=(3, 2)), 'bias': rng.normal(size=2)}
+    if built.step_options.frozen:  # The patterns of the configs that have any.
+        names = ('stem', 'stage1_0', 'stage2_0')
+        params['backbone'] = {name: {'kernel': rng.normal(size=(2, 2))} for name in names}
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     gradient = jax.tree.map(lambda leaf: 3 * leaf + 1, params)
     state, updates = built.optimizer.init(params), []
@@ -135,6 +150,8 @@ def other(key, value):
         'data.data_dir': '/elsewhere',
         'data.crop_scale': (0.5, 1.0),
         'data.scale_range': (0.5, 1.5),
+        'data.scales': ((320, 640), (400, 640)),
+        'data.canvases': ((1344, 1344),),
         'data.crop_fraction': 0.5,
         'data.interpolation': 'nearest',
         'data.augmentation': 'none' if value != 'none' else 'pad_crop',
@@ -203,6 +220,9 @@ def load(name):
     config = load_config(str(CONFIGS / f'{file}.py'), variant)
     if file == 'finetune':
         config.training.init_from = 'DIR'
+    if file == 'detection':
+        config.training.init_from = 'DETECTOR'
+        config.training.batch_size = 2 * jax.device_count()  # It is for one.
     return config
 
 
@@ -245,6 +265,8 @@ def test_every_setting_changes_what_is_built_or_is_refused(name):
         allowed += ('data.name',)
     if original.schedule.poly_power is not None:
         allowed += ('schedule.decay_epochs',)
+    if original.schedule.decay_epochs is not None:
+        allowed += ('schedule.end_factor', 'schedule.poly_power')
     if original.training.batch_size < 2 * jax.device_count():
         allowed += ('training.accumulation_steps',)
     if original.data.get('crop_scale') is not None:
@@ -266,6 +288,11 @@ def test_a_config_is_plain_data_and_opens_with_its_command(name):
         ('imagenet', 'resnet50', ('gc_resnet50', 'resnet50')),
         ('segmentation', 'fcn', ('gc_resnet18_d16', 'fcn_resnet18_d16')),
         ('cityscapes', 'fcn', ('gc_resnet50_d8_cityscapes', 'fcn_resnet50_d8_cityscapes')),
+        (
+            *('coco_mask_rcnn', 'gc_r4'),
+            ('gc_mask_rcnn_resnet50_fpn', 'gc_mask_rcnn_resnet50_r4_fpn'),
+        ),
+        ('coco_mask_rcnn', 'plain', ('gc_mask_rcnn_resnet50_fpn', 'mask_rcnn_resnet50_fpn')),
     ],
 )
 def test_the_twins_differ_in_nothing_but_the_context(name, twin, networks):
@@ -274,7 +301,7 @@ def test_the_twins_differ_in_nothing_but_the_context(name, twin, networks):
     assert first == second
 
 
-@pytest.mark.parametrize('name', ['segmentation', 'cityscapes'])
+@pytest.mark.parametrize('name', ['segmentation', 'cityscapes', 'detection', 'coco_mask_rcnn'])
 def test_the_set_of_a_config_can_be_prepared_under_its_name(name, tmp_path):
     check_set_name(load(name).data.name, str(tmp_path), overwrite=False)
 

@@ -305,17 +305,17 @@ def test_a_batch_larger_than_the_data_set_is_pointed_out(tmp_path, capsys):
     assert assemble(tiny_config(batch_size=32)).notes == ()
 
 
-def test_detectors_are_not_trained(tmp_path):
+def test_detectors_are_trained_by_a_task_of_their_own(tmp_path):
     name = 'mask_rcnn_resnet50_fpn'
     config = tiny_config()
     config.model.name = name
-    with pytest.raises(ConfigError, match=f'{name} is a detector.*cannot be trained yet'):
+    with pytest.raises(ConfigError, match=f'{name} is a network for detection.*name=detection'):
         assemble(config)
     description = ModelDescription(name, {}, preprocessing=KeepRatio(), task='detection')
     write_ported(tmp_path, description, {'params': {'scale': np.ones(1)}})
     config = tiny_config()
     config.training.init_from = str(tmp_path)
-    with pytest.raises(ConfigError, match=f'{name} is a detector'):
+    with pytest.raises(ConfigError, match=f'{name} is a network for detection'):
         assemble(config)
 
 

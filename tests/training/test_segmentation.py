@@ -199,7 +199,7 @@ def test_a_backbone_of_another_kind_says_what_to_set(classifier, config, tmp_pat
 def test_a_network_of_another_task_is_refused_by_name(config, finished, classifier):
     for name, message in [
         ('resnet18', r'resnet18 is a network for classification, .*such as gc_resnet50_d8'),
-        ('mask_rcnn_resnet50_fpn', 'detectors cannot be trained yet'),
+        ('mask_rcnn_resnet50_fpn', 'is a network for detection'),
     ]:
         config.model.name = name
         with pytest.raises(ConfigError, match=message):

@@ -67,7 +67,7 @@ def write_folder(root, splits, names=tuple(COLORS)):
     return root
 
 
-def prepare(root, name='shapes', names=tuple(COLORS), train=12, val=4):
+def prepare(root, name='shapes', names=tuple(COLORS), train=16, val=4):
     """Prepares such a folder; returns where the set is."""
     folder = write_folder(root / name, {'train': train, 'val': val}, names)
     prepare_detection(str(folder), name, str(root / 'prepared'))
@@ -75,7 +75,7 @@ def prepare(root, name='shapes', names=tuple(COLORS), train=12, val=4):
 
 
 def tiny_config(data_dir, name='shapes', **training):
-    """A few steps on images of 48 x 64 pixels, landscapes and portraits."""
+    """A few steps on images of up to 64 x 64 pixels, landscapes and portraits on one canvas."""
     config = default_config()
     name_task(config, 'detection')
     config.model.name = 'mask_rcnn_resnet50_fpn'
@@ -86,11 +86,11 @@ def tiny_config(data_dir, name='shapes', **training):
     config.task.mask_size = 32
     config.data.name = name
     config.data.data_dir = str(data_dir)
-    config.data.image_size = (48, 64)
+    config.data.image_size = (64, 64)
     config.data.num_threads = 0
     config.optimizer.clip_norm = 10.0
     config.schedule.peak_learning_rate = 0.02
-    config.training.batch_size = 4
+    config.training.batch_size = 8
     config.training.total_steps = 8
     config.training.log_steps = 2
     config.training.evaluation_steps = 4
