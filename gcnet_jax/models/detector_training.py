@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gcnet_jax.ops.assignment import IGNORED, Thresholds, assign
-from gcnet_jax.ops.boxes import encode_deltas
+from gcnet_jax.ops.boxes import box_area, encode_deltas
 from gcnet_jax.ops.mask_targets import MASK_TARGET_SIZE
 from gcnet_jax.ops.sampling import sample
 
@@ -132,7 +132,9 @@ def anchor_outputs(
     """
 
     def of_image(logits, deltas, allowed, boxes, labels, priorities):
-        assigned = assign(anchors, allowed, boxes, labels >= 0, ANCHOR_THRESHOLDS)
+        assigned = assign(
+            anchors, allowed, boxes, present_objects(boxes, labels), ANCHOR_THRESHOLDS
+        )
         index, positive, valid = sample(assigned, priorities, ANCHORS, OBJECT_ANCHORS)
         objects = boxes[jnp.where(positive, assigned[index], 0)]
         targets = delta_targets(anchors[index], objects, positive, stds)
@@ -162,7 +164,7 @@ def choose_boxes(
     """
 
     def of_image(boxes, valid, objects, labels, priorities):
-        present = labels >= 0
+        present = present_objects(objects, labels)
         own = jnp.where(present, jnp.arange(len(labels)), IGNORED)
         assigned = assign(boxes, valid, objects, present, thresholds)
         assigned = jnp.concatenate([own, assigned])
@@ -179,6 +181,11 @@ def choose_boxes(
         )
 
     return jax.vmap(of_image)(boxes, valid, batch['boxes'], batch['labels'], priorities)
+
+
+def present_objects(boxes: Float[Array, 'm 4'], labels: Int[Array, ' m']) -> Bool[Array, ' m']:
+    """Returns which places hold an object; one without area cannot be learned, and is left out."""
+    return (labels >= 0) & (box_area(boxes) > 0)
 
 
 def delta_targets(

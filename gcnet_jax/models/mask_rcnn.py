@@ -179,7 +179,8 @@ class MaskRCNN(nn.Module):
             # the objects' own are left out: they are added anew.
             move = jax.vmap(decode_deltas, in_axes=(0, 0, None, 0))
             boxes = move(chosen.boxes, lax.stop_gradient(deltas[:, :, 0]), STDS[stage], sizes)
-            valid = chosen.valid & ~chosen.is_truth
+            # Without those that a diverging network makes: nothing can be sampled there.
+            valid = chosen.valid & ~chosen.is_truth & jnp.isfinite(boxes).all(axis=-1)
         return outputs
 
     def __call__(
