@@ -94,7 +94,7 @@ def flatten_positions(
 def masked_softmax(
     logits: Float[Array, '*any position'], mask: Bool[Array, '*#any position'] | None
 ) -> Float[Array, '*any position']:
-    """Softmax over the last dimension in float32 or wider; positions that are not valid get exactly zero.
+    """Softmax over the last dimension in float32 or wider; exactly zero at positions not valid.
 
     A row without a valid position gets zeros everywhere, with zero gradients.
     """

@@ -152,11 +152,7 @@ class MaskRCNN(nn.Module):
           'mask_valid_k'. And 'proposals', the boxes of the proposal network, best first.
         """
         if priorities is None:
-            key = self.make_rng('sampling')
-
-            def priorities(choice: int, shape: tuple[int, int]) -> Array:
-                return jax.random.uniform(jax.random.fold_in(key, choice), shape)
-
+            priorities = training.draw_priorities(self.make_rng('sampling'))
         rules = training.CASCADE if self.cascade else training.MASK_RCNN
         sizes = batch['size'].astype(jnp.float32)
         objects = {name: batch[name] for name in ('boxes', 'labels')}
@@ -175,12 +171,8 @@ class MaskRCNN(nn.Module):
             found, deltas = self._train_boxes(stage, pyramid, chosen, batch)
             outputs |= found
             outputs |= self._train_masks(stage, pyramid, chosen, batch, images.shape[1:3])
-            # As in mmdetection the next head gets the moved boxes that were chosen here, of which
-            # the objects' own are left out: they are added anew.
-            move = jax.vmap(decode_deltas, in_axes=(0, 0, None, 0))
-            boxes = move(chosen.boxes, lax.stop_gradient(deltas[:, :, 0]), STDS[stage], sizes)
-            # Without those that a diverging network makes: nothing can be sampled there.
-            valid = chosen.valid & ~chosen.is_truth & jnp.isfinite(boxes).all(axis=-1)
+            if stage + 1 < len(rules.thresholds):
+                boxes, valid = training.moved_boxes(chosen, deltas[:, :, 0], STDS[stage], sizes)
         return outputs
 
     def __call__(
