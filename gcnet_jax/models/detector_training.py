@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from gcnet_jax.ops.assignment import IGNORED, Thresholds, assign
-from gcnet_jax.ops.boxes import encode_deltas
+from gcnet_jax.ops.boxes import box_area, decode_deltas, encode_deltas
 from gcnet_jax.ops.mask_targets import MASK_TARGET_SIZE
 from gcnet_jax.ops.sampling import sample
 
@@ -72,6 +72,11 @@ class TrainedBoxes(NamedTuple):
     positive: Bool[Array, 'batch n']
     valid: Bool[Array, 'batch n']
     is_truth: Bool[Array, 'batch n']
+
+
+def draw_priorities(key: Array) -> Priorities:
+    """Returns the function that draws the random numbers of each choice."""
+    return lambda choice, shape: jax.random.uniform(jax.random.fold_in(key, choice), shape)
 
 
 def trained_anchors(
@@ -132,7 +137,9 @@ def anchor_outputs(
     """
 
     def of_image(logits, deltas, allowed, boxes, labels, priorities):
-        assigned = assign(anchors, allowed, boxes, labels >= 0, ANCHOR_THRESHOLDS)
+        assigned = assign(
+            anchors, allowed, boxes, present_objects(boxes, labels), ANCHOR_THRESHOLDS
+        )
         index, positive, valid = sample(assigned, priorities, ANCHORS, OBJECT_ANCHORS)
         objects = boxes[jnp.where(positive, assigned[index], 0)]
         targets = delta_targets(anchors[index], objects, positive, stds)
@@ -162,7 +169,7 @@ def choose_boxes(
     """
 
     def of_image(boxes, valid, objects, labels, priorities):
-        present = labels >= 0
+        present = present_objects(objects, labels)
         own = jnp.where(present, jnp.arange(len(labels)), IGNORED)
         assigned = assign(boxes, valid, objects, present, thresholds)
         assigned = jnp.concatenate([own, assigned])
@@ -179,6 +186,34 @@ def choose_boxes(
         )
 
     return jax.vmap(of_image)(boxes, valid, batch['boxes'], batch['labels'], priorities)
+
+
+def moved_boxes(
+    chosen: TrainedBoxes,
+    deltas: Float[Array, 'batch n 4'],
+    stds: tuple[float, float, float, float],
+    image_sizes: Float[Array, 'batch 2'],
+) -> tuple[Float[Array, 'batch n 4'], Bool[Array, 'batch n']]:
+    """Returns the boxes for the next head of a cascade, and which of them are there.
+
+    As in mmdetection (`BBoxHead.refine_bboxes`) those are the boxes that were chosen for the head
+    before, moved by its deltas, without the objects' own: these are added anew.
+
+    Args:
+      chosen: The boxes.
+      deltas: What the head predicts for them, for all classes alike.
+      stds: Of the deltas.
+      image_sizes: Height and width of the images without padding, in pixels.
+    """
+    move = jax.vmap(decode_deltas, in_axes=(0, 0, None, 0))
+    boxes = move(chosen.boxes, lax.stop_gradient(deltas), stds, image_sizes)
+    # Without those that a diverging network makes: nothing can be sampled there.
+    return boxes, chosen.valid & ~chosen.is_truth & jnp.isfinite(boxes).all(axis=-1)
+
+
+def present_objects(boxes: Float[Array, 'm 4'], labels: Int[Array, ' m']) -> Bool[Array, ' m']:
+    """Returns which places hold an object; one without area cannot be learned, and is left out."""
+    return (labels >= 0) & (box_area(boxes) > 0)
 
 
 def delta_targets(

@@ -153,11 +153,7 @@ class MaskRCNN(nn.Module):
           'mask_valid_k'. And 'proposals', the boxes of the proposal network, best first.
         """
         if priorities is None:
-            key = self.make_rng('sampling')
-
-            def priorities(choice: int, shape: tuple[int, int]) -> Array:
-                return jax.random.uniform(jax.random.fold_in(key, choice), shape)
-
+            priorities = training.draw_priorities(self.make_rng('sampling'))
         rules = training.CASCADE if self.cascade else training.MASK_RCNN
         sizes = batch['size'].astype(jnp.float32)
         objects = {name: batch[name] for name in ('boxes', 'labels')}
@@ -177,11 +173,8 @@ class MaskRCNN(nn.Module):
             outputs |= found
             if 'masks' in batch:
                 outputs |= self._train_masks(stage, pyramid, chosen, batch, images.shape[1:3])
-            # As in mmdetection the next head gets the moved boxes that were chosen here, of which
-            # the objects' own are left out: they are added anew.
-            move = jax.vmap(decode_deltas, in_axes=(0, 0, None, 0))
-            boxes = move(chosen.boxes, lax.stop_gradient(deltas[:, :, 0]), STDS[stage], sizes)
-            valid = chosen.valid & ~chosen.is_truth
+            if stage + 1 < len(rules.thresholds):
+                boxes, valid = training.moved_boxes(chosen, deltas[:, :, 0], STDS[stage], sizes)
         return outputs
 
     def __call__(

@@ -157,16 +157,17 @@ def test_anchors_that_count():
 
 
 def test_objects_come_before_proposals_and_background_fills_up():
-    objects = np.float32([[[0, 0, 20, 20], [30, 30, 60, 50], [0, 0, 0, 0]]])
+    # The third has no area and the last place holds none.
+    objects = np.float32([[[0, 0, 20, 20], [30, 30, 60, 50], [9, 9, 9, 40], [0, 0, 0, 0]]])
     proposals = np.float32([[[1, 0, 20, 20], [70, 0, 90, 20], [31, 30, 60, 50], [9, 9, 9, 9]]])
-    batch = {'boxes': objects, 'labels': np.array([[5, 7, -1]], np.int32)}
+    batch = {'boxes': objects, 'labels': np.array([[5, 7, 1, -1]], np.int32)}
     found = choose_boxes(
         proposals,
         np.array([[True, True, True, False]]),
         batch,
         Thresholds(0.5, 0.5, 0.5),
         9,
-        np.random.default_rng(0).random((1, 7), np.float32),
+        np.random.default_rng(0).random((1, 8), np.float32),
     )
     count = int(found.valid.sum())
     assert count == 5

@@ -6,6 +6,7 @@ The gradient comes through the same table as the weights: it is ported like a fi
 compute in float64, see `test_live_segmentation.py`.
 """
 
+import functools
 import os
 import secrets
 
@@ -116,8 +117,12 @@ def their_numbers(theirs, proposals, shapes):
     return numbers
 
 
+@functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
 def convolve(features, kernel, stride=1, groups=1, dilation=1):
-    """The convolution as one matrix product: in float64, XLA's own takes minutes on a CPU."""
+    """The convolution as one matrix product: in float64, XLA's own takes minutes on a CPU.
+
+    Nine shifted copies of the input take much memory; the gradient makes them anew.
+    """
     size, _, inputs, outputs = kernel.shape
     padding = dilation * (size - 1) // 2
     out = [-(-side // stride) for side in features.shape[1:3]]
