@@ -55,6 +55,27 @@ detector = create_model(
 images, sizes = jnp.zeros((2, 64, 96, 3)), jnp.zeros((2, 2))
 variables = jax.eval_shape(lambda: detector.init(jax.random.key(0), images, sizes, train=False))
 jax.eval_shape(lambda *given: detector.apply(*given, train=False), variables, images, sizes)
+detection = tasks.Detection(2, (0.5,) * 3, (0.2,) * 3, max_boxes=3, mask_size=8)
+
+def detection_sums(variables, batch, key):
+    batch = detection.prepare(batch, key)
+    outputs = detector.apply(
+        variables, *detection.inputs(batch), train=False, rngs={'sampling': key},
+        method=detection.training_method,
+    )
+    return detection.weight(batch), detection.loss(outputs, batch)
+
+def detection_results(variables, batch):
+    inputs = detection.evaluation_inputs(detection.prepare(batch, None))
+    outputs = detector.apply(variables, *inputs, train=False, method='outputs')
+    return detection.results(outputs, batch)
+
+batch = detection.batch_shapes(2, 64, 96)
+jax.eval_shape(detection_sums, variables, batch, jax.random.key(0))
+size = jnp.full((2, 2), 32)
+batch = {'image': batch['image'], 'size': size, 'original_size': size}
+batch |= {'index': jnp.arange(2), 'mask': jnp.ones(2, bool)}
+jax.eval_shape(detection_results, variables, batch)
 for task in (
     tasks.Classification(4, (0.5,) * 3, (0.2,) * 3, mixup_alpha=0.2, class_weights=(1.0,) * 4),
     tasks.MultiLabel(4, (0.5,) * 3, (0.2,) * 3),
