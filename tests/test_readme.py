@@ -14,6 +14,7 @@ import pytest
 
 from gcnet_jax.__main__ import _parser, main
 from gcnet_jax.commands.config_files import load_config, read_flags
+from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.models import create_model, list_models, model_entry
 from gcnet_jax.models.summary import summarize
 from gcnet_jax.porting.convert import variable_shapes
@@ -21,6 +22,7 @@ from gcnet_jax.porting.families import LIBRARIES
 from gcnet_jax.porting.published_segmenters import PUBLISHED
 from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.tasks import TASKS
+from gcnet_jax.training import overrides
 from gcnet_jax.training.config import all_paths
 from gcnet_jax.training.overrides import override
 
@@ -147,8 +149,17 @@ def check_pytest(words):
         assert words[1] in marks
 
 
+def description_of(place, workdir=None):
+    """What a page's command starts from: a classifier, or a detector."""
+    name = Path(place).name
+    if name in list_models(task='classification'):
+        return ModelDescription(name, {})
+    return ModelDescription('gc_mask_rcnn_resnet50_fpn', {}, (), KeepRatio(), task='detection')
+
+
 @pytest.mark.parametrize(('page', 'command'), COMMANDS)
-def test_commands_exist(page, command):
+def test_commands_exist(page, command, monkeypatch):
+    monkeypatch.setattr(overrides, 'read_initial_description', description_of)
     words = shlex.split(command.removeprefix('srun '))
     match words:
         case ['python', 'train.py', *_]:

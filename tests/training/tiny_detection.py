@@ -12,7 +12,12 @@ COLORS = {'box': (230, 60, 50), 'tent': (60, 90, 240)}
 BACKBONE = {
     'widths': (4, 4, 8, 8),
     'stage_sizes': (1, 1, 1, 1),
-    'context': {'block': 'global_context', 'stages': (3,), 'position': 'after_conv2'},
+    'context': {
+        'block': 'global_context',
+        'stages': (3,),
+        'position': 'after_conv2',
+        'ratio': 1 / 2,
+    },
 }
 DETECTOR = {'backbone': 'gc_resnet18', 'channels': 8, 'box_channels': 16, **BACKBONE}
 
