@@ -80,7 +80,7 @@ def step(model, images, sizes, boxes, labels, masks, monkeypatch) -> Step:
     ]
     model.double().train()
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
     inputs = torch.from_numpy(np.asarray(images, np.float64).transpose(0, 3, 1, 2).copy())
     losses = model.loss(inputs, samples)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gcnet_jax.data.on_device import normalize, zero_padding
-from gcnet_jax.models import layers
+from gcnet_jax.models import detector_training, layers
 from gcnet_jax.porting import port
 from gcnet_jax.stored import load_variables
 from gcnet_jax.tasks.detection_losses import detection_losses, total_loss
@@ -140,6 +140,11 @@ def convolve(features, kernel, stride=1, groups=1, dilation=1):
     return output.reshape(len(features), *out, outputs)
 
 
+def save_memory(mask_logits, head, *given):
+    """The same logits, whose gradient computes the head again."""
+    return mask_logits(jax.checkpoint(head), *given)
+
+
 def make_step(model, variables):
     """A function `(params, batch, numbers) -> losses, gradient, outputs`, compiled."""
     frozen = frozen_paths(variables['params'], FROZEN)
@@ -178,6 +183,9 @@ def test_losses_and_gradient_of_a_step(config, tmp_path, monkeypatch):
 
     print(f'GCNET_SEED={SEED}')
     monkeypatch.setattr(layers, 'convolve', convolve)
+    # Three mask heads in float64 for all places of boxes would take several gigabytes.
+    frugal = functools.partial(save_memory, detector_training.mask_logits)
+    monkeypatch.setattr(detector_training, 'mask_logits', frugal)
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     network = peer.build(config, train=True)
@@ -198,6 +206,8 @@ def test_losses_and_gradient_of_a_step(config, tmp_path, monkeypatch):
     theirs = mmdetection_training.step(network, images, SIZES, *objects, monkeypatch)
     buffers = dict(network.named_buffers())
     _, expected = ported({**theirs.gradients, **buffers}, 'gradient')
+    del network, buffers
+    theirs.gradients.clear()
 
     model = description.build()
     model = model.clone(dtype=jnp.float64, backbone=model.backbone.clone(dtype=jnp.float64))
