@@ -94,14 +94,14 @@ def flatten_positions(
 def masked_softmax(
     logits: Float[Array, '*any position'], mask: Bool[Array, '*#any position'] | None
 ) -> Float[Array, '*any position']:
-    """Softmax over the last dimension in float32; positions that are not valid get exactly zero.
+    """Softmax over the last dimension in float32 or wider; exactly zero at positions not valid.
 
     A row without a valid position gets zeros everywhere, with zero gradients.
     """
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(float32_or_wider(logits.dtype))
     if mask is None:
         return jax.nn.softmax(logits, axis=-1)
-    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     highest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     unnormalised = jnp.where(mask, jnp.exp(logits - highest), 0.0)
     total = unnormalised.sum(axis=-1, keepdims=True)
@@ -111,9 +111,12 @@ def masked_softmax(
 def weighted_sum(
     positions: Float[Array, 'batch position channel'], weights: Float[Array, 'batch position']
 ) -> Float[Array, 'batch channel']:
-    """Sums the positions by weight, accumulating in float32; the result has the positions' type."""
+    """Sums the positions by weight, in float32 or wider; the result has the positions' type."""
     total = jnp.einsum(
-        'bp,bpc->bc', weights.astype(positions.dtype), positions, preferred_element_type=jnp.float32
+        'bp,bpc->bc',
+        weights.astype(positions.dtype),
+        positions,
+        preferred_element_type=float32_or_wider(positions.dtype),
     )
     return total.astype(positions.dtype)
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gcnet_jax.data.sizes import format_size
 from gcnet_jax.errors import ConfigError
+from gcnet_jax.models import detector_training as training
 from gcnet_jax.models.fpn import FeaturePyramid
 from gcnet_jax.models.roi_heads import (
     BOX_SIZE,
@@ -27,8 +28,11 @@ from gcnet_jax.models.roi_heads import (
     all_finite,
     detect,
 )
+from gcnet_jax.models.rpn import STDS as ANCHOR_STDS
 from gcnet_jax.models.rpn import Proposals, RPNHead, anchor_boxes, propose
+from gcnet_jax.ops.assignment import Thresholds
 from gcnet_jax.ops.boxes import decode_deltas
+from gcnet_jax.ops.mask_targets import mask_targets
 from gcnet_jax.ops.roi_align import roi_align
 
 STRIDES = (4, 8, 16, 32, 64)
@@ -36,6 +40,9 @@ STRIDES = (4, 8, 16, 32, 64)
 MASK_CHUNK = 10
 # Standard deviations of the deltas of each stage of the cascade; Mask R-CNN is the first alone.
 STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+# Methods that have no parameters and compute each image by itself: all their arrays are batches of
+# images, and their keywords are static. A batch on several devices needs no exchange for them.
+PER_IMAGE = frozenset({'choose_anchors', 'choose_boxes', 'sample'})
 
 
 class MaskRCNN(nn.Module):
@@ -110,6 +117,64 @@ class MaskRCNN(nn.Module):
             'finite': jnp.stack([*finite, detections.finite]).all(axis=0),
         }
 
+    def training_outputs(
+        self,
+        images: Float[Array, 'batch height width 3'],
+        batch: Mapping[str, Array],
+        *,
+        train: bool,
+        priorities: training.Priorities | None = None,
+    ) -> dict[str, Array]:
+        """Returns what a training step's loss needs, by its name.
+
+        Which anchors and boxes are trained is drawn with the random stream 'sampling'.
+
+        Args:
+          images: As in `outputs`, of any common size.
+          batch: 'size', height and width of each image without padding, [batch, 2]; its objects,
+            'boxes' in pixels of `images`, float32 [batch, m, 4], 'labels', int32 [batch, m], -1
+            where there is none, and their masks as crops, 'masks', uint8 [batch, m, cells, cells],
+            with the part of the image that each covers, 'mask_boxes', float32 [batch, m, 4].
+          train: Whether the backbone's norms use the statistics of the batch.
+          priorities: Called with the number of a choice and `(batch, n)`, it returns the random
+            numbers of that choice, see `gcnet_jax.ops.sampling.sample`: choice 0 is of anchors, of
+            all levels by row, column and ratio; choice k of the boxes of the k-th box head, first
+            the m objects' own, then the proposals, or the boxes of the head before in the order in
+            which they were chosen. None draws them.
+
+        Returns:
+          Of the proposal network's trained anchors, as `detector_training.anchor_outputs` returns
+          them, 'rpn_logits', 'rpn_deltas', 'rpn_targets', 'rpn_positive' and 'rpn_valid'. Of the
+          trained boxes of each head k from 0, 512 of each image, 'box_logits_k', 'box_deltas_k' (of
+          the label's class), 'box_targets_k', 'box_labels_k' (`num_classes` is background),
+          'box_positive_k' and 'box_valid_k'. Of the first 128 of them, which are all of those that
+          belong to an object, 'mask_logits_k' and 'mask_targets_k' (bool) on 28 x 28 cells, and
+          'mask_valid_k'. And 'proposals', the boxes of the proposal network, best first.
+        """
+        if priorities is None:
+            priorities = training.draw_priorities(self.make_rng('sampling'))
+        rules = training.CASCADE if self.cascade else training.MASK_RCNN
+        sizes = batch['size'].astype(jnp.float32)
+        objects = {name: batch[name] for name in ('boxes', 'labels')}
+        pyramid = self.pyramid(images, train=train)
+        shapes = [features.shape[1:3] for features in pyramid]
+        logits, deltas = self.rpn_head(pyramid)
+        numbers = priorities(0, (len(images), sum(part.shape[1] for part in logits)))
+        outputs, (boxes, _, valid) = self.choose_anchors(
+            logits, deltas, sizes, objects, numbers, shapes=shapes, rules=rules
+        )
+        outputs['proposals'] = boxes
+        for stage, thresholds in enumerate(rules.thresholds):
+            count = batch['boxes'].shape[1] + boxes.shape[1]
+            numbers = priorities(stage + 1, (len(images), count))
+            chosen = self.choose_boxes(boxes, valid, objects, numbers, thresholds=thresholds)
+            found, deltas = self._train_boxes(stage, pyramid, chosen, batch)
+            outputs |= found
+            outputs |= self._train_masks(stage, pyramid, chosen, batch, images.shape[1:3])
+            if stage + 1 < len(rules.thresholds):
+                boxes, valid = training.moved_boxes(chosen, deltas[:, :, 0], STDS[stage], sizes)
+        return outputs
+
     def __call__(
         self,
         images: Float[Array, 'batch height width 3'],
@@ -136,6 +201,92 @@ class MaskRCNN(nn.Module):
         ]
         return propose(*self.rpn_head(pyramid), anchors, image_sizes)
 
+    def choose_anchors(
+        self,
+        logits: list[Float[Array, 'batch _']],
+        deltas: list[Float[Array, 'batch _ 4']],
+        image_sizes: Float[Array, 'batch 2'],
+        objects: Mapping[str, Array],
+        numbers: Float[Array, 'batch n'],
+        *,
+        shapes: Sequence[tuple[int, int]],
+        rules: training.TrainingRules,
+    ) -> tuple[dict[str, Array], Proposals]:
+        """Returns the proposal network's outputs that are trained, and the proposals."""
+        anchors = [anchor_boxes(*shape, s) for shape, s in zip(shapes, STRIDES, strict=True)]
+        allowed = training.trained_anchors(
+            anchors, shapes, STRIDES, image_sizes, whole=rules.whole_anchors
+        )
+        outputs = training.anchor_outputs(
+            jnp.concatenate(logits, axis=1),
+            jnp.concatenate(deltas, axis=1),
+            jnp.concatenate(anchors),
+            allowed,
+            ANCHOR_STDS,
+            objects,
+            numbers,
+        )
+        logits, deltas = lax.stop_gradient((logits, deltas))
+        proposals = propose(
+            logits, deltas, anchors, image_sizes, training.CANDIDATES, rules.proposals
+        )
+        return outputs, proposals
+
+    def choose_boxes(
+        self,
+        boxes: Float[Array, 'batch n 4'],
+        valid: Bool[Array, 'batch n'],
+        objects: Mapping[str, Array],
+        numbers: Float[Array, 'batch m'],
+        *,
+        thresholds: Thresholds,
+    ) -> training.TrainedBoxes:
+        """Returns the boxes that a head is trained on, see `detector_training.choose_boxes`."""
+        return training.choose_boxes(boxes, valid, objects, thresholds, self.num_classes, numbers)
+
+    def _train_boxes(
+        self, stage: int, pyramid, chosen: training.TrainedBoxes, batch: Mapping[str, Array]
+    ) -> tuple[dict[str, Array], Float[Array, 'batch n boxes 4']]:
+        logits, deltas = self.box_head[stage](self.sample(pyramid, chosen.boxes, size=BOX_SIZE))
+        logits, deltas = (
+            values.reshape(*chosen.labels.shape, *values.shape[1:]) for values in (logits, deltas)
+        )
+        objects = jnp.take_along_axis(batch['boxes'], chosen.objects[..., None], axis=1)
+        outputs = {
+            'logits': logits,
+            'deltas': training.own_deltas(deltas, chosen.labels),
+            'targets': training.delta_targets(chosen.boxes, objects, chosen.positive, STDS[stage]),
+            'labels': chosen.labels,
+            'positive': chosen.positive,
+            'valid': chosen.valid,
+        }
+        return {f'box_{name}_{stage}': values for name, values in outputs.items()}, deltas
+
+    def _train_masks(
+        self,
+        stage: int,
+        pyramid,
+        chosen: training.TrainedBoxes,
+        batch: Mapping[str, Array],
+        image_shape: tuple[int, int],
+    ) -> dict[str, Array]:
+        chosen = jax.tree.map(lambda values: values[:, : training.OBJECT_BOXES], chosen)
+        features = self.sample(pyramid, chosen.boxes, size=MASK_SIZE)
+        features = features.reshape(*chosen.labels.shape, *features.shape[1:])
+        labels = jnp.minimum(chosen.labels, self.num_classes - 1)
+        targets = jax.vmap(partial(mask_targets, image_shape=image_shape))(
+            batch['masks'], batch['mask_boxes'], chosen.boxes, chosen.objects
+        )
+        head, variables = self.mask_head[stage].unbind()
+        logits = training.mask_logits(
+            partial(head.apply, variables), features, labels, chosen.positive
+        )
+        return {
+            f'mask_logits_{stage}': logits,
+            f'mask_targets_{stage}': targets,
+            f'mask_valid_{stage}': chosen.positive,
+        }
+
     def detect(
         self, pyramid, proposals: Proposals, image_sizes: Float[Array, 'batch 2']
     ) -> Detections:
@@ -143,7 +294,7 @@ class MaskRCNN(nn.Module):
         boxes, logits = proposals.boxes, []
         stages = STDS[: len(self.box_head)]
         for index, stds in enumerate(stages):
-            found, deltas = self.box_head[index](self._sample(pyramid, boxes, BOX_SIZE))
+            found, deltas = self.box_head[index](self.sample(pyramid, boxes, size=BOX_SIZE))
             logits.append(found.reshape(*boxes.shape[:2], -1))
             deltas = deltas.reshape(*boxes.shape[:2], *deltas.shape[1:])
             if index + 1 < len(stages):
@@ -158,7 +309,7 @@ class MaskRCNN(nn.Module):
         Where there are fewer detections than places, the heads do not run for chunks of empty
         places, which get zeros.
         """
-        features = self._sample(pyramid, detections.boxes, MASK_SIZE)
+        features = self.sample(pyramid, detections.boxes, size=MASK_SIZE)
         labels = detections.labels.reshape(-1)
         if self.is_initializing():
             masks = _mean_mask(self.mask_head, features, labels)
@@ -188,9 +339,10 @@ class MaskRCNN(nn.Module):
         masks = lax.map(compute_or_skip, tuple(chunks))
         return masks.reshape(-1, *masks.shape[2:])
 
-    def _sample(
-        self, pyramid, boxes: Float[Array, 'batch n 4'], size: int
+    def sample(
+        self, pyramid, boxes: Float[Array, 'batch n 4'], *, size: int
     ) -> Float[Array, 'batch_n {size} {size} channel']:
+        """Returns the features of every image's boxes."""
         batch, count, _ = boxes.shape
         images = jnp.repeat(jnp.arange(batch), count)
         return roi_align(pyramid[:4], STRIDES[:4], boxes.reshape(-1, 4), images, size)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
+from gcnet_jax.context.common import float32_or_wider
 from gcnet_jax.models.layers import Conv
 from gcnet_jax.ops.boxes import decode_deltas
 from gcnet_jax.ops.nms import pick_best, separate
@@ -61,7 +62,8 @@ class BoxHead(nn.Module):
         boxes = 1 if self.class_agnostic else self.num_classes
         logits = nn.Dense(self.num_classes + 1, dtype=self.dtype, name='logits')(values)
         deltas = nn.Dense(4 * boxes, dtype=self.dtype, name='deltas')(values)
-        return logits.astype(jnp.float32), deltas.astype(jnp.float32).reshape(-1, boxes, 4)
+        dtype = float32_or_wider(logits.dtype)
+        return logits.astype(dtype), deltas.astype(dtype).reshape(-1, boxes, 4)
 
 
 class MaskHead(nn.Module):
@@ -89,9 +91,11 @@ class MaskHead(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (self.num_classes,), jnp.float32)
         values, kernel = nn.dtypes.promote_dtype(values, kernel, dtype=self.dtype)
         if labels is None:
-            return (values @ kernel).astype(jnp.float32) + bias
+            logits = values @ kernel
+            return logits.astype(float32_or_wider(logits.dtype)) + bias
         logits = jnp.einsum('nyxc,cn->nyx', values, kernel[:, labels])
-        return logits.astype(jnp.float32) + jnp.asarray(bias)[labels, None, None]
+        logits = logits.astype(float32_or_wider(logits.dtype))
+        return logits + jnp.asarray(bias)[labels, None, None]
 
 
 class DoubleSize(nn.Module):

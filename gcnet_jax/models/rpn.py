@@ -14,6 +14,7 @@ from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from gcnet_jax.context.common import float32_or_wider
 from gcnet_jax.models.layers import Conv
 from gcnet_jax.ops.boxes import decode_deltas
 from gcnet_jax.ops.nms import keep_sorted, separate, sort_by_score
@@ -22,7 +23,8 @@ from gcnet_jax.ops.nms import keep_sorted, separate, sort_by_score
 RATIOS = (0.5, 1.0, 2.0)
 SCALE = 8
 STDS = (1.0, 1.0, 1.0, 1.0)
-# Candidates of each level before suppression, and proposals of an image behind it.
+# Candidates of each level before suppression, and proposals of an image behind it; in training
+# both are others, see `detector_training`.
 CANDIDATES, PROPOSALS = 1000, 1000
 THRESHOLD = 0.7
 
@@ -60,9 +62,10 @@ class RPNHead(nn.Module):
         logits, deltas = conv('logits', len(RATIOS), 1), conv('deltas', 4 * len(RATIOS), 1)
         outputs = [nn.relu(shared(features)) for features in pyramid]
         batch = pyramid[0].shape[0]
+        dtype = float32_or_wider(outputs[0].dtype)
         return (
-            [logits(values).reshape(batch, -1).astype(jnp.float32) for values in outputs],
-            [deltas(values).reshape(batch, -1, 4).astype(jnp.float32) for values in outputs],
+            [logits(values).reshape(batch, -1).astype(dtype) for values in outputs],
+            [deltas(values).reshape(batch, -1, 4).astype(dtype) for values in outputs],
         )
 
 
@@ -84,6 +87,8 @@ def propose(
     deltas: Sequence[Float[Array, 'batch _ 4']],
     anchors: Sequence[Float[Array, '_ 4']],
     image_sizes: Float[Array, 'batch 2'],
+    candidates: int = CANDIDATES,
+    count: int = PROPOSALS,
 ) -> Proposals:
     """Chooses the proposals of every image.
 
@@ -91,11 +96,14 @@ def propose(
       logits, deltas: Of `RPNHead`, for every level.
       anchors: Of every level.
       image_sizes: Height and width of the images without padding, in pixels.
+      candidates: Boxes of each level that suppression chooses among.
+      count: Proposals of an image, at most.
     """
 
     def of_image(logits, deltas, image_size):
         levels = [
-            _candidates(*level, image_size) for level in zip(logits, deltas, anchors, strict=True)
+            _candidates(*level, image_size, candidates)
+            for level in zip(logits, deltas, anchors, strict=True)
         ]
         boxes, scores = (jnp.concatenate(parts) for parts in zip(*levels, strict=True))
         valid = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
@@ -109,7 +117,7 @@ def propose(
             keep = keep_sorted(moved[part][order], valid[part][order], THRESHOLD)
             kept.append(jnp.zeros(size, bool).at[order].set(keep))
         left = jnp.where(jnp.concatenate(kept), scores, -jnp.inf)
-        best, index = lax.top_k(left, min(PROPOSALS, len(scores)))
+        best, index = lax.top_k(left, min(count, len(scores)))
         found = best > -jnp.inf
         return Proposals(
             jnp.where(found[:, None], boxes[index], 0), jnp.where(found, best, 0), found
@@ -123,13 +131,14 @@ def _candidates(
     deltas: Float[Array, 'n 4'],
     anchors: Float[Array, 'n 4'],
     image_size: Float[Array, '2'],
+    count: int,
 ) -> tuple[Float[Array, 'k 4'], Float[Array, ' k']]:
     """The best boxes of one level with their scores; all of them, unsorted, where there are few.
 
     Ranked by score: where the sigmoid saturates, scores tie and logits do not.
     """
     scores = jax.nn.sigmoid(logits)
-    if len(anchors) > CANDIDATES:
-        scores, index = lax.top_k(scores, CANDIDATES)
+    if len(anchors) > count:
+        scores, index = lax.top_k(scores, count)
         anchors, deltas = anchors[index], deltas[index]
     return decode_deltas(anchors, deltas, STDS, image_size), scores

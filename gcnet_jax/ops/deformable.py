@@ -1,5 +1,8 @@
 """Deformable convolution (Dai et al., arXiv 1703.06211), version 1, as mmcv computes it."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -27,6 +30,12 @@ def deformable_convolution(
       stride: Step in both directions.
       groups: Number of groups that input and output channels are split into.
     """
+    return _convolution(features, kernel, offsets, stride, groups)
+
+
+# What is sampled is nine times as large as the output: as in mmcv the gradient samples again.
+@functools.partial(jax.checkpoint, static_argnums=(3, 4))
+def _convolution(features: Array, kernel: Array, offsets: Array, stride: int, groups: int) -> Array:
     rows, columns, group_channels, out = kernel.shape
     batch, out_height, out_width, _ = offsets.shape
     taps = rows * columns

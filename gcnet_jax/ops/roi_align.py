@@ -4,17 +4,23 @@ Each bin of a box averages bilinear samples: `ceil(bin size)` of them along each
 `sampling_ratio=0`), at positions shifted by half a pixel (`aligned=True`). Interpolation and mean
 both factor by axis, so a box is two small matrix products with a window of its level's map. Windows
 come in a few static shapes; boxes are sorted by the shape that they need and computed in chunks.
+
+It is linear in the maps, and its transpose is written out: left to JAX, the gradient would be a sum
+over the chunks of gradients that are each as large as all maps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float, Int
 
+from gcnet_jax.context.common import float32_or_wider
 from gcnet_jax.ops.boxes import box_area
 
 # A box of this size (the square root of its area, in pixels) is the smallest of the second level.
@@ -52,7 +58,7 @@ def roi_align(
     Returns:
       Features in the type of the maps; a box without area gives zeros.
     """
-    boxes = lax.stop_gradient(boxes.astype(jnp.float32))
+    boxes = lax.stop_gradient(boxes.astype(float32_or_wider(boxes.dtype)))
     shapes = np.array([features.shape[1:3] for features in pyramid])
     level = pyramid_level(boxes, len(pyramid))
     batch, channels = pyramid[0].shape[0], pyramid[0].shape[-1]
@@ -60,7 +66,7 @@ def roi_align(
     first_row = np.concatenate([[0], np.cumsum(batch * shapes.prod(axis=1))[:-1]])
 
     lengths = jnp.asarray(shapes)[level]  # Height and width of each box's map.
-    scale = jnp.asarray(strides, jnp.float32)[level][:, None]
+    scale = jnp.asarray(strides, boxes.dtype)[level][:, None]
     start = boxes[:, 1::-1] / scale - 0.5  # Top and left in pixels of the map.
     size = boxes[:, 3:1:-1] / scale - boxes[:, 1::-1] / scale
     origin = jnp.asarray(first_row, jnp.int32)[level] + images * lengths.prod(axis=1)
@@ -72,13 +78,33 @@ def roi_align(
     kind = jnp.argmax(fits, axis=1).astype(jnp.int32)
 
     boxes = (low, start, size, lengths, origin)
-    sample = partial(_sample_by_kind, windows=windows, out=out)
-    return lax.platform_dependent(
+    chunks = partial(_by_platform, windows=windows, out=out)
+    return linear_call(
+        partial(chunks, _sample_by_kind),
+        partial(chunks, partial(_spread_by_kind, positions=len(flat))),
+        (kind, boxes),
         flat,
+    )
+
+
+def _by_platform(
+    compute: Callable, boxes: tuple[Array, tuple[Array, ...]], values: Array, **options: Any
+) -> Array:
+    """Calls one of the two functions below with as many boxes in a chunk as the platform does best.
+
+    Args:
+      compute: Which of them.
+      boxes: The window that each needs, and what `_axis_products` needs to know of each.
+      values: Of the maps, or of the boxes.
+      options: Their keywords.
+    """
+    kind, boxes = boxes
+    return lax.platform_dependent(
+        values,
         kind,
         boxes,
-        cpu=partial(sample, together=CPU_CHUNK),
-        default=partial(sample, together=CHUNK),
+        cpu=partial(compute, together=CPU_CHUNK, **options),
+        default=partial(compute, together=CHUNK, **options),
     )
 
 
@@ -101,13 +127,56 @@ def _sample_by_kind(
       out: Height and width of the result.
       together: Boxes of a chunk.
     """
-    slots, place, chunk_kinds = _by_kind(kind, len(windows), together)
+    slots, place, chunk_kinds, _ = _by_kind(kind, len(windows), together)
     parts = jax.tree.map(
         lambda values: values[slots].reshape(-1, together, *values.shape[1:]), boxes
     )
     branches = [partial(_sample_window, flat, window, out) for window in windows]
     result = lax.map(lambda part: lax.switch(part[0], branches, part[1]), (chunk_kinds, parts))
     return result.reshape(-1, *result.shape[2:])[place]
+
+
+def _spread_by_kind(
+    values: Float[Array, 'n {out} {out} channel'],
+    kind: Int[Array, ' n'],
+    boxes: tuple[Array, ...],
+    *,
+    windows: Sequence[tuple[int, int]],
+    out: int,
+    together: int,
+    positions: int,
+) -> Float[Array, 'position channel']:
+    """The transpose of `_sample_by_kind`: adds what each box gives to the positions it sampled.
+
+    The chunks of one kind of window after the other change one array in place.
+
+    Args:
+      values: Of every box.
+      kind, boxes, windows, out, together: As there.
+      positions: Of all maps of all images.
+    """
+    slots, place, _, ends = _by_kind(kind, len(windows), together)
+    # Slots that repeat a box to fill a chunk give nothing.
+    values = jnp.zeros((len(slots), *values.shape[1:]), values.dtype).at[place].set(values)
+    widest = max(width for _, width in windows)
+    flat = jnp.zeros((positions + widest, values.shape[-1]), values.dtype)
+
+    def add_chunk(window: tuple[int, int], index: Array, flat: Array) -> Array:
+        chosen = lax.dynamic_slice_in_dim(slots, index * together, together)
+        given = lax.dynamic_slice_in_dim(values, index * together, together)
+        part = jax.tree.map(lambda of_boxes: of_boxes[chosen], boxes)
+        first, rows, columns = _axis_products(window, out, part)
+        given = jnp.einsum('nxw,nyxc->nywc', columns.astype(flat.dtype), given)
+        given = jnp.einsum('nyh,nywc->nhwc', rows.astype(flat.dtype), given)
+        # The positions of a window's row are neighbours: row by row.
+        numbers = lax.ScatterDimensionNumbers((2, 3), (), (0,))
+        return lax.scatter_add(flat, first[..., None], given, numbers)
+
+    start = jnp.zeros((), ends.dtype)
+    for window, end in zip(windows, ends, strict=True):
+        flat = lax.fori_loop(start, end, partial(add_chunk, window), flat)
+        start = end
+    return flat[:positions]
 
 
 def _sample_window(
@@ -125,6 +194,20 @@ def _sample_window(
       boxes: For each box: its first row and column, and in pixels of its map its start, its size,
         the map's height and width, and where the map begins in `flat`.
     """
+    first, rows, columns = _axis_products(window, out, boxes)
+    index = first[..., None] + jnp.arange(window[1])
+    features = flat.at[index].get(mode='clip')
+    features = jnp.einsum('nyh,nhwc->nywc', rows.astype(flat.dtype), features)
+    return jnp.einsum('nxw,nywc->nyxc', columns.astype(flat.dtype), features)
+
+
+def _axis_products(
+    window: tuple[int, int], out: int, boxes: tuple[Array, ...]
+) -> tuple[Int[Array, 'n rows'], Float[Array, 'n {out} rows'], Float[Array, 'n {out} columns']]:
+    """Returns where each row of a window begins, and its rows' and its columns' weights.
+
+    Beyond the right edge of a map the next row begins, beyond the map the next level: weight 0.
+    """
     low, start, size, lengths, origin = boxes
     corner = jnp.clip(low, 0, jnp.maximum(lengths - jnp.asarray(window), 0))
     rows, columns = (
@@ -132,12 +215,7 @@ def _sample_window(
         for a in (0, 1)
     )
     y = corner[:, :1] + jnp.arange(window[0])
-    # Beyond the right edge the next row begins, beyond the map the next level: weight 0.
-    index = origin[:, None] + y * lengths[:, 1:] + corner[:, 1:]
-    index = index[..., None] + jnp.arange(window[1])
-    features = flat.at[index].get(mode='clip')
-    features = jnp.einsum('nyh,nhwc->nywc', rows.astype(flat.dtype), features)
-    return jnp.einsum('nxw,nywc->nyxc', columns.astype(flat.dtype), features)
+    return origin[:, None] + y * lengths[:, 1:] + corner[:, 1:], rows, columns
 
 
 def _window_shapes(shapes: np.ndarray) -> list[tuple[int, int]]:
@@ -148,12 +226,13 @@ def _window_shapes(shapes: np.ndarray) -> list[tuple[int, int]]:
     return list(dict.fromkeys(windows))  # On small maps some are the same.
 
 
-def _by_kind(kind: Int[Array, ' n'], kinds: int, together: int) -> tuple[Array, Array, Array]:
+def _by_kind(kind: Int[Array, ' n'], kinds: int, together: int) -> tuple[Array, ...]:
     """Lays boxes out in chunks of one kind of window each.
 
     Returns:
       The box in each slot (the first box where a kind does not fill its last chunk), the slot of
-      each box, and the kind of each chunk; chunks that are left over get the smallest window.
+      each box, the kind of each chunk, and the end of each kind's chunks; chunks that are left over
+      get the smallest window.
     """
     count = kind.shape[0]
     chunks = -(-count // together) + kinds
@@ -166,7 +245,7 @@ def _by_kind(kind: Int[Array, ' n'], kinds: int, together: int) -> tuple[Array, 
     slots = jnp.zeros(chunks * together, jnp.int32).at[filled].set(order)
     place = jnp.zeros(count, jnp.int32).at[order].set(filled)
     chunk_kinds = jnp.searchsorted(ends, jnp.arange(chunks), side='right')
-    return slots, place, jnp.where(chunk_kinds < kinds, chunk_kinds, 0)
+    return slots, place, jnp.where(chunk_kinds < kinds, chunk_kinds, 0), ends
 
 
 def _axis_weights(
@@ -180,8 +259,8 @@ def _axis_weights(
     """The weight of every pixel of a window, along one axis, in every bin."""
     step = size / out
     samples = jnp.ceil(step)  # In each bin.
-    pixels = (corner[:, None] + jnp.arange(window)).astype(jnp.float32)
-    last = (length - 1).astype(jnp.float32)[:, None]
+    pixels = (corner[:, None] + jnp.arange(window)).astype(start.dtype)
+    last = (length - 1).astype(start.dtype)[:, None]
 
     def add_sample(index: Array, weights: Array) -> Array:
         place = (index + 0.5) / jnp.maximum(samples, 1)
@@ -191,7 +270,7 @@ def _axis_weights(
         near = jnp.maximum(1 - jnp.abs(x[..., None] - pixels[:, None, :]), 0)
         return weights + jnp.where(counts[..., None], near, 0)
 
-    weights = jnp.zeros((start.shape[0], out, window), jnp.float32)
+    weights = jnp.zeros((start.shape[0], out, window), start.dtype)
     most = jnp.max(samples, initial=0).astype(jnp.int32)
     weights = lax.fori_loop(0, most, add_sample, weights)
     return weights / jnp.maximum(samples, 1)[:, None, None]

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,6 +39,19 @@ def test_overlap_is_intersection_over_union():
             assert actual[i, j] == pytest.approx(width * height / union, abs=1e-6)
     assert (actual > 0).any()
     assert (actual == 0).any()
+
+
+def test_overlaps_are_rounded_step_by_step():
+    # A product and a sum that the compiler makes one operation of round once, not twice; boxes that
+    # overlap an object equally in mmdetection then do not here.
+    first, second = random_boxes(50), random_boxes(400, seed=1, side=90)
+    one, other = first[:, None], second[None]
+    size = np.minimum(one[..., 2:], other[..., 2:]) - np.maximum(one[..., :2], other[..., :2])
+    common = np.maximum(size, 0).prod(axis=-1)
+    areas = [(box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (one, other)]
+    options = {'xla_backend_optimization_level': 3}  # The tests are compiled without optimisation.
+    actual = jax.jit(intersection_over_union, compiler_options=options)(first, second)
+    np.testing.assert_array_equal(actual, common / (areas[0] + areas[1] - common))
 
 
 def test_boxes_without_area_overlap_nothing():

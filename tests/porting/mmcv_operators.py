@@ -8,6 +8,7 @@ import importlib.machinery
 import sys
 import types
 
+import torch
 import torchvision.ops
 
 
@@ -38,12 +39,60 @@ def _deform_conv(
     )
 
 
+# The gradients: those of the kernels above, which are computed once more for them.
+
+
+def _roi_align_backward(
+    gradient, rois, argmax_y, argmax_x, of_features, *, aligned_height, aligned_width,
+    spatial_scale, sampling_ratio, pool_mode, aligned,
+):  # fmt: skip
+    assert pool_mode == 1
+    size = aligned_height, aligned_width
+    with torch.enable_grad():
+        features = torch.zeros_like(of_features, requires_grad=True)
+        output = torchvision.ops.roi_align(
+            features, rois, size, spatial_scale, sampling_ratio, aligned
+        )
+        of_features.copy_(*torch.autograd.grad(output, features, gradient))
+
+
+def _deform_conv_gradients(features, offset, weight, gradient, options):
+    with torch.enable_grad():
+        leaves = [value.detach().requires_grad_() for value in (features, offset, weight)]
+        output = torchvision.ops.deform_conv2d(
+            *leaves,
+            None,
+            (options['dH'], options['dW']),
+            (options['padH'], options['padW']),
+            (options['dilationH'], options['dilationW']),
+        )
+        return torch.autograd.grad(output, leaves, gradient)
+
+
+def _deform_conv_backward_input(
+    features, offset, gradient, of_features, of_offset, weight, columns, **options
+):
+    found = _deform_conv_gradients(features, offset, weight, gradient, options)
+    of_features.copy_(found[0])
+    of_offset.copy_(found[1])
+
+
+def _deform_conv_backward_parameters(
+    features, offset, gradient, of_weight, columns, ones, **options
+):
+    weight = torch.zeros_like(of_weight)  # The gradient of a linear function of it.
+    of_weight.copy_(_deform_conv_gradients(features, offset, weight, gradient, options)[2])
+
+
 class _Operators(types.ModuleType):
     """`mmcv._ext`: every other operator is there by name only."""
 
     roi_align_forward = staticmethod(_roi_align)
     nms = staticmethod(_nms)
     deform_conv_forward = staticmethod(_deform_conv)
+    roi_align_backward = staticmethod(_roi_align_backward)
+    deform_conv_backward_input = staticmethod(_deform_conv_backward_input)
+    deform_conv_backward_parameters = staticmethod(_deform_conv_backward_parameters)
 
     def __getattr__(self, name):
         if name.startswith('__'):

@@ -29,14 +29,18 @@ from mmengine.model import revert_sync_batchnorm  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
 
-def build(config: str) -> torch.nn.Module:
-    """mmdetection's network of a configuration in evaluation mode, with `cfg` as an attribute."""
+def build(config: str, *, train: bool = False) -> torch.nn.Module:
+    """mmdetection's network of a configuration in evaluation mode, with `cfg` as an attribute.
+
+    With `train` it also has what training needs; without, that would only be in the way.
+    """
     init_default_scope('mmdet')
     path = Path(mmdet.__file__).parent / '.mim/configs/gcnet' / f'{config}.py'
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         settings = Config.fromfile(path)
-        settings.model.train_cfg = None
+        if not train:
+            settings.model.train_cfg = None
         # What SyncBN does in evaluation; it would ask for a GPU.
         model = revert_sync_batchnorm(MODELS.build(settings.model)).eval()
     model.cfg = settings

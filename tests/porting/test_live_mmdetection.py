@@ -83,7 +83,7 @@ def proposals(module, logits, deltas, size):
 
 def box_heads(module, pyramid, rois):
     return [
-        head(module._sample(pyramid, boxes, BOX_SIZE))
+        head(module.sample(pyramid, boxes, size=BOX_SIZE))
         for head, boxes in zip(module.box_head, rois, strict=True)
     ]
 
