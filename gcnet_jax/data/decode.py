@@ -10,7 +10,7 @@ from PIL import Image
 
 from gcnet_jax.data import image_limits
 from gcnet_jax.data.image_limits import DECODING_MEMORY, MAX_PIXELS, check_size
-from gcnet_jax.data.orientation import ORIENTATIONS, orientation, turn, upright_size
+from gcnet_jax.data.orientation import ORIENTATIONS, SWAPPED, orientation, turn
 from gcnet_jax.errors import DataError, one_line
 
 # Only these decoders ever see the data. Others of Pillow start programs (EPS runs Ghostscript).
@@ -125,6 +125,22 @@ def upright(pixels: Image.Image, image: Image.Image, data: bytes = b'') -> Image
         return pixels
     with DECODING_MEMORY.hold(4 * pixels.width * pixels.height):
         return turn(pixels, found)
+
+
+def upright_size(image: Image.Image, data: bytes = b'') -> tuple[int, int]:
+    """Returns height and width of an opened image once it is turned upright.
+
+    Args:
+      image: As Pillow has opened it. JPEGs stay as they are, others are decoded.
+      data: The file, as for `upright`.
+
+    Raises:
+      DataError: As `to_rgb`.
+    """
+    if image.format != 'JPEG':
+        to_rgb(image)
+    width, height = image.size
+    return (width, height) if orientation(image, data) in SWAPPED else (height, width)
 
 
 def to_array(image: Image.Image) -> RGB:

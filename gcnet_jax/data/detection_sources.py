@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from gcnet_jax.data.builders import find_builder
 from gcnet_jax.data.coco import CocoImage, CocoSet
-from gcnet_jax.data.decode import opened
+from gcnet_jax.data.decode import opened, upright_size
 from gcnet_jax.data.detection_set import (
     ANNOTATION,
     ANNOTATION_KEY,
@@ -22,7 +22,6 @@ from gcnet_jax.data.detection_set import (
     is_target,
     read_index,
 )
-from gcnet_jax.data.orientation import upright_size
 from gcnet_jax.data.records import default_data_dir
 from gcnet_jax.data.stored_split import StoredSplit, choose_split, open_split
 from gcnet_jax.errors import DataError, UnlabelledError

@@ -30,7 +30,8 @@ def orientation(image: Image.Image, data: bytes = b'') -> int:
     """Returns the EXIF orientation of an image, 1 for one that is upright or does not say.
 
     Args:
-      image: As Pillow has opened it.
+      image: As Pillow has opened it. If it is no JPEG, its pixels are decoded: for a PNG's metadata
+        Pillow decodes them, and damage would go unseen here.
       data: The file, where it is a JPEG; `image_limits` hides the metadata of those from Pillow.
     """
     if image.format == 'TIFF':  # Pillow turns these itself while it decodes them.
@@ -43,16 +44,6 @@ def orientation(image: Image.Image, data: bytes = b'') -> int:
         except Exception:  # Damaged metadata: viewers show the intact pixels as they are.
             found = None
     return found if found in ORIENTATIONS else 1
-
-
-def upright_size(image: Image.Image, data: bytes = b'') -> tuple[int, int]:
-    """Returns height and width of an image once it is turned upright.
-
-    Args:
-      image, data: As for `orientation`.
-    """
-    width, height = image.size
-    return (width, height) if orientation(image, data) in SWAPPED else (height, width)
 
 
 def jpeg_orientation(data: bytes) -> int:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gcnet_jax.data.decode import RGB, opened, to_array, to_rgb, upright
+from gcnet_jax.data.decode import RGB, opened, to_array, to_rgb, upright, upright_size
 from gcnet_jax.data.label_maps import IGNORED, LabelMap, decode_label_map
 from gcnet_jax.data.orientation import SWAPPED, orientation
 from gcnet_jax.errors import DataError
@@ -60,13 +60,13 @@ def decode_picture(
       DataError: The image is damaged or of another size.
     """
     with opened(data) as image:
-        swapped = orientation(image, data) in SWAPPED
-        height, width = image.size if swapped else image.size[::-1]
+        height, width = upright_size(image, data)
         if (height, width) != shape:
             raise DataError(
                 f'the image has {width} x {height} pixels and its label map '
                 f'{shape[1]} x {shape[0]}; they must have the same size'
             )
         if wanted:
+            swapped = orientation(image, data) in SWAPPED
             image.draft('RGB', wanted if swapped else wanted[::-1])
         return to_array(upright(to_rgb(image), image, data))

@@ -42,6 +42,15 @@ def test_an_image_has_the_size_of_its_labels():
         decode_picture(png(image_of(3)), (8, 6))
 
 
+def test_a_png_whose_pixels_are_damaged_is_seen():
+    """Looking for its orientation Pillow decodes a PNG; decoded again, it is grey and no error."""
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    data = bytearray(png(picture))
+    data[len(data) // 2] ^= 255
+    with pytest.raises(DataError, match='damaged PNG'):
+        decode_picture(bytes(data), (40, 60))
+
+
 def test_no_less_is_decoded_than_is_wanted():
     for orientation, shape in ((1, (64, 96)), (6, (96, 64))):
         exif = Image.Exif()

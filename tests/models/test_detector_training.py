@@ -39,7 +39,11 @@ def make_batch():
     }
 
 
-@pytest.fixture(scope='module', params=[False, True], ids=['mask_rcnn', 'cascade'])
+@pytest.fixture(
+    scope='module',
+    params=[pytest.param(False, marks=pytest.mark.slow), True],
+    ids=['mask_rcnn', 'cascade'],
+)
 def step(request, random_variables):
     """(detector, its variables, the compiled function to loss, gradient and outputs)."""
     backbone = create_model('gc_resnet18', num_classes=0, widths=(8, 8, 16, 16), context=None)

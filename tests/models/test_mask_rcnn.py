@@ -115,7 +115,7 @@ def test_proposals_come_by_score_and_stay_in_the_image():
         assert (boxes[:, 3] <= height).all()
 
 
-@pytest.mark.parametrize('cascade', [False, True])
+@pytest.mark.parametrize('cascade', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_whole_detector_is_one_program_and_images_do_not_disturb_each_other(
     cascade, random_variables
 ):

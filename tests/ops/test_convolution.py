@@ -120,6 +120,7 @@ def test_a_depthwise_gradient_is_accumulated_in_float32():
     jax.tree.map(lambda a, b: assert_close(a, b, 5e-3), actual, expected)
 
 
+@pytest.mark.slow
 def test_float64_stays_float64(float64):
     for shapes in CONVOLUTIONS[:14]:
         *_, stride, groups = shapes

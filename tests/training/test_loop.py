@@ -230,6 +230,7 @@ def test_a_run_that_is_complete_is_left_as_it_is(whole_run, capsys):
     assert again['eval/accuracy'] == final['eval/accuracy']
 
 
+@pytest.mark.slow
 def test_a_workdir_continues_on_another_mesh(tmp_path, whole_run, monkeypatch):
     config = tiny_config()
     with monkeypatch.context() as patch:
@@ -386,6 +387,7 @@ def test_compiled_programs_are_kept_in_the_workdir_or_where_the_config_says(tmp_
     assert asked == [(default, None), (default, str(tmp_path / 'shared'))]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_continued_and_read_from_there(tmp_path, monkeypatch, whole_run):
     monkeypatch.setattr(lock, 'SETTLE_SECONDS', 0)
     monkeypatch.chdir(tmp_path)
@@ -480,6 +482,7 @@ def fine_tuning_config(**training):
     return config
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_run_and_a_killed_run_stops_at_the_same_step(
     tmp_path, monkeypatch, capsys
 ):

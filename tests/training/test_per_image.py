@@ -34,6 +34,7 @@ def make_batch():
     }
 
 
+@pytest.mark.slow
 def test_devices_give_the_loss_and_gradient_of_one(random_variables):
     backbone = create_model('gc_resnet18', num_classes=0, widths=(4, 4, 8, 8), context=None)
     model = MaskRCNN(backbone, num_classes=3, channels=8, box_channels=16)

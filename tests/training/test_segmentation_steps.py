@@ -210,6 +210,7 @@ def test_a_frozen_norm_keeps_its_statistics_and_is_evaluations(start):
     close(gradient, expected[1], 1e-4)
 
 
+@pytest.mark.slow
 def test_all_pixels_can_divide_the_loss(start):
     task = dataclasses.replace(TASK, count_ignored=True, auxiliary_weight=0.0)
     model = segmenter(dropout_rate=0.0, auxiliary_channels=0)
