@@ -201,7 +201,7 @@ class Source:
     """Six pictures, one a class."""
 
     name, split, label_names, no_label = 'pictures', 'test', LABELS, 0
-    is_multilabel = False
+    num_classes, is_multilabel = len(LABELS), False
 
     def __init__(self, images):
         self.images = images

@@ -41,6 +41,9 @@ def test_a_folder_becomes_a_set(run, tmp_path):
         'validation: objects to train on: 3 (with masks), up to 2 in one image; others: 0 crowds, '
         '0 degenerate; images without objects: 1',
         'not in any training image: person',
+        'fine-tune a ported detector: python -m gcnet_jax train detection '
+        '--config.training.init_from=DIR '
+        f'--config.data.name=mine --config.data.data_dir={tmp_path}/sets --workdir runs/mine',
     ]
     assert len(load_detection('mine', 'train', str(tmp_path / 'sets'))) == 7
 

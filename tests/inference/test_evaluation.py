@@ -34,6 +34,10 @@ class Pictures:
     no_label: int = 0
     is_multilabel: bool = False
 
+    @property
+    def num_classes(self):
+        return len(self.label_names)
+
     def __len__(self):
         return len(self.images)
 

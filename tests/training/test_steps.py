@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gcnet_jax.models.registry import create_model
+from gcnet_jax.tasks.classification import ClassificationEvaluation
 from gcnet_jax.training.mesh import batch_shardings, feature_sharding, make_mesh
 from gcnet_jax.training.optimizers import make_optimizer
 from gcnet_jax.training.steps import (
