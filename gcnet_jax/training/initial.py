@@ -154,8 +154,7 @@ def merge_initial(
     Args:
       fresh: The network's own {'params', 'batch_stats'}: arrays, or shapes.
       loaded: The checkpoint's.
-      kept: Outputs of the classifier that are taken from the checkpoint, as in
-        `gcnet_jax.tasks.OutputPlan`.
+      kept: Outputs that are taken from the checkpoint, as in `gcnet_jax.tasks.OutputPlan`.
       place: The checkpoint, named in errors.
       kept_of: Other pairs than `kept`, of some of the modules in `outputs`.
       outputs: Paths of the modules, or single parameters, whose last axis is the classes.
