@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gcnet_jax.training.metrics import TIMING, read_metrics
-
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CONFIG = HERE / 'tiny_config.py'
@@ -119,14 +117,6 @@ def complete(workdir: Path, *settings: str, **options) -> Run:
         codes = run.codes()
         assert codes == [0] * len(codes), '\n'.join(map(run.printed, range(len(codes))))
     return run
-
-
-def without_timing(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what depends on the machine."""
-    return [
-        {name: value for name, value in line.items() if name not in TIMING}
-        for line in read_metrics(workdir)
-    ]
 
 
 def stored_sums(workdir: Path, step: int) -> dict:

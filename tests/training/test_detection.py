@@ -15,9 +15,10 @@ from gcnet_jax.stored import ModelDescription, load_variables, read_model_descri
 from gcnet_jax.training.experiment import assemble
 from gcnet_jax.training.initial import merge_initial
 from gcnet_jax.training.loop import train
-from gcnet_jax.training.metrics import TIMING, read_metrics
+from gcnet_jax.training.metrics import read_metrics
 from gcnet_jax.training.start import read_initial
 from gcnet_jax.training.steps import make_train_step
+from tests.training.compare_runs import assert_the_same, one_step
 from tests.training.tiny_detection import BACKBONE, COLORS, prepare, tiny_config
 
 pytestmark = pytest.mark.usefixtures('compile_once')
@@ -79,17 +80,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_weights(finished, shapes, tmp_p
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / 'checkpoints' / '8')
     train(frozen_config(shapes), tmp_path)
-    jax.tree.map(
-        np.testing.assert_array_equal, load_variables(tmp_path)[1], load_variables(whole)[1]
-    )
-
-    def lines(workdir):
-        return [
-            {name: value for name, value in line.items() if name not in TIMING}
-            for line in read_metrics(workdir)
-        ]
-
-    assert lines(tmp_path) == lines(whole)
+    assert_the_same(tmp_path, whole)
 
 
 @pytest.mark.slow
@@ -107,14 +98,6 @@ def test_norms_of_the_batch_and_two_canvases(shapes, tmp_path, capsys):
     assert ' objects of ' in capsys.readouterr().out
     statistics = load_variables(tmp_path)[1]['batch_stats']['backbone']['stem_norm']
     assert np.abs(statistics['mean']).max() > 1e-3
-
-
-def one_step(config, place):
-    """One step at a rate so low that float32 loses every update."""
-    config.training.init_from = str(place)
-    config.training.total_steps = 1
-    config.schedule.peak_learning_rate = 1e-30
-    return config
 
 
 @pytest.fixture(scope='module')

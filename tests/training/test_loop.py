@@ -19,10 +19,11 @@ from gcnet_jax.training import experiment, lock, loop, metrics
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.config import default_config
 from gcnet_jax.training.loop import TrainingError, train
-from gcnet_jax.training.metrics import TIMING, MetricsWriter, read_metrics
+from gcnet_jax.training.metrics import MetricsWriter, read_metrics
 from gcnet_jax.training.processes import Interrupted, Preempted
 from gcnet_jax.training.start import read_initial
 from tests.bucket import local_bucket
+from tests.training.compare_runs import without_timing
 
 
 class FakeSource:
@@ -84,13 +85,6 @@ def tiny_config(**training):
     for name, value in training.items():
         config.training[name] = value
     return config
-
-
-def without_timing(workdir):
-    return [
-        {name: value for name, value in line.items() if name not in TIMING}
-        for line in read_metrics(workdir)
-    ]
 
 
 @pytest.fixture(scope='module')

@@ -27,7 +27,8 @@ from gcnet_jax.training.processes import (
     ProcessError,
     connect,
 )
-from tests.training.real_runs import HERE, complete, running, without_timing
+from tests.training.compare_runs import without_timing
+from tests.training.real_runs import HERE, complete, running
 
 
 def test_one_process_connects_to_nothing(monkeypatch):

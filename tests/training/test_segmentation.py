@@ -13,9 +13,10 @@ from gcnet_jax.stored import ModelDescription, load_variables, read_model_descri
 from gcnet_jax.training.config import default_config, name_task
 from gcnet_jax.training.experiment import assemble
 from gcnet_jax.training.loop import train
-from gcnet_jax.training.metrics import TIMING, read_metrics
+from gcnet_jax.training.metrics import read_metrics
 from gcnet_jax.training.overrides import override
 from gcnet_jax.training.start import read_initial
+from tests.training.compare_runs import assert_the_same, one_step
 
 LABELS = ('grass', 'sea', 'sky')
 COLORS = ((40, 160, 50), (30, 60, 150), (190, 220, 240))
@@ -103,25 +104,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_weights(finished, pictures, tmp
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / 'checkpoints' / '40')
     train(tiny_config(pictures), tmp_path)
-    jax.tree.map(
-        np.testing.assert_array_equal, load_variables(tmp_path)[1], load_variables(whole)[1]
-    )
-
-    def lines(workdir):
-        return [
-            {name: value for name, value in line.items() if name not in TIMING}
-            for line in read_metrics(workdir)
-        ]
-
-    assert lines(tmp_path) == lines(whole)
-
-
-def one_step(config, place):
-    """One step at a rate so low that float32 loses every update."""
-    config.training.init_from = str(place)
-    config.training.total_steps = 1
-    config.schedule.peak_learning_rate = 1e-30
-    return config
+    assert_the_same(tmp_path, whole)
 
 
 @pytest.fixture(scope='module')

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from gcnet_jax.stored import load_variables
-from tests.training.real_runs import complete, running, stored_sums, without_timing
+from tests.training.compare_runs import without_timing
+from tests.training.real_runs import complete, running, stored_sums
 
 pytestmark = pytest.mark.slow
 
