@@ -14,6 +14,7 @@ from gcnet_jax.data.detection_set import SplitIndex, is_target
 from gcnet_jax.data.detection_sources import DetectionSource, load_detection
 from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.errors import ConfigError, DataError
+from tests.data.compare_batches import assert_equal, take
 from tests.data.detection_folders import contents, fill, picture, size_of
 
 LIMITS = KeepRatio(short_side=20, long_side=32, multiple_of=32)
@@ -54,11 +55,6 @@ class Objects(DetectionSource):
         return f'record {index} of numbers'
 
 
-def take(batches, count):
-    with batches:
-        return [next(batches) for _ in range(count)]
-
-
 def train(source, **options):
     defaults = {'global_batch_size': 4, 'seed': 7, 'preprocessing': LIMITS, 'mask_size': 16}
     return train_batches(source, **(defaults | {'max_boxes': 3} | options))
@@ -76,15 +72,6 @@ def evaluate(source, **options):
 def numbers(batch):
     """The images of a batch in which they have their own sizes."""
     return batch['image'][:, 0, 0, 0].tolist()
-
-
-def assert_equal(first, second):
-    assert len(first) == len(second) > 0
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key].dtype == b[key].dtype
-            np.testing.assert_array_equal(a[key], b[key])
 
 
 def test_training_batches_are_as_promised():

@@ -13,22 +13,9 @@ from gcnet_jax.data import preprocess
 from gcnet_jax.data.color import ColorOptions
 from gcnet_jax.data.loader import evaluation_batches, train_batches
 from gcnet_jax.errors import ConfigError, DataError
+from tests.data.compare_batches import assert_equal, take
 
 PLAIN = {'augmentation': 'none', 'flip': False, 'image_size': 8}
-
-
-def take(batches, count):
-    with batches:
-        return [next(batches) for _ in range(count)]
-
-
-def assert_equal(first, second):
-    assert len(first) == len(second) > 0
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key].dtype == b[key].dtype
-            np.testing.assert_array_equal(a[key], b[key])
 
 
 def test_every_example_comes_once_an_epoch_in_another_order_each_time(make):

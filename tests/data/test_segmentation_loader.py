@@ -8,6 +8,7 @@ from gcnet_jax.data.segmentation_augment import SegmentationOptions, augment_pai
 from gcnet_jax.data.segmentation_loader import evaluation_batches, train_batches
 from gcnet_jax.data.segmentation_sources import SegmentationSource
 from gcnet_jax.errors import ConfigError, DataError
+from tests.data.compare_batches import assert_equal, take
 from tests.data.segmentation_folders import image_of, labels_of, png
 
 LIMITS = KeepRatio(short_side=12, long_side=18, multiple_of=1)
@@ -37,11 +38,6 @@ class Maps(SegmentationSource):
         return f'record {index} of numbers'
 
 
-def take(batches, count):
-    with batches:
-        return [next(batches) for _ in range(count)]
-
-
 def train(source, **options):
     defaults = {'global_batch_size': 4, 'image_size': (8, 10), 'seed': 7, 'preprocessing': LIMITS}
     return train_batches(source, **(defaults | options))
@@ -59,15 +55,6 @@ def evaluate(source, **options):
 
 def numbers(batch):
     return batch['image'][:, 0, 0, 0].tolist()
-
-
-def assert_equal(first, second):
-    assert len(first) == len(second) > 0
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key].dtype == b[key].dtype
-            np.testing.assert_array_equal(a[key], b[key])
 
 
 def test_training_batches_are_as_promised():
