@@ -88,6 +88,20 @@ def test_the_last_of_two_objects_gets_the_box_that_is_best_for_both():
     assert compute(*arguments, thresholds=CASCADE).tolist() == [0, BACKGROUND]
 
 
+def test_a_threshold_itself_is_enough_for_an_object_and_not_background():
+    # Overlaps of 1/2, 1/4 and 0, of which each is exact.
+    boxes = np.array([[0, 0, 8, 8], [0, 0, 8, 16], [20, 0, 28, 8]], np.float32)
+    objects = np.array([[0, 0, 8, 4]], np.float32)
+
+    def found(*thresholds):
+        valid, present = np.ones(3, bool), np.ones(1, bool)
+        return compute(boxes, valid, objects, present, thresholds=Thresholds(*thresholds)).tolist()
+
+    assert found(0.5, 0.5, None) == [0, BACKGROUND, BACKGROUND]
+    assert found(0.5, 0.25, None) == [0, IGNORED, BACKGROUND]
+    assert found(0.75, 0.25, 0.5) == [0, IGNORED, BACKGROUND]
+
+
 def test_without_objects_all_is_background():
     boxes, valid, objects, present = draw(0, present=0)
     found = compute(boxes, valid, objects, present, thresholds=RPN)
