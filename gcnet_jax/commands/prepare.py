@@ -122,9 +122,7 @@ def _prepare_segmentation(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         progress=sys.stderr.isatty(),
     )
-    print_lines(f'left out: {problem}' for problem in prepared.damaged)
-    if prepared.damaged:
-        print(f'left out: {len(prepared.damaged):,} in all')
+    _print_left_out(prepared)
     if prepared.unlabelled:
         print(f'left out: {prepared.unlabelled:,} images of the split test, without label maps')
     _print_set(prepared)
@@ -144,15 +142,19 @@ def _prepare_detection(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         progress=sys.stderr.isatty(),
     )
-    print_lines(f'left out: {problem}' for problem in prepared.damaged)
-    if prepared.damaged:
-        print(f'left out: {len(prepared.damaged):,} in all')
+    _print_left_out(prepared)
     _print_set(prepared)
     _print_objects(prepared)
     command = _training_command(
         prepared, 'detection', options.data_dir, f'runs/{prepared.name}', 'DIR'
     )
     print(f'fine-tune a ported detector: {command}')
+
+
+def _print_left_out(prepared: 'PreparedSet') -> None:
+    print_lines(f'left out: {problem}' for problem in prepared.damaged)
+    if prepared.damaged:
+        print(f'left out: {len(prepared.damaged):,} in all')
 
 
 def _print_objects(prepared: 'PreparedDetection') -> None:

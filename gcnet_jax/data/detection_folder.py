@@ -24,9 +24,9 @@ from gcnet_jax.data.detection_set import (
 )
 from gcnet_jax.data.folder_entries import SPLIT_FOLDERS, damaged_files, shown
 from gcnet_jax.data.image_limits import image_file
-from gcnet_jax.data.prepared import PreparedSet, check_label_names, check_set_name
-from gcnet_jax.data.records import Example, write_image_set
-from gcnet_jax.errors import ConfigError, DataError, one_line
+from gcnet_jax.data.prepared import PreparedSet, check_label_names, check_set_name, write_prepared
+from gcnet_jax.data.records import Example
+from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.files import as_path, reason
 
 # 'train2017' is the split 'train'.
@@ -124,9 +124,7 @@ def prepare_detection(
     images = {split: _images(data, label_names, problems) for split, data in splits.items()}
     indices = {split: _index(splits[split], members) for split, members in images.items()}
     make_builder = functools.partial(_make_builder, name, root, label_names, images, indices)
-    path, written = write_image_set(make_builder, data_dir, overwrite=overwrite, progress=progress)
-    if not written:
-        raise ConfigError(f'data set {name!r} was prepared in {shown(path)} in the meantime')
+    path = write_prepared(name, make_builder, data_dir, overwrite=overwrite, progress=progress)
     return PreparedDetection(
         name,
         path,

@@ -19,8 +19,8 @@ from gcnet_jax.data.folder_entries import (
     subfolders,
 )
 from gcnet_jax.data.image_limits import image_file
-from gcnet_jax.data.prepared import PreparedSet, check_label_names, check_set_name
-from gcnet_jax.data.records import Example, ImageSet, write_image_set
+from gcnet_jax.data.prepared import PreparedSet, check_label_names, check_set_name, write_prepared
+from gcnet_jax.data.records import Example, ImageSet
 from gcnet_jax.errors import ConfigError, DataError, one_line
 from gcnet_jax.files import as_path
 
@@ -95,9 +95,7 @@ def prepare_folder(
         splits = _draw_test_split(splits['train'], test_fraction, seed)
     _check_splits(root, splits, label_names)
     make_builder = functools.partial(_make_builder, name, root, label_names, splits)
-    path, written = write_image_set(make_builder, data_dir, overwrite=overwrite, progress=progress)
-    if not written:
-        raise ConfigError(f'data set {name!r} was prepared in {shown(path)} in the meantime')
+    path = write_prepared(name, make_builder, data_dir, overwrite=overwrite, progress=progress)
     sizes = {split: len(items) for split, items in splits.items()}
     return PreparedFolder(name, path, label_names, sizes, tuple(damaged.values()), empty)
 

@@ -5,14 +5,14 @@ import dataclasses
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
 from gcnet_jax.data import digits
 from gcnet_jax.data.folder_entries import shown
-from gcnet_jax.data.records import VERSION, default_data_dir
+from gcnet_jax.data.records import VERSION, ImageSet, default_data_dir, write_image_set
 from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.files import as_path
 
@@ -69,6 +69,30 @@ def check_set_name(name: str, data_dir: str | None, overwrite: bool) -> None:
         )
     if place.exists() and not (place / VERSION / 'features.json').exists() and any(place.iterdir()):
         raise ConfigError(f'{shown(place)} holds no prepared folder; it is not overwritten')
+
+
+def write_prepared(
+    name: str,
+    make_builder: Callable[[str], ImageSet],
+    data_dir: str | None,
+    *,
+    overwrite: bool,
+    progress: bool,
+) -> Path:
+    """Writes a set whose name `check_set_name` has let pass, and returns its directory.
+
+    Args:
+      name: Of the set.
+      make_builder, data_dir, overwrite, progress: See `records.write_image_set`.
+
+    Raises:
+      ConfigError: Another process has prepared a set of this name in the meantime.
+      DataError: The directory cannot be written.
+    """
+    path, written = write_image_set(make_builder, data_dir, overwrite=overwrite, progress=progress)
+    if not written:
+        raise ConfigError(f'data set {name!r} was prepared in {shown(path)} in the meantime')
+    return path
 
 
 def check_label_names(names: Iterable[str], what: str = 'class', advice: str = 'rename it') -> None:

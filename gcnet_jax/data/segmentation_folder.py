@@ -16,8 +16,8 @@ from PIL import Image
 from gcnet_jax.data.folder_entries import damaged_files, shown
 from gcnet_jax.data.image_limits import image_file
 from gcnet_jax.data.label_maps import IGNORED, MAX_CLASSES
-from gcnet_jax.data.prepared import PreparedSet, check_set_name
-from gcnet_jax.data.records import Example, ImageSet, write_image_set
+from gcnet_jax.data.prepared import PreparedSet, check_set_name, write_prepared
+from gcnet_jax.data.records import Example, ImageSet
 from gcnet_jax.data.segmentation_files import (
     Pair,
     SegmentationFolder,
@@ -29,7 +29,7 @@ from gcnet_jax.data.segmentation_files import (
     relative,
 )
 from gcnet_jax.data.segmentation_pairs import decode_labels, decode_picture
-from gcnet_jax.errors import ConfigError, DataError, one_line
+from gcnet_jax.errors import DataError, one_line
 from gcnet_jax.files import as_path
 
 VALUES = 256
@@ -103,9 +103,7 @@ def prepare_segmentation(
     make_builder = functools.partial(
         _make_builder, name, folder.root, names, splits, reduce_zero_label
     )
-    path, written = write_image_set(make_builder, data_dir, overwrite=overwrite, progress=progress)
-    if not written:
-        raise ConfigError(f'data set {name!r} was prepared in {shown(path)} in the meantime')
+    path = write_prepared(name, make_builder, data_dir, overwrite=overwrite, progress=progress)
     return PreparedSegmentation(
         name,
         path,
