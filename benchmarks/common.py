@@ -171,6 +171,51 @@ def random_variables(shapes: Mapping[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def training_step(
+    model: Any,
+    task: Any,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    *,
+    learning_rate: float,
+    frozen: tuple[str, ...] = (),
+) -> Callable[[], Any]:
+    """Returns a function that takes the package's own step, SGD with momentum, on one device.
+
+    It returns the metrics of the step when they are there.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from gcnet_jax.training.mesh import batch_shardings, make_mesh, state_shardings
+    from gcnet_jax.training.optimizers import make_optimizer
+    from gcnet_jax.training.state import TrainState
+    from gcnet_jax.training.steps import StepOptions, jit_train_step, make_train_step
+
+    optimizer = make_optimizer('sgd', learning_rate, nesterov=False)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(jax.random.key(1)),
+        params=variables['params'],
+        batch_stats=variables['batch_stats'],
+        opt_state=optimizer.init(variables['params']),
+        ema=None,
+    )
+    shardings = state_shardings(state, mesh)
+    state = jax.device_put(state, shardings)
+    inputs = jax.device_put(batch, batch_shardings(mesh, task.batch_spec()))
+    step = make_train_step(model, optimizer, task, StepOptions(frozen=frozen), mesh)
+    step = jit_train_step(step, task, mesh, shardings)
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, inputs)
+        return jax.block_until_ready(metrics)
+
+    return run
+
+
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Returns a parser of the flags that all benchmarks share."""
     parser = argparse.ArgumentParser(description=(description or '').split('\n')[0])

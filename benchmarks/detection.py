@@ -1,14 +1,16 @@
-"""Detectors, ours against mmdetection's: seconds by part, images/s of the whole, and memory.
+"""Detectors, ours against mmdetection's: seconds by part and of the whole, and memory.
 
-    python -m benchmarks.detection [--model NAME] [--size HEIGHT WIDTH] [--rounds N] [--json]
+    python -m benchmarks.detection [--train] [--model NAME] [--size HEIGHT WIDTH] [--rounds N]
         [--mmdetection-python PYTHON --mmdetection-config CONFIG [--mmdetection-setup MODULE]]
+        [--threads N] [--json]
 
 Each side is a process of its own on the same `--threads` processors; they take turns. Both have the
 same random weights and the same image, and count from the normalised, padded image to one boolean
 mask of the image's size for each detection. Ours is timed as the one program that it is, and part
 by part; the latter in a process of its own, so that its memory is not the program's. Memory is
 given for a first run, which compiles, and for one that finds the program in JAX's compilation
-cache, as every later run does.
+cache, as every later run does. With `--train` it is a training step that is timed, see
+`benchmarks.detection_steps`, as one part.
 
 mmdetection's is timed if an interpreter that can import mmdet is given, with the path of a
 configuration. `--mmdetection-setup` names a module that it imports first, from the current
@@ -56,7 +58,7 @@ def _answer(side: str, process: subprocess.Popen) -> dict[str, Any]:
 
 def compare(flags: argparse.Namespace) -> dict[str, list[dict]]:
     """Runs every side in turns; returns what each answered in each round."""
-    pythons = {OURS: sys.executable, OURS_BY_PART: sys.executable}
+    pythons = dict.fromkeys((OURS,) if flags.train else (OURS, OURS_BY_PART), sys.executable)
     if flags.mmdetection_python:
         pythons[THEIRS] = flags.mmdetection_python
     answers = {side: [] for side in (FIRST, *pythons)}
@@ -104,9 +106,9 @@ def rows(answers: Mapping[str, Sequence[Mapping]]) -> list[dict[str, Any]]:
         return max(values, default=None)
 
     sides = (given for side, given in answers.items() if side != FIRST)
-    found = ', '.join(str(given[0]['detections']) for given in sides)
+    found = ', '.join(str(given[0]['boxes']) for given in sides)
     table = []
-    for part in (*PARTS, WHOLE):
+    for part in (*(PARTS if OURS_BY_PART in answers else ()), WHOLE):
         side = OURS if part == WHOLE else OURS_BY_PART
         wall, processor = median(side, part, 0), median(side, part, 1)
         their_wall, their_processor = median(THEIRS, part, 0), median(THEIRS, part, 1)
@@ -124,7 +126,7 @@ def rows(answers: Mapping[str, Sequence[Mapping]]) -> list[dict[str, Any]]:
                 'peak MiB': peak(side) if part == WHOLE else None,
                 'first peak MiB': peak(FIRST) if part == WHOLE else None,
                 'their peak MiB': peak(THEIRS) if part == WHOLE else None,
-                'detections': found if part == WHOLE else None,
+                'boxes': found if part == WHOLE else None,
             }
         )
     return table
@@ -132,6 +134,7 @@ def rows(answers: Mapping[str, Sequence[Mapping]]) -> list[dict[str, Any]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = common.argument_parser(__doc__)
+    parser.add_argument('--train', action='store_true', help='a training step, in place of finding')
     parser.add_argument('--model', default='gc_mask_rcnn_resnet50_fpn', help='a detector of ours')
     parser.add_argument('--size', nargs=2, type=int, default=(800, 1333), metavar='PIXELS')
     parser.add_argument('--rounds', type=int, default=5, help='runs of each side that are timed')

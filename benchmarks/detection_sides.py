@@ -79,8 +79,8 @@ def draw(name: str, shape: Sequence[int]) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def write_weights(model_name: str, directory: Path) -> None:
-    """Draws weights, and writes them folded in our names and as they are in mmdetection's."""
+def write_weights(model_name: str, directory: Path, *, folded: bool) -> None:
+    """Draws weights, and writes them in both sides' names; in ours with folded norms if asked."""
     import jax
     from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -98,8 +98,10 @@ def write_weights(model_name: str, directory: Path) -> None:
         shape = pairing.leaf.to_theirs(np.zeros(shapes[pairing.ours].shape, np.float32)).shape
         theirs[pairing.theirs] = draw(pairing.theirs, shape)
         ours[pairing.ours] = pairing.leaf.to_ours(theirs[pairing.theirs])
-    folded = fold_batch_norms(model, unflatten_dict(ours, sep='/'), images, train=False)
-    np.savez(directory / 'ours.npz', **flatten_dict(folded, sep='/'))
+    if folded:
+        ours = fold_batch_norms(model, unflatten_dict(ours, sep='/'), images, train=False)
+        ours = flatten_dict(ours, sep='/')
+    np.savez(directory / 'ours.npz', **ours)
     np.savez(directory / 'theirs.npz', **theirs)
 
 
@@ -192,8 +194,11 @@ def _paste(detections: Any, masks: Any, size: tuple[int, int]) -> np.ndarray:
     return Instances(boxes, scores, names, classes, tuple(size), np.asarray(masks[0])[found]).masks
 
 
-def theirs(flags: argparse.Namespace) -> Callable[[Clock], int]:
-    """Sets up mmdetection's; needs its interpreter."""
+def load_mmdetection(flags: argparse.Namespace, *, train: bool) -> tuple[Any, Any, Any]:
+    """Returns mmdetection's network with the weights, the image and the sample that goes with it.
+
+    With `train` it is in its training mode, and without it has nothing that training needs.
+    """
     if flags.mmdetection_setup:
         importlib.import_module(flags.mmdetection_setup)
     import torch
@@ -207,14 +212,14 @@ def theirs(flags: argparse.Namespace) -> Callable[[Clock], int]:
     torch.set_num_threads(flags.threads)
     init_default_scope('mmdet')
     config = Config.fromfile(flags.mmdetection_config)
-    config.model.train_cfg = None
+    if not train:
+        config.model.train_cfg = None
     config.model.backbone.init_cfg = None
-    model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
+    model = revert_sync_batchnorm(MODELS.build(config.model)).train(train)
     with np.load(flags.directory / 'theirs.npz') as file:
         state = {name: torch.from_numpy(file[name]) for name in file.files}
     counters = [name for name in model.state_dict() if name.endswith('num_batches_tracked')]
     model.load_state_dict({**state, **{name: torch.tensor(0) for name in counters}})
-    del state
     pixels = torch.from_numpy(image(*flags.size)).permute(0, 3, 1, 2).contiguous()
     shape, padded = tuple(flags.size), tuple(pixels.shape[2:])
     sample = DetDataSample(
@@ -226,6 +231,14 @@ def theirs(flags: argparse.Namespace) -> Callable[[Clock], int]:
             'scale_factor': (1.0, 1.0),
         }
     )
+    return model, pixels, sample
+
+
+def theirs(flags: argparse.Namespace) -> Callable[[Clock], int]:
+    """Sets up mmdetection's; needs its interpreter."""
+    model, pixels, sample = load_mmdetection(flags, train=False)
+    import torch
+
     clocks = []
 
     def timed(part, function, *inputs, **options):
@@ -260,18 +273,22 @@ def serve(side: str, flags: argparse.Namespace) -> None:
     """Runs one side: a line of JSON for each line that comes in."""
     # Before a library starts its threads.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.threads])
-    setups = {
-        OURS: lambda: ours(flags, by_part=False),
-        OURS_BY_PART: lambda: ours(flags, by_part=True),
-        THEIRS: lambda: theirs(flags),
-    }
+    if flags.train:
+        steps = importlib.import_module('benchmarks.detection_steps')
+        setups = {OURS: lambda: steps.ours(flags), THEIRS: lambda: steps.theirs(flags)}
+    else:
+        setups = {
+            OURS: lambda: ours(flags, by_part=False),
+            OURS_BY_PART: lambda: ours(flags, by_part=True),
+            THEIRS: lambda: theirs(flags),
+        }
     run = setups[side]()
     for _ in sys.stdin:
         clock = Clock()
         found = run(clock)
         # Linux counts in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answer = {'seconds': clock.seconds, 'detections': found, 'peak_bytes': peak}
+        answer = {'seconds': clock.seconds, 'boxes': found, 'peak_bytes': peak}
         print(json.dumps(answer), flush=True)
 
 
@@ -280,7 +297,7 @@ def main(side: str, options: str) -> None:
     flags = argparse.Namespace(**json.loads(options))
     flags.directory = Path(flags.directory)
     if side == 'weights':
-        write_weights(flags.model, flags.directory)
+        write_weights(flags.model, flags.directory, folded=not flags.train)
     else:
         serve(side, flags)
 

@@ -38,40 +38,15 @@ def ours(network: str, batch: int, size: int) -> Callable:
 
     from gcnet_jax.models import create_model, model_entry
     from gcnet_jax.tasks import Classification
-    from gcnet_jax.training.mesh import batch_shardings, make_mesh, state_shardings
-    from gcnet_jax.training.optimizers import make_optimizer
-    from gcnet_jax.training.state import TrainState
-    from gcnet_jax.training.steps import StepOptions, jit_train_step, make_train_step
 
     model, preprocessing = create_model(network), model_entry(network).preprocessing
-    optimizer = make_optimizer('sgd', 0.01, nesterov=False)
     shapes = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), train=False)
     )
     variables = common.random_variables(dict(shapes))
     classes = variables['params']['classifier']['bias'].size
     task = Classification(classes, preprocessing.mean, preprocessing.std)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        key=jax.random.key_data(jax.random.key(1)),
-        params=variables['params'],
-        batch_stats=variables['batch_stats'],
-        opt_state=optimizer.init(variables['params']),
-        ema=None,
-    )
-    shardings = state_shardings(state, mesh)
-    state = jax.device_put(state, shardings)
-    inputs = jax.device_put(batch_of(batch, size), batch_shardings(mesh, task.batch_spec()))
-    step = make_train_step(model, optimizer, task, StepOptions(), mesh)
-    step = jit_train_step(step, task, mesh, shardings)
-
-    def run():
-        nonlocal state
-        state, metrics = step(state, inputs)
-        metrics['loss'].block_until_ready()
-
-    return run
+    return common.training_step(model, task, variables, batch_of(batch, size), learning_rate=0.01)
 
 
 def plain_flax(network: str, batch: int, size: int) -> Callable:

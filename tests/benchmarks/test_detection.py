@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from benchmarks import detection, detection_sides
+from benchmarks import detection, detection_sides, detection_steps
 
 
 def answer(whole, parts, peak, detections=100):
     seconds = dict.fromkeys(detection.PARTS, (parts, parts / 2)) | {'whole': (whole, whole)}
-    return {'seconds': seconds, 'peak_bytes': peak * 2**20, 'detections': detections}
+    return {'seconds': seconds, 'peak_bytes': peak * 2**20, 'boxes': detections}
 
 
 def test_medians_of_parts_and_of_the_whole_are_compared():
@@ -24,7 +24,7 @@ def test_medians_of_parts_and_of_the_whole_are_compared():
     assert (whole['seconds'], whole['mmdetection'], whole['speed ratio']) == (3, 6, 2)
     peaks = (whole['peak MiB'], whole['first peak MiB'], whole['their peak MiB'])
     assert peaks == (120, 300, 200)
-    assert whole['detections'] == '100, 100, 100'
+    assert whole['boxes'] == '100, 100, 100'
     assert whole['spread'] == pytest.approx(2 / 3)
 
 
@@ -33,6 +33,24 @@ def test_without_mmdetection_its_columns_are_empty():
     whole = detection.rows(answers)[-1]
     assert whole['seconds'] == 2
     assert whole['mmdetection'] is whole['speed ratio'] is whole['their peak MiB'] is None
+
+
+def test_of_a_training_step_there_is_one_part():
+    answers = {'gcnet_jax': [answer(2, 9, 100, 31)], 'mmdetection': [answer(3, 9, 50, 29)]}
+    (row,) = detection.rows(answers)
+    assert (row['part'], row['speed ratio'], row['boxes']) == ('whole', 1.5, '31, 29')
+
+
+def test_objects_of_a_training_step_lie_in_the_image_and_have_a_mask():
+    boxes, labels, masks = detection_steps.objects(400, 666)
+    assert (boxes >= 0).all()
+    assert (boxes[:, 2:] <= (666, 400)).all()
+    assert labels.max() < 80
+    assert masks.shape == (8, 400, 666)
+    for box, mask in zip(boxes.astype(int), masks, strict=True):
+        inside = mask[box[1] : box[3], box[0] : box[2]]
+        assert inside.sum() == mask.sum()
+        assert inside.mean() == pytest.approx(np.pi / 4, abs=0.05)
 
 
 def test_weights_depend_on_the_name_alone_and_have_the_gain_of_their_layer():

@@ -1,7 +1,8 @@
 """Stand-ins for mmcv's compiled operators, which mmcv-lite lacks; needs torchvision.
 
 The detectors of GCNet call three of them, for which the kernels of torchvision, the same code,
-stand in here; its segmenters call none. mmdetection and mmsegmentation import all of them.
+stand in here, gradients included; its segmenters call none. mmdetection and mmsegmentation import
+all of them.
 """
 
 import importlib.machinery
@@ -39,7 +40,7 @@ def _deform_conv(
     )
 
 
-# The gradients: those of the kernels above, which are computed once more for them.
+# The gradients, by torchvision's kernels for them.
 
 
 def _roi_align_backward(
@@ -47,26 +48,23 @@ def _roi_align_backward(
     spatial_scale, sampling_ratio, pool_mode, aligned,
 ):  # fmt: skip
     assert pool_mode == 1
-    size = aligned_height, aligned_width
-    with torch.enable_grad():
-        features = torch.zeros_like(of_features, requires_grad=True)
-        output = torchvision.ops.roi_align(
-            features, rois, size, spatial_scale, sampling_ratio, aligned
+    of_features.copy_(
+        torch.ops.torchvision._roi_align_backward(
+            gradient.contiguous(), rois, spatial_scale, aligned_height, aligned_width,
+            *of_features.shape, sampling_ratio, aligned,
         )
-        of_features.copy_(*torch.autograd.grad(output, features, gradient))
+    )  # fmt: skip
 
 
 def _deform_conv_gradients(features, offset, weight, gradient, options):
-    with torch.enable_grad():
-        leaves = [value.detach().requires_grad_() for value in (features, offset, weight)]
-        output = torchvision.ops.deform_conv2d(
-            *leaves,
-            None,
-            (options['dH'], options['dW']),
-            (options['padH'], options['padW']),
-            (options['dilationH'], options['dilationW']),
-        )
-        return torch.autograd.grad(output, leaves, gradient)
+    """Returns the gradients of the features, the weight and the offset."""
+    batch, groups, empty = len(features), options['deformable_group'], gradient.new_zeros
+    found = torch.ops.torchvision._deform_conv2d_backward(
+        gradient.contiguous(), features, weight, offset, empty((batch, 1)), empty(len(weight)),
+        options['dH'], options['dW'], options['padH'], options['padW'],
+        options['dilationH'], options['dilationW'], options['group'], groups, False,
+    )  # fmt: skip
+    return found[0], found[1], found[2]
 
 
 def _deform_conv_backward_input(
@@ -74,14 +72,14 @@ def _deform_conv_backward_input(
 ):
     found = _deform_conv_gradients(features, offset, weight, gradient, options)
     of_features.copy_(found[0])
-    of_offset.copy_(found[1])
+    of_offset.copy_(found[2])
 
 
 def _deform_conv_backward_parameters(
     features, offset, gradient, of_weight, columns, ones, **options
 ):
     weight = torch.zeros_like(of_weight)  # The gradient of a linear function of it.
-    of_weight.copy_(_deform_conv_gradients(features, offset, weight, gradient, options)[2])
+    of_weight.copy_(_deform_conv_gradients(features, offset, weight, gradient, options)[1])
 
 
 class _Operators(types.ModuleType):

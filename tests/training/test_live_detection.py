@@ -31,6 +31,8 @@ SHAPE = (128, 160)
 SIZES = np.array([[128, 160], [90, 120]], np.int32)  # The second has anchors that do not count.
 PLACES, CELLS = 6, 112
 FROZEN = ('backbone/stem*', 'backbone/stage1_*')
+# Frozen; and in images so small no whole anchor and no box is of the fourth level.
+UNTRAINED = ('backbone/stem', 'backbone/stage1_', 'neck/output3/')
 CONFIGS = {
     'gc': 'mask-rcnn_r50-gcb-r16-c3-c5_fpn_1x_coco',
     'cascade_gc_dcn': 'cascade-mask-rcnn_x101-32x4d-syncbn-dconv-c3-c5-r16-gcb-c3-c5_fpn_1x_coco',
@@ -93,15 +95,12 @@ def their_numbers(theirs, proposals, shapes):
         choice = theirs.choices[image]
         chosen = np.concatenate([choice.positive, choice.negative])
         numbers[0][image, places[chosen]] = 1
-        # Where the boxes of their first choice are here: proposals may come in another order
-        # where scores tie.
         choice = theirs.choices[images + image]
-        given = choice.boxes[choice.objects :]
-        distance = np.abs(given[:, None] - proposals[image][None]).max(axis=-1)
-        place = np.concatenate([np.arange(choice.objects), PLACES + distance.argmin(axis=1)])
+        nearest, distance = pair_boxes(choice.boxes[choice.objects :], proposals[image])
+        place = np.concatenate([np.arange(choice.objects), PLACES + nearest])
         found = np.concatenate([choice.positive, choice.negative])
         found = found[found >= choice.objects] - choice.objects
-        assert distance.min(axis=1)[found].max() < 1e-2, 'other proposals, by a close decision'
+        assert distance[found].max() < 1e-2, 'other proposals, by a close decision'
         for stage in range(1, len(shapes)):
             choice = theirs.choices[images * stage + image]
             positive, negative = place[choice.positive], place[choice.negative]
@@ -115,6 +114,21 @@ def their_numbers(theirs, proposals, shapes):
             kept = PLACES + rank[~is_truth]
             place = np.concatenate([np.arange(choice.objects), kept])
     return numbers
+
+
+def pair_boxes(theirs, ours):
+    """Which of our proposals each of theirs is, and how far from it; no two are the same one.
+
+    Where scores tie the order differs. Two levels may propose the same box, and both are trained.
+    """
+    distance = np.abs(theirs[:, None] - ours[None]).max(axis=-1)
+    nearest = np.zeros(len(theirs), int)
+    least = np.zeros(len(theirs))
+    for index, row in enumerate(distance):
+        nearest[index] = row.argmin()
+        least[index] = row.min()
+        distance[:, nearest[index]] = np.inf
+    return nearest, least
 
 
 @functools.partial(jax.checkpoint, static_argnums=(2, 3, 4))
@@ -238,7 +252,10 @@ def check_losses(ours, theirs):
         print(f'{name}: {weight * float(value):.8f}, mmdetection {theirs[names[name]]:.8f}')
     for name, value in ours.items():
         weight = 0.5 ** int(name[-1]) if name[-1].isdigit() else 1.0
-        assert weight * float(value) == pytest.approx(theirs[names[name]], rel=1e-4), name
+        # A cell of a mask that its object covers by half, to rounding, is learned either way: one
+        # in some runs, which is up to 1e-4 of the loss.
+        tolerance = 3e-4 if name.startswith('mask') else 1e-4
+        assert weight * float(value) == pytest.approx(theirs[names[name]], rel=tolerance), name
 
 
 def check_gradients(ours, theirs):
@@ -253,7 +270,7 @@ def check_gradients(ours, theirs):
         if name.endswith('pool/logits/bias'):  # Below a softmax: rounding alone.
             assert np.abs(mine).max() < 1e-6
         elif largest == 0:
-            assert name.startswith(('backbone/stem', 'backbone/stage1_')), name
+            assert name.startswith(UNTRAINED), name
             assert not mine.any(), name
         else:
             differences[name] = float(np.abs(mine - value).max() / largest)
