@@ -174,7 +174,8 @@ def _print_objects(prepared: 'PreparedDetection') -> None:
 
 def _print_set(prepared: 'PreparedSet') -> None:
     splits = ', '.join(f'{split} {size:,}' for split, size in prepared.split_sizes.items())
-    print(f'{prepared.name}: {len(prepared.label_names)} classes, images: {splits}')
+    count = len(prepared.label_names)
+    print(f'{prepared.name}: {count} {"class" if count == 1 else "classes"}, images: {splits}')
     print(f'in {one_line(prepared.path)}')
 
 
