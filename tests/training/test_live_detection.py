@@ -34,8 +34,8 @@ SHAPE = (128, 160)
 SIZES = np.array([[124, 156], [90, 118]], np.int32)
 PLACES, CELLS = 6, 112
 FROZEN = ('backbone/stem*', 'backbone/stage1_*')
-# Frozen; and in images so small no whole anchor and no box is of the fourth level.
-UNTRAINED = ('backbone/stem', 'backbone/stage1_', 'neck/output3/')
+# Frozen; and in images so small no whole anchor and no box is of the last two levels.
+UNTRAINED = ('backbone/stem', 'backbone/stage1_', 'neck/output3/', 'neck/output4/')
 CONFIGS = {
     'gc': 'mask-rcnn_r50-gcb-r16-c3-c5_fpn_1x_coco',
     'cascade_gc_dcn': 'cascade-mask-rcnn_x101-32x4d-syncbn-dconv-c3-c5-r16-gcb-c3-c5_fpn_1x_coco',
