@@ -202,7 +202,7 @@ class Detection(ClassTask):
         if self.mask_size is None:
             notes.append(
                 'boxes alone are trained and judged: not every object of the training images has '
-                'a mask'
+                'a mask; masks that the network predicts all the same are not trained'
             )
         return notes
 

@@ -183,6 +183,7 @@ def test_what_is_left_out_is_noted(source):
     left_out, boxes = task.notes(source)
     assert left_out.startswith('2 objects of 2 training images are left out: an image holds 1')
     assert boxes.startswith('boxes alone are trained')
+    assert boxes.endswith('masks that the network predicts all the same are not trained')
 
 
 def test_a_source_without_masks_trains_boxes(source):
