@@ -70,7 +70,8 @@ def _not_found(name: str, place: str) -> str:
         known.update(entry for entry in os.listdir(place) if not entry.startswith('.'))
     advice = (
         f'looked in {place!r}; a folder of images becomes a data set by '
-        '`python -m gcnet_jax prepare FOLDER --name NAME`'
+        '`python -m gcnet_jax prepare FOLDER --name NAME`, with --task segmentation or detection '
+        'for label maps or objects'
     )
     if difflib.get_close_matches(base, known, n=1, cutoff=0.5):
         return f'{unknown_name("data set", name, known)} ({advice})'

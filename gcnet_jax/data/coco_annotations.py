@@ -87,7 +87,7 @@ def check_annotations(contents: Any, file: object) -> Annotations:
 def _check_images(entries: list[Any], file: object) -> dict[int, ImageEntry]:
     if not entries:
         raise DataError(f'{one_line(file)} lists no images')
-    images = {}
+    images, files = {}, {}
     for place, entry in enumerate(entries):
         number = _number(entry, 'id', f'images[{place}]', file)
         where = f'image {number}'
@@ -99,7 +99,15 @@ def _check_images(entries: list[Any], file: object) -> dict[int, ImageEntry]:
                 f'{one_line(file)}: {where} has height {height} and width {width}; both are at '
                 f'least 1, and an image has at most {MAX_PIXELS:,} pixels'
             )
-        images[number] = ImageEntry(number, _file_name(entry, where, file), (height, width))
+        name = _file_name(entry, where, file)
+        other = files.setdefault(PurePosixPath(name), number)
+        if other != number:
+            # Each would be an image in which the objects of the other are none.
+            raise DataError(
+                f'{one_line(file)}: {where} has the file_name {one_line(name, 80)!r} of image '
+                f'{other}; list a file once, with all of its annotations'
+            )
+        images[number] = ImageEntry(number, name, (height, width))
     return images
 
 
@@ -213,8 +221,17 @@ def _unusual(item: dict[str, Any], size: tuple[int, int]) -> Iterable[str]:
         or top + height > size[0] + TOLERANCE
     ):
         yield 'boxes that reach outside their image, used as they are'
-    if 'segmentation' not in item:
+    segmentation = item.get('segmentation')
+    if segmentation is None:
         yield 'annotations without segmentation'
+    elif isinstance(segmentation, list) and all(_is_outside(p, item['bbox']) for p in segmentation):
+        yield 'polygons that lie outside their box'
+
+
+def _is_outside(polygon: list[float], box: list[float]) -> bool:
+    """Returns whether a polygon has all of its corners on one side of a box."""
+    sides = zip((polygon[::2], polygon[1::2]), box[:2], box[2:], strict=True)
+    return any(max(corners) < low or min(corners) > low + length for corners, low, length in sides)
 
 
 def _number(entry: Any, key: str, where: str, file: object) -> int:

@@ -67,7 +67,10 @@ class Canvases:
             try:
                 chosen.append(self.choose(*size))
             except DataError as error:
-                raise DataError(f'{source.describe(index)}: {error}') from error
+                raise DataError(
+                    f'{source.describe(index)}: {error}; choose larger limits or canvases, or '
+                    'prepare the data set without this image'
+                ) from error
         return np.array(chosen, np.int64)[places.reshape(-1)]
 
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -133,7 +134,7 @@ def prepare_detection(
         tuple(problems.values()),
         objects={split: _count(images[split], indices[split]) for split in images},
         label_counts=_label_counts(images['train'], len(label_names)),
-        notes=_notes(splits),
+        notes=(*_notes(splits, problems), *_shared_files(splits)),
     )
 
 
@@ -269,12 +270,12 @@ def _label_counts(images: Sequence[_Image], num_classes: int) -> tuple[int, ...]
     return tuple(counts.tolist())
 
 
-def _notes(splits: dict[str, CocoSet]) -> tuple[str, ...]:
+def _notes(splits: dict[str, CocoSet], left_out: Collection[Path]) -> tuple[str, ...]:
     """Returns what is unusual about the annotations, and which of them are not trained on."""
     notes = []
     for data in splits.values():
         notes += data.notes
-        sizes = {image.id: image.size for image in data.images}
+        sizes = {image.id: image.size for image in data.images if image.path not in left_out}
         thin = [
             number
             for item, number in zip(data.objects, data.ids, strict=True)
@@ -289,6 +290,18 @@ def _notes(splits: dict[str, CocoSet]) -> tuple[str, ...]:
                 f'{len(thin):,} (first annotation {thin[0]})'
             )
     return tuple(notes)
+
+
+def _shared_files(splits: dict[str, CocoSet]) -> Iterator[str]:
+    """Yields a note on each two splits that have files in common."""
+    files = {split: {image.path for image in data.images} for split, data in splits.items()}
+    for one, other in itertools.combinations(splits, 2):
+        shared = sorted(files[one] & files[other])
+        if shared:
+            yield (
+                f'files that are in {one} and in {other}, so that an evaluation on one says '
+                f'little after training on the other: {len(shared):,} (first {one_line(shared[0])})'
+            )
 
 
 def _make_builder(

@@ -17,8 +17,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gcnet_jax.data import on_device
-from gcnet_jax.data.detection_ranges import FLIP, MASK_SIZE, MAX_BOXES, MOST_BOXES, MOST_CELLS
-from gcnet_jax.data.preprocessing import KeepRatio
+from gcnet_jax.data.detection_ranges import (
+    FLIP,
+    LEAST_CELLS,
+    LEAST_SIDE,
+    MASK_SIZE,
+    MAX_BOXES,
+    MOST_BOXES,
+    MOST_CELLS,
+)
+from gcnet_jax.data.preprocessing import MAX_SIZE, KeepRatio
 from gcnet_jax.data.sizes import plain_size
 from gcnet_jax.errors import ConfigError
 from gcnet_jax.ranges import Range, whole
@@ -38,20 +46,35 @@ TERMS = ('rpn_class', 'rpn_box', 'class', 'box', 'mask')
 RESULTS = ('boxes', 'scores', 'labels', 'valid', 'finite')
 
 
-def _is_pairs(value: Any) -> bool:
-    def is_pair(item: Any) -> bool:
-        return isinstance(item, (tuple, list)) and len(item) == 2 and all(map(_SIDE.allows, item))
-
-    return isinstance(value, (tuple, list)) and len(value) > 0 and all(map(is_pair, value))
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(whole(1).allows, value))
 
 
-def _up_to(most: int) -> Range:
+def _is_limits(value: Any) -> bool:
+    sides = value if _is_pair(value) else (value, value)
+    return all(map(_LIMIT.allows, sides)) and sides[0] <= sides[1]
+
+
+def _some(allows: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def allows_all(value: Any) -> bool:
+        return isinstance(value, (tuple, list)) and len(value) > 0 and all(map(allows, value))
+
+    return allows_all
+
+
+def _between(least: int, most: int) -> Range:
     return Range(
-        lambda value: whole(1).allows(value) and value <= most, f'a whole number from 1 to {most}'
+        lambda value: whole(least).allows(value) and value <= most,
+        f'a whole number from {least} to {most}',
     )
 
 
-_SIDE = whole(1)
+_LIMIT = _between(LEAST_SIDE, MAX_SIZE)
+_LIMITS = Range(
+    _is_limits,
+    f'{_LIMIT.text} (the short side of the images, in pixels) or limits of both sides, the short '
+    'one first, such as (800, 1333)',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +118,8 @@ class Detection(ClassTask):
         'mask_size': MASK_SIZE,
     }
     ranges: ClassVar[Mapping[str, Range]] = {
-        'max_boxes': _up_to(MOST_BOXES),
-        'mask_size': _up_to(MOST_CELLS),
+        'max_boxes': _between(1, MOST_BOXES),
+        'mask_size': _between(LEAST_CELLS, MOST_CELLS),
     }
     data_settings: ClassVar[Mapping[str, Any]] = {
         # Limits (short side, long side) in pixels, one of which is drawn for each training image;
@@ -107,8 +130,16 @@ class Detection(ClassTask):
         'canvases': None,
     }
     data_ranges: ClassVar[Mapping[str, Range]] = {
-        'scales': Range(_is_pairs, 'limits (short, long), such as ((640, 1333), (800, 1333))'),
-        'canvases': Range(_is_pairs, 'sizes (height, width), such as ((800, 1344), (1344, 800))'),
+        'image_size': _LIMITS,
+        'evaluation_image_size': _LIMITS,
+        'scales': Range(
+            _some(lambda value: _is_pair(value) and _is_limits(value)),
+            f'limits (short, long) from {LEAST_SIDE} to {MAX_SIZE} pixels, such as ((640, 1333), '
+            '(800, 1333))',
+        ),
+        'canvases': Range(
+            _some(_is_pair), 'sizes (height, width), such as ((800, 1344), (1344, 800))'
+        ),
     }
 
     @classmethod
@@ -171,7 +202,7 @@ class Detection(ClassTask):
         if self.mask_size is None:
             notes.append(
                 'boxes alone are trained and judged: not every object of the training images has '
-                'a mask'
+                'a mask; masks that the network predicts all the same are not trained'
             )
         return notes
 

@@ -86,7 +86,8 @@ class Task(abc.ABC):
       ranges: What each of them may be, where it is not None by default.
       data_settings: The settings of the group `config.data` that not every task reads, with their
         defaults; a type means: None by default, else a value of that type.
-      data_ranges: What each of them may be, where it is not None.
+      data_ranges: What each of them may be, where it is not None; and what a setting of every task
+        may be, where this one takes other values.
       networks: The task of the registry's rows that it trains.
       backbones: Tasks of the checkpoints that can fill the backbone of such a network.
       output_modules: Paths of the modules, or single parameters, whose last axis is the classes.

@@ -189,6 +189,19 @@ def build(
     return experiment
 
 
+def check_batches(experiment: Experiment) -> None:
+    """Makes both loaders without reading a batch.
+
+    What they refuse, such as an image that is larger than its canvas, would otherwise be reported
+    when the config has been written, and that of the evaluation split after an epoch.
+
+    Raises:
+      ConfigError, DataError: As the loaders do.
+    """
+    for make in (experiment.train_batches, experiment.evaluation_batches):
+        make().close()
+
+
 def check_shapes(experiment: Experiment) -> None:
     """Traces the network without computing: an image too small for it is reported here."""
     jax.eval_shape(experiment.initialize, jax.random.key(0))

@@ -22,7 +22,7 @@ from gcnet_jax.files import as_place
 from gcnet_jax.training.checkpoints import CheckpointStore
 from gcnet_jax.training.checks import check_config
 from gcnet_jax.training.config import is_due, plain
-from gcnet_jax.training.experiment import Experiment, build, state_bytes
+from gcnet_jax.training.experiment import Experiment, build, check_batches, state_bytes
 from gcnet_jax.training.lock import WorkdirLock, hold_workdir
 from gcnet_jax.training.mesh import batch_shardings, to_global
 from gcnet_jax.training.metrics import (
@@ -82,6 +82,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     workdir = as_place(workdir, '--workdir')
     connect(config)
     experiment = build(config, workdir=workdir)
+    check_batches(experiment)
     initial = read_initial(experiment, workdir)
     with (
         explain_lost_process(),

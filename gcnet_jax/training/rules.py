@@ -52,7 +52,7 @@ _SEED = Range(
 _AXIS = Range(
     lambda value: _COUNT.allows(value) or value == -1, 'a whole number from 1, or -1 for the rest'
 )
-# A task's own settings are in `Task.ranges` and `Task.data_ranges`.
+# A task's own settings are in `Task.ranges` and `Task.data_ranges`, which win over these.
 RULES: dict[str, Range] = {
     'model.name': Range(lambda value: value is None or isinstance(value, str), 'a string or None'),
     'model.dtype': choice('float32', 'bfloat16'),

@@ -186,6 +186,8 @@ def other(key, value):
         return special[key]
     if key.endswith('image_size') and isinstance(value, tuple):
         return tuple(2 * side for side in value)
+    if value is None and key.endswith('image_size'):
+        return 96
     if value is None:
         return 3 if key.endswith(('_steps', 'size', 'threads')) else 0.7
     if isinstance(value, bool):

@@ -226,6 +226,7 @@ BAD_VALUES = [
     ('images', 'file_name', None, 'image 3 has no file_name'),
     ('images', 'file_name', 'a\0b', 'image 3 has no file_name'),
     ('images', 'file_name', ' ', 'image 3 has no file_name'),
+    ('images', 'file_name', './0007.jpg', "image 3 has the file_name './0007.jpg' of image 7"),
     ('categories', 'id', 1, 'category 1 is there twice'),
     ('categories', 'id', '18', r'categories\[1\] has no id'),
     ('categories', 'name', 'person', "category 'person' is there twice"),
@@ -295,6 +296,17 @@ def test_unusual_boxes_are_kept_and_reported(tmp_path):
         'boxes without area, which count as objects that nothing can match: 1 (first annotation '
         '112)',
     ]
+
+
+def test_polygons_that_are_not_of_their_box_are_reported(tmp_path):
+    """As where boxes are in pixels, and polygons in shares of the image or of another size."""
+    annotations = contents()
+    shares, aside, touching = annotations['annotations']
+    shares['segmentation'] = [[0.1, 0.1, 0.4, 0.1, 0.4, 0.5]]
+    aside['segmentation'] = [[13, 12, 20, 12, 20, 19], [0, 0, 1, 0, 1, 1]]
+    touching['segmentation'] = [[0, 0, 1, 0, 1, 1], [12, 4, 20, 4, 20, 19]]
+    (note,) = load_coco(write(tmp_path, annotations)).notes
+    assert note.endswith('polygons that lie outside their box: 2 (first annotation 103)')
 
 
 def test_crowds_and_run_lengths(tmp_path):

@@ -164,6 +164,25 @@ def test_degenerate_boxes_are_stored_and_reported(root, data_dir):
     assert len(stored('train', data_dir)[0]['objects']) == 6
 
 
+def test_objects_of_images_that_are_left_out_are_not_counted(root, data_dir):
+    change(root, 'train2017', lambda a: a['annotations'].append(annotation(50, 3, area=0)))
+    (root / 'train2017' / '0003.png').write_bytes(b'')
+    prepared = prepare_detection(root, 'mine', data_dir, skip_damaged=True)
+    assert prepared.objects['train'].degenerate == 0
+    assert prepared.notes == ()
+
+
+def test_a_file_of_two_splits_is_reported(root, data_dir):
+    (root / 'train2017').rename(root / 'images')
+    for number in range(20, 23):
+        (root / 'val2017' / f'{number:04}.png').rename(root / 'images' / f'{number:04}.png')
+    (root / 'val2017').rmdir()
+    assert prepare_detection(root, 'apart', data_dir).notes == ()
+    change(root, 'val2017', lambda a: a['images'][0].update(file_name='0004.png'))
+    (note,) = prepare_detection(root, 'mine', data_dir).notes
+    assert re.match('files that are in train and in validation,.*: 1 .first .*0004.png', note)
+
+
 def test_objects_without_a_mask_leave_boxes(root, data_dir):
     added = annotation(50, 0, segmentation=None)
     change(root, 'train2017', lambda a: a['annotations'].append(added))

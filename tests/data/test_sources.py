@@ -186,9 +186,10 @@ def test_unknown_names_get_the_nearest(data_dir):
         load_source('cifa10', 'train', data_dir)
     with pytest.raises(DataError, match=r"did you mean .*'greys'"):
         load_source('grays', 'train', data_dir)
-    with pytest.raises(DataError, match=r"unknown data set 'qqqq'.*gcnet_jax prepare") as caught:
+    advice = r"unknown data set 'qqqq'.*gcnet_jax prepare FOLDER .*--task segmentation or detection"
+    with pytest.raises(DataError, match=advice) as caught:
         load_source('qqqq', 'train', data_dir)
-    assert len(str(caught.value)) < 300  # Not a list of everything.
+    assert len(str(caught.value)) < 400  # Not a list of everything.
     for name in ('a b', ''):
         with pytest.raises(DataError, match='cannot be opened'):
             load_source(name, 'train', data_dir)

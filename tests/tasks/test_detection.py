@@ -13,6 +13,8 @@ from gcnet_jax.data.preprocessing import KeepRatio
 from gcnet_jax.errors import CheckpointError, ConfigError, DataError
 from gcnet_jax.stored import ModelDescription
 from gcnet_jax.tasks import Detection
+from gcnet_jax.training.checks import check_config
+from gcnet_jax.training.config import default_config, name_task
 from tests.data import detection_folders as folders
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -181,6 +183,7 @@ def test_what_is_left_out_is_noted(source):
     left_out, boxes = task.notes(source)
     assert left_out.startswith('2 objects of 2 training images are left out: an image holds 1')
     assert boxes.startswith('boxes alone are trained')
+    assert boxes.endswith('masks that the network predicts all the same are not trained')
 
 
 def test_a_source_without_masks_trains_boxes(source):
@@ -219,6 +222,36 @@ def test_a_size_that_would_do_nothing_is_refused():
         allowed = Detection.data_ranges[name]
         assert allowed.allows(((32, 64), [64, 96]))
         assert not any(map(allowed.allows, ((), (32, 64), ((0, 3),), ((32, 64, 3),), 'ab')))
+
+
+@pytest.mark.parametrize('name', ['image_size', 'evaluation_image_size'])
+@pytest.mark.parametrize(
+    ('value', 'is_right'),
+    [
+        *((value, True) for value in (32, 800, 4096, (32, 32), [800, 1333])),
+        *((value, False) for value in (0, 5, 31, 4097, (5, 800), (800, 5000), (65, 33))),
+        *((value, False) for value in ('abc', 64.0, True, (), (64,), (64, 64, 64), ((64, 64),))),
+    ],
+)
+def test_limits_of_the_sides_are_sensible_sizes_in_order(name, value, is_right):
+    assert Detection.data_ranges[name].allows(value) == is_right
+    if name == 'image_size' and isinstance(value, (tuple, list)):
+        assert Detection.data_ranges['scales'].allows((value, (64, 64))) == is_right
+
+
+def test_the_error_about_a_size_says_what_the_limits_are():
+    config = default_config()
+    name_task(config, 'detection')
+    config.data.image_size = 5
+    with pytest.raises(ConfigError, match=r'image_size is 5; .* from 32 to 4096 \(the short side'):
+        check_config(config)
+
+
+def test_masks_are_no_coarser_than_what_is_predicted():
+    allows = Detection.ranges['mask_size'].allows
+    assert allows(28)
+    assert allows(1024)
+    assert not any(map(allows, (0, 1, 27, 1025)))
 
 
 CLASSIFIER = ModelDescription('resnet18', {'num_classes': 3}, ('a', 'b', 'c'))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gcnet_jax.data.detection_sources import load_detection
-from gcnet_jax.errors import ConfigError
+from gcnet_jax.errors import ConfigError, DataError
 from gcnet_jax.models.registry import create_model
 from gcnet_jax.planning import plan
 from gcnet_jax.stored import ModelDescription, load_variables, read_model_description, write_ported
@@ -221,3 +221,11 @@ def test_a_plan_traces_the_step_of_one_canvas(config):
     assert {name: (value.shape, value.dtype) for name, value in first.items()} == {
         name: (value.shape, value.dtype) for name, value in batch.items()
     }
+
+
+def test_images_to_evaluate_on_that_fit_on_no_canvas_are_refused_at_once(config, tmp_path):
+    config.data.canvases = ((64, 64),)
+    config.data.evaluation_image_size = (64, 96)
+    with pytest.raises(DataError, match=r"split 'validation' .*fits on no canvas"):
+        train(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
