@@ -93,20 +93,43 @@ def _features_gradient(
     form: Callable, gradient: Output, kernel: Kernel, *, size: tuple[int, int], **geometry: int
 ) -> Features:
     """Transposes the convolution of maps of this height and width."""
-    shape = (gradient.shape[0], *size, kernel.shape[2] * geometry['groups'])
-    features = jax.ShapeDtypeStruct(shape, kernel.dtype)
+    features = _features_of(gradient, kernel, size, geometry['groups'])
     compute = form(features, kernel, **geometry)
     return jax.linear_transpose(lambda values: compute(values, kernel), features)(gradient)[0]
+
+
+def _features_of(gradient: Output, kernel: Kernel, size: tuple[int, int], groups: int) -> Any:
+    shape = (gradient.shape[0], *size, kernel.shape[2] * groups)
+    return jax.ShapeDtypeStruct(shape, kernel.dtype)
 
 
 def _kernel_gradient(
     form: Callable, features: Features, gradient: Output, *, size: int, **geometry: int
 ) -> Kernel:
     """Transposes the convolution with kernels of this height and width."""
-    shape = (size, size, features.shape[3] // geometry['groups'], gradient.shape[3])
-    kernel = jax.ShapeDtypeStruct(shape, features.dtype)
+    kernel = _kernel_of(features, gradient, size, geometry['groups'])
     compute = form(features, kernel, **geometry)
     return jax.linear_transpose(lambda values: compute(features, values), kernel)(gradient)[0]
+
+
+def _kernel_of(features: Features, gradient: Output, size: int, groups: int) -> Any:
+    shape = (size, size, features.shape[3] // groups, gradient.shape[3])
+    return jax.ShapeDtypeStruct(shape, features.dtype)
+
+
+def _is_plain(compute: partial, groups: int) -> bool:
+    return compute.func is plain_convolution and groups == 1
+
+
+def _cpu_features_gradient(
+    gradient: Output, kernel: Kernel, *, size: tuple[int, int], **geometry: int
+) -> Features:
+    features = _features_of(gradient, kernel, size, geometry['groups'])
+    if _is_plain(_cpu_form(features, kernel, **geometry), geometry['groups']):
+        return _ordered_features_gradient(
+            gradient, kernel, size, geometry['stride'], geometry['dilation']
+        )
+    return _features_gradient(_cpu_form, gradient, kernel, size=size, **geometry)
 
 
 def _cpu_kernel_gradient(
@@ -118,6 +141,9 @@ def _cpu_kernel_gradient(
     if groups == dilation == 1 and size == 3 and features.shape[3] <= NARROW and not tiny:
         return _narrow_kernel_gradient(features, gradient, stride)
     geometry = {'stride': stride, 'groups': groups, 'dilation': dilation}
+    kernel = _kernel_of(features, gradient, size, groups)
+    if _is_plain(_cpu_form(features, kernel, **geometry), groups):
+        return _ordered_kernel_gradient(features, gradient, size, stride, dilation)
     return _kernel_gradient(_cpu_form, features, gradient, size=size, **geometry)
 
 
@@ -130,7 +156,7 @@ convolution = make_primitive(
 features_gradient = make_primitive(
     'convolution_features_gradient',
     partial(_features_gradient, _plain_form),
-    partial(_features_gradient, _cpu_form),
+    _cpu_features_gradient,
     batched=(0,),
 )
 kernel_gradient = make_primitive(
@@ -171,6 +197,46 @@ ad.defbilinear(
 )
 
 
+# JAX's own transposes exchange the dimensions of XLA's convolution. XLA puts them in order for its
+# CPU, but not inside loops and branches (jaxlib 0.10.2), where they take forty times as long.
+
+
+def _ordered_features_gradient(
+    gradient: Output, kernel: Kernel, size: tuple[int, int], stride: int, dilation: int
+) -> Features:
+    """A convolution of the gradient, its positions `stride` apart, with the kernel turned round."""
+    reach = dilation * (kernel.shape[0] - 1)
+    low = reach - reach // 2
+    spread = [stride * (out - 1) + 1 for out in gradient.shape[1:3]]
+    return jax.lax.conv_general_dilated(
+        gradient,
+        kernel[::-1, ::-1].swapaxes(2, 3),
+        window_strides=(1, 1),
+        padding=[(low, side + reach - out - low) for side, out in zip(size, spread, strict=True)],
+        lhs_dilation=(stride, stride),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+
+def _ordered_kernel_gradient(
+    features: Features, gradient: Output, size: int, stride: int, dilation: int
+) -> Kernel:
+    """A convolution whose channels are the images, and whose kernel is the gradient."""
+    reach = dilation * (size - 1)
+    low = reach // 2
+    spread = [stride * (out - 1) + 1 for out in gradient.shape[1:3]]
+    sides = zip(features.shape[1:3], spread, strict=True)
+    return jax.lax.conv_general_dilated(
+        features.transpose(3, 1, 2, 0),
+        gradient.transpose(1, 2, 0, 3),
+        window_strides=(dilation, dilation),
+        padding=[(low, reach + out - side - low) for side, out in sides],
+        rhs_dilation=(stride, stride),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    ).transpose(1, 2, 0, 3)
+
+
 def _product(features: Features, kernel: Kernel, stride: int) -> Output:
     """A 1x1 convolution: the product of every position's channels with one matrix."""
     return jax.lax.dot_general(
@@ -208,7 +274,7 @@ def _split_by_group(features: Features, kernel: Kernel, stride: int, groups: int
             for array, width in ((features, channels), (kernel, outputs))
         )
         joined = _block_diagonal(weights, together)
-        parts.append(plain_convolution(inputs, joined, stride=stride, groups=1, dilation=1))
+        parts.append(convolve(inputs, joined, stride))
     return jnp.concatenate(parts, axis=3)
 
 

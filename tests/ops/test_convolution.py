@@ -246,3 +246,30 @@ def test_one_export_serves_all_platforms_and_any_batch():
         features = values(size, 8, 10, 3)
         expected = jax.jit(network)(features, first, second)
         assert_close(exported.call(features), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'dilation'),
+    [
+        ((8, 66, 4, 3, 1, 1), 1),
+        ((8, 66, 4, 3, 1, 1), 2),
+        ((16, 3, 4, 7, 2, 1), 1),
+        ((6, 64, 96, 3, 1, 2), 1),
+    ],
+)
+def test_in_a_loop_every_gradient_has_the_order_that_the_cpu_computes_fast(shape, dilation):
+    """XLA puts dimensions in order outside of loops alone, and was forty times as slow inside."""
+    features, weights = case(*shape)
+    stride, groups = shape[-2:]
+
+    def loss(weights, features):
+        total = convolve(features, weights, stride, groups, dilation).sum()
+        return total**2
+
+    def loop(weights, features):
+        return jax.lax.map(lambda part: jax.grad(loss, argnums=(0, 1))(weights, part), features)
+
+    compiled = jax.jit(loop).lower(weights, np.stack([features] * 3)).compile()
+    convolutions = [line for line in compiled.as_text().splitlines() if ' convolution(' in line]
+    assert convolutions
+    assert all('dim_labels=b01f_01io->b01f' in line for line in convolutions)
