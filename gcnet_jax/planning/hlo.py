@@ -35,10 +35,15 @@ _FREE = {
     'while',
 }
 _CONTROL = {'call', 'conditional', 'while'}
+# They read as much of their first operand as they return.
+_SLICES = {'dynamic-slice', 'gather', 'slice'}
+# They write into their first operand, in place, what the operand of this number holds.
+_WRITES = {'dynamic-update-slice': 1, 'scatter': 2}
+_SAME_DATA = {'bitcast', 'reshape'}
 
 _HEADER = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{$')
 # The text of a tuple's type ends at the first ') opcode(': layouts have brackets, but no words.
-_INSTRUCTION = re.compile(r'\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)')
+_INSTRUCTION = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][a-z0-9\-]*)\((.*)')
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d\w*)\[([\d,<=]*)\](\{[^}]*\})?')
 _CALLED = re.compile(r'\b(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)')
 _CALLED_LIST = re.compile(r'\b(?:calls|branch_computations|called_computations)=\{([^}]*)\}')
@@ -69,7 +74,8 @@ class Traffic:
     Attributes:
       collectives: By kind, such as 'all-reduce'.
       hbm_bytes: Read from and written to the main memory: every operand and every result of every
-        fused operation that lives there, once. Memory on the chip (VMEM) is left out.
+        fused operation that lives there, once; of an array that is sliced, or written into, those
+        slices. Memory on the chip (VMEM) is left out.
       unknown_loops: Loops with an unknown number of iterations; their contents count once.
     """
 
@@ -83,6 +89,7 @@ class _Instruction:
     opcode: str
     shape: str
     rest: str  # Operands and attributes.
+    is_root: bool = False
 
     def operands(self) -> list[str]:
         depth, end = 1, 0
@@ -130,11 +137,16 @@ class _Reader:
             opcode = instruction.opcode
             self._add_collective(name, instruction, instructions, times, fused)
             if not fused:
-                self.hbm_bytes += times * _memory_bytes(instruction, instructions)
+                body = self._fused_body(instruction)
+                self.hbm_bytes += times * _memory_bytes(instruction, instructions, body)
             turns = self._turns(instruction) if opcode == 'while' else 1
             if '=' in instruction.rest:
                 for called in instruction.called():
                     self.visit(called, times * turns, fused or opcode not in _CONTROL)
+
+    def _fused_body(self, instruction: _Instruction) -> dict[str, _Instruction]:
+        called = instruction.called() if instruction.opcode == 'fusion' else []
+        return self.computations.get(called[0], {}) if called else {}
 
     def _add_collective(self, computation, instruction, instructions, times, fused) -> None:
         kind = _kind(instruction.opcode)
@@ -181,8 +193,10 @@ def _kind(opcode: str) -> str | None:
     return opcode if opcode in KINDS else None
 
 
-def _memory_bytes(instruction: _Instruction, known: dict[str, _Instruction]) -> int:
-    """What an instruction reads from and writes to the main memory."""
+def _memory_bytes(
+    instruction: _Instruction, known: dict[str, _Instruction], body: dict[str, _Instruction]
+) -> int:
+    """What an instruction, a fusion of this body or a single one, moves from and to main memory."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(('-start', '-update')):
         return 0
@@ -194,8 +208,56 @@ def _memory_bytes(instruction: _Instruction, known: dict[str, _Instruction]) -> 
         sources = [known[name].shape for name in start.operands() if name in known]
         read = sum(array_bytes(shape, main_memory_only=True) for shape in sources)
         return written + min(read, array_bytes(instruction.shape))
-    shapes = [operand.shape for operand in operands]
-    return written + sum(array_bytes(shape, main_memory_only=True) for shape in shapes)
+    if body:
+        numbers = {name: item.rest for name, item in body.items() if item.opcode == 'parameter'}
+        parameters = sorted(numbers, key=lambda name: int(numbers[name].split(')')[0]))
+    else:
+        parameters = [name for name in instruction.operands() if name in known]
+        body = {name: _Instruction('parameter', known[name].shape, '') for name in parameters}
+        body['root'] = dataclasses.replace(instruction, is_root=True)
+    users = collections.defaultdict(list)
+    for name, item in body.items():
+        for used in dict.fromkeys(item.operands()):
+            users[used].append(name)
+    roots = [name for name, item in body.items() if item.is_root]
+    total = min(written, sum(_written_bytes(name, body) for name in roots) if roots else written)
+    for name, operand in zip(parameters, operands, strict=False):
+        whole = array_bytes(operand.shape, main_memory_only=True)
+        total += min(whole, _read_bytes(name, body, users)) if whole else 0
+    return total
+
+
+def _read_bytes(name: str, body: dict[str, _Instruction], users: dict[str, list[str]]) -> float:
+    """How much of one of its arrays a computation reads; infinity for all of it."""
+    total = 0
+    for user_name in users[name]:
+        user = body[user_name]
+        operands = user.operands()
+        if user.opcode in _SAME_DATA and not user.is_root:
+            total += _read_bytes(user_name, body, users)
+        elif operands.index(name) > 0 or operands.count(name) > 1:
+            return float('inf')
+        elif user.opcode in _SLICES:
+            total += array_bytes(user.shape)
+        elif user.opcode not in _WRITES:
+            return float('inf')
+    return total
+
+
+def _written_bytes(name: str, body: dict[str, _Instruction]) -> float:
+    """How much of a result a computation writes; infinity for all of it."""
+    if name not in body:
+        return float('inf')
+    item = body[name]
+    operands = item.operands()
+    if item.opcode == 'tuple':
+        return sum(_written_bytes(operand, body) for operand in operands)
+    if item.opcode in _SAME_DATA and operands:
+        return min(array_bytes(item.shape), _written_bytes(operands[0], body))
+    place = _WRITES.get(item.opcode, len(operands))
+    if place < len(operands) and operands[place] in body:
+        return array_bytes(body[operands[place]].shape)
+    return array_bytes(item.shape)
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
@@ -204,7 +266,8 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
     for line in text.splitlines():
         match = _INSTRUCTION.match(line)
         if match:
-            current[match[1]] = _Instruction(match[3], match[2], match[4])
+            root, name, shape, opcode, rest = match.groups()
+            current[name] = _Instruction(opcode, shape, rest, is_root=bool(root))
             continue
         match = _HEADER.match(line)
         if match:

@@ -257,3 +257,52 @@ def test_a_real_programs_loop_counts_for_every_turn():
     found = read_traffic(compiled.as_text())
     assert found.collectives == {'all-reduce': Collective(7, 7 * 24 * 4)}
     assert found.unknown_loops == 0
+
+
+SLICE = """
+%slice (p: f32[9,100], i: s32[]) -> f32[1,100] {
+  %i = s32[] parameter(1)
+  %p = f32[9,100]{1,0} parameter(0)
+  %again = f32[9,100]{1,0} bitcast(%p)
+  %zero = s32[] constant(0)
+  %part = f32[1,100]{1,0} dynamic-slice(%again, %i, %zero), dynamic_slice_sizes={1,100}
+  ROOT %twice = f32[1,100]{1,0} add(%part, %part)
+}
+"""
+UPDATE = """
+%update (p: f32[9,100], q: f32[1,100], i: s32[]) -> (f32[9,100], f32[1,100]) {
+  %p = f32[9,100]{1,0} parameter(0)
+  %q = f32[1,100]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %new = f32[9,100]{1,0} dynamic-update-slice(%p, %q, %i, %zero)
+  ROOT %both = (f32[9,100]{1,0}, f32[1,100]{1,0}) tuple(%new, %q)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ('entry', 'size'),
+    [
+        ('f32[1,100]{1,0} fusion(%a, %i), kind=kLoop, calls=%slice', 400 + 4 + 400),
+        (
+            '(f32[9,100]{1,0}, f32[1,100]{1,0}) fusion(%a, %b, %i), kind=kLoop, calls=%update',
+            400 + 4 + 400 + 400,
+        ),
+        (
+            'f32[1,100]{1,0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,100}',
+            400 + 4 + 4 + 400,
+        ),
+        ('f32[9,100]{1,0} dynamic-update-slice(%a, %b, %i, %i)', 400 + 4 + 4 + 400),
+        ('f32[9,100]{1,0} add(%a, %a)', 3 * 3600),
+    ],
+    ids=['fused slice', 'fused update', 'slice', 'update', 'whole'],
+)
+def test_of_an_array_that_is_sliced_or_written_into_the_slice_moves(entry, size):
+    """Loops over boxes would read a feature map in whole for each of them."""
+    before = [
+        '%a = f32[9,100]{1,0} parameter(0)',
+        '%b = f32[1,100]{1,0} parameter(1)',
+        '%i = s32[] parameter(2)',
+    ]
+    assert traffic([*before, f'ROOT %r = {entry}'], SLICE, UPDATE).hbm_bytes == size
