@@ -262,10 +262,9 @@ def _axis_weights(
     samples = jnp.ceil(step)  # In each bin.
     pixels = (corner[:, None] + jnp.arange(window)[None]).astype(start.dtype)
     last = (length - 1).astype(start.dtype)[:, None]
-    bins = jnp.arange(out, dtype=start.dtype)[None]
 
     def add_sample(index: Array, weights: Array) -> Array:
-        index = index.astype(start.dtype)
+        index, bins = index.astype(start.dtype), jnp.arange(out, dtype=start.dtype)[None]
         place = (index + 0.5) / jnp.maximum(samples, 1)
         x = start[:, None] + (bins + place[:, None]) * step[:, None]
         counts = (index < samples)[:, None] & (x >= -1) & (x <= last + 1)
