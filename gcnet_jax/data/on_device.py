@@ -49,8 +49,9 @@ def zero_padding(images: Images, size: Float[Array, 'batch 2'] | Int[Array, 'bat
         not before.
       size: Height and width of each image without padding.
     """
-    rows = jnp.arange(images.shape[1])[None] < size[:, :1]
-    columns = jnp.arange(images.shape[2])[None] < size[:, 1:]
+    size = jnp.asarray(size)
+    rows = jnp.arange(images.shape[1], dtype=size.dtype)[None] < size[:, :1]
+    columns = jnp.arange(images.shape[2], dtype=size.dtype)[None] < size[:, 1:]
     return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], images, 0)
 
 

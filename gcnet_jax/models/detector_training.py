@@ -102,12 +102,12 @@ def trained_anchors(
     flags = []
     padded = jnp.ceil(image_sizes / PADDING) * PADDING
     for boxes, (height, width), stride in zip(anchors, shapes, strides, strict=True):
-        y, x = (jnp.arange(side)[None] * stride for side in (height, width))
+        y, x = (jnp.arange(side, dtype=padded.dtype)[None] * stride for side in (height, width))
         flag = (y < padded[:, :1])[:, :, None] & (x < padded[:, 1:])[:, None, :]
         flag = jnp.repeat(flag.reshape(len(padded), -1), len(boxes) // (height * width), axis=1)
         if whole:
-            limit = image_sizes[:, None, ::-1]
-            flag &= (boxes[:, :2] >= 0).all(axis=-1) & (boxes[:, 2:] < limit).all(axis=-1)
+            low, high, limit = boxes[None, :, :2], boxes[None, :, 2:], image_sizes[:, None, ::-1]
+            flag &= (low >= 0).all(axis=-1) & (high < limit).all(axis=-1)
         flags.append(flag)
     return jnp.concatenate(flags, axis=1)
 
@@ -223,7 +223,8 @@ def delta_targets(
     stds: tuple[float, float, float, float],
 ) -> Float[Array, '*batch n 4']:
     """Returns the deltas from boxes to their objects, in standard deviations; 0 for background."""
-    unit = np.array([0, 0, 1, 1], np.float32)  # Background has no object, empty places no area.
+    # Background has no object, empty places no area.
+    unit = jnp.broadcast_to(np.array([0, 0, 1, 1], np.float32), boxes.shape)
     boxes, objects = (jnp.where(positive[..., None], values, unit) for values in (boxes, objects))
     return encode_deltas(boxes, objects, stds)
 

@@ -166,7 +166,7 @@ def average_windows(
         jnp.zeros(sides, jnp.float32),
     )
     (total, count), _ = lax.scan(add, empty, starts)
-    return total / count[..., None]
+    return total / count[None, ..., None]
 
 
 def window_starts(side: int, window: int, stride: int) -> list[int]:

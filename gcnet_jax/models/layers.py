@@ -60,7 +60,7 @@ class Conv(nn.Module):
             bias = self.param('bias', nn.initializers.zeros, (self.features,), self.param_dtype)
         features, kernel, bias = nn.dtypes.promote_dtype(features, kernel, bias, dtype=self.dtype)
         output = convolve(features, kernel, self.stride, self.groups, self.dilation)
-        return output if bias is None else output + bias
+        return output if bias is None else output + bias[None, None, None]
 
 
 class BatchNorm(nn.BatchNorm):

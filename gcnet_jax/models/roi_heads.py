@@ -92,7 +92,7 @@ class MaskHead(nn.Module):
         values, kernel = nn.dtypes.promote_dtype(values, kernel, dtype=self.dtype)
         if labels is None:
             logits = values @ kernel
-            return logits.astype(float32_or_wider(logits.dtype)) + bias
+            return logits.astype(float32_or_wider(logits.dtype)) + bias[None, None, None]
         logits = jnp.einsum('nyxc,cn->nyx', values, kernel[:, labels])
         logits = logits.astype(float32_or_wider(logits.dtype))
         return logits + jnp.asarray(bias)[labels, None, None]
@@ -115,7 +115,7 @@ class DoubleSize(nn.Module):
         bias = self.param('bias', nn.initializers.zeros, (self.features,), jnp.float32)
         features, kernel, bias = nn.dtypes.promote_dtype(features, kernel, bias, dtype=self.dtype)
         output = jnp.einsum('nyxc,abco->nyaxbo', features, kernel)
-        return output.reshape(batch, 2 * height, 2 * width, self.features) + bias
+        return output.reshape(batch, 2 * height, 2 * width, self.features) + bias[None, None, None]
 
 
 def all_finite(values: Float[Array, 'batch *any']) -> Bool[Array, ' batch']:

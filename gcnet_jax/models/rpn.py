@@ -79,7 +79,7 @@ def anchor_boxes(height: int, width: int, stride: int) -> Float[Array, 'n 4']:
     around = np.concatenate([-half, half], axis=1).astype(np.float32)
     x, y = (jnp.arange(length, dtype=jnp.float32) * stride for length in (width, height))
     centre = jnp.stack(jnp.broadcast_arrays(x[None, :], y[:, None]), axis=-1)
-    return (jnp.tile(centre, 2)[:, :, None] + around).reshape(-1, 4)
+    return (jnp.tile(centre, 2)[:, :, None] + around[None, None]).reshape(-1, 4)
 
 
 def propose(

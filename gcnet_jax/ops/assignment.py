@@ -46,7 +46,7 @@ def assign(
       thresholds: What decides.
     """
     overlaps = intersection_over_union(objects, boxes)
-    overlaps = jnp.where(present[:, None] & valid, overlaps, -1)
+    overlaps = jnp.where(present[:, None] & valid[None], overlaps, -1)
     largest = overlaps.max(axis=0, initial=0)
     index = jnp.where(largest < thresholds.negative, BACKGROUND, IGNORED)
     index = jnp.where(largest >= thresholds.positive, overlaps.argmax(axis=0), index)

@@ -49,7 +49,7 @@ def decode_deltas(
       stds: The standard deviations.
       image_size: Height and width in pixels, without padding.
     """
-    deltas = deltas * jnp.asarray(stds, deltas.dtype)
+    deltas = deltas * _for_each(stds, deltas)
     size = boxes[..., 2:] - boxes[..., :2]
     centre = (boxes[..., :2] + boxes[..., 2:]) * 0.5 + size * deltas[..., :2]
     half = size * jnp.exp(jnp.clip(deltas[..., 2:], -MAX_LOG_RATIO, MAX_LOG_RATIO)) * 0.5
@@ -68,7 +68,7 @@ def encode_deltas(
     size, wanted = boxes[..., 2:] - boxes[..., :2], targets[..., 2:] - targets[..., :2]
     shift = (targets[..., :2] + targets[..., 2:] - boxes[..., :2] - boxes[..., 2:]) * 0.5
     deltas = jnp.concatenate([shift / size, jnp.log(wanted / size)], axis=-1)
-    return deltas / jnp.asarray(stds, deltas.dtype)
+    return deltas / _for_each(stds, deltas)
 
 
 def clip_boxes(
@@ -77,4 +77,11 @@ def clip_boxes(
     """Returns the boxes' parts inside an image of `(height, width)` pixels."""
     height, width = image_size[0], image_size[1]
     limit = jnp.stack([jnp.asarray(edge, boxes.dtype) for edge in (width, height, width, height)])
-    return jnp.clip(boxes, 0, limit)
+    return jnp.clip(boxes, 0, _for_each(limit, boxes))
+
+
+def _for_each(
+    values: tuple[float, ...] | Float[Array, '4'], boxes: Float[Array, '*batch 4']
+) -> Float[Array, '*ones 4']:
+    """Returns four numbers in the type of boxes or deltas, to broadcast over them."""
+    return jnp.asarray(values, boxes.dtype).reshape((1,) * (boxes.ndim - 1) + (4,))

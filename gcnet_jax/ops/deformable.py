@@ -43,10 +43,10 @@ def _convolution(features: Array, kernel: Array, offsets: Array, stride: int, gr
     # Never in bfloat16, whatever the compute type: it has eight bits, and maps are wider than 256.
     dtype = float32_or_wider(offsets.dtype)
     tap_y, tap_x = jnp.divmod(jnp.arange(taps, dtype=jnp.int32), columns)
-    y = jnp.arange(out_height)[:, None, None] * stride - rows // 2 + tap_y
-    x = jnp.arange(out_width)[None, :, None] * stride - columns // 2 + tap_x
-    y = y.astype(dtype) + offsets[..., 0].astype(dtype)
-    x = x.astype(dtype) + offsets[..., 1].astype(dtype)
+    y = jnp.arange(out_height)[:, None, None] * stride - rows // 2 + tap_y[None, None]
+    x = jnp.arange(out_width)[None, :, None] * stride - columns // 2 + tap_x[None, None]
+    y = y.astype(dtype)[None] + offsets[..., 0].astype(dtype)
+    x = x.astype(dtype)[None] + offsets[..., 1].astype(dtype)
     sampled = _sample(features, y, x).reshape(
         batch, out_height, out_width, taps, groups, group_channels
     )

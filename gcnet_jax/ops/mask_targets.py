@@ -76,11 +76,12 @@ def _axis_weights(
     first, last = in_cells(jnp.full_like(low, 0.5)), in_cells(jnp.full_like(low, side - 0.5))
     most = -(-2 * cells // out)
     samples = jnp.minimum(jnp.ceil(step), most)
-    centres = jnp.arange(cells, dtype=boxes.dtype)
+    centres = jnp.arange(cells, dtype=boxes.dtype)[None, None]
 
     def add_sample(index: Array, weights: Array) -> Array:
+        index, bins = index.astype(boxes.dtype), jnp.arange(out, dtype=boxes.dtype)[None]
         place = (index + 0.5) / jnp.maximum(samples, 1)
-        x = start[:, None] + (jnp.arange(out) + place[:, None]) * step[:, None]
+        x = start[:, None] + (bins + place[:, None]) * step[:, None]
         x = jnp.clip(x, first[:, None], last[:, None])
         near = jnp.maximum(1 - jnp.abs(x[..., None] - centres), 0)
         return weights + jnp.where((index < samples)[:, None, None], near, 0)

@@ -105,6 +105,7 @@ def map_resized(
 
 def _between(values: Array, places: tuple[Array, Array, Array], axis: int) -> Array:
     low, high, share = places
-    share = jnp.asarray(share, values.dtype).reshape((-1,) + (1,) * (values.ndim - axis - 1))
+    ones = (1,) * axis, (1,) * (values.ndim - axis - 1)
+    share = jnp.asarray(share, values.dtype).reshape(*ones[0], -1, *ones[1])
     first, second = (jnp.take(values, jnp.asarray(index), axis=axis) for index in (low, high))
     return first * (1 - share) + second * share

@@ -71,10 +71,11 @@ def roi_align(
     size = boxes[:, 3:1:-1] / scale - boxes[:, 1::-1] / scale
     origin = jnp.asarray(first_row, jnp.int32)[level] + images * lengths.prod(axis=1)
 
-    low = jnp.clip(jnp.floor(start), 0, lengths - 1).astype(jnp.int32)
-    high = jnp.clip(jnp.floor(start + size) + 1, 0, lengths - 1).astype(jnp.int32)
+    last = (lengths - 1).astype(boxes.dtype)
+    low = jnp.clip(jnp.floor(start), 0, last).astype(jnp.int32)
+    high = jnp.clip(jnp.floor(start + size) + 1, 0, last).astype(jnp.int32)
     windows = _window_shapes(shapes)
-    fits = jnp.stack([(high - low < jnp.asarray(w)).all(axis=1) for w in windows], axis=1)
+    fits = jnp.stack([(high - low < jnp.asarray(w)[None]).all(axis=1) for w in windows], axis=1)
     kind = jnp.argmax(fits, axis=1).astype(jnp.int32)
 
     boxes = (low, start, size, lengths, origin)
@@ -195,7 +196,7 @@ def _sample_window(
         the map's height and width, and where the map begins in `flat`.
     """
     first, rows, columns = _axis_products(window, out, boxes)
-    index = first[..., None] + jnp.arange(window[1])
+    index = first[..., None] + jnp.arange(window[1])[None, None]
     features = flat.at[index].get(mode='clip')
     features = jnp.einsum('nyh,nhwc->nywc', rows.astype(flat.dtype), features)
     return jnp.einsum('nxw,nywc->nyxc', columns.astype(flat.dtype), features)
@@ -209,12 +210,12 @@ def _axis_products(
     Beyond the right edge of a map the next row begins, beyond the map the next level: weight 0.
     """
     low, start, size, lengths, origin = boxes
-    corner = jnp.clip(low, 0, jnp.maximum(lengths - jnp.asarray(window), 0))
+    corner = jnp.clip(low, 0, jnp.maximum(lengths - jnp.asarray(window)[None], 0))
     rows, columns = (
         _axis_weights(start[:, a], size[:, a], lengths[:, a], corner[:, a], window[a], out)
         for a in (0, 1)
     )
-    y = corner[:, :1] + jnp.arange(window[0])
+    y = corner[:, :1] + jnp.arange(window[0])[None]
     return origin[:, None] + y * lengths[:, 1:] + corner[:, 1:], rows, columns
 
 
@@ -259,12 +260,13 @@ def _axis_weights(
     """The weight of every pixel of a window, along one axis, in every bin."""
     step = size / out
     samples = jnp.ceil(step)  # In each bin.
-    pixels = (corner[:, None] + jnp.arange(window)).astype(start.dtype)
+    pixels = (corner[:, None] + jnp.arange(window)[None]).astype(start.dtype)
     last = (length - 1).astype(start.dtype)[:, None]
 
     def add_sample(index: Array, weights: Array) -> Array:
+        index, bins = index.astype(start.dtype), jnp.arange(out, dtype=start.dtype)[None]
         place = (index + 0.5) / jnp.maximum(samples, 1)
-        x = start[:, None] + (jnp.arange(out) + place[:, None]) * step[:, None]
+        x = start[:, None] + (bins + place[:, None]) * step[:, None]
         counts = (index < samples)[:, None] & (x >= -1) & (x <= last + 1)
         x = jnp.clip(x, 0, last)
         near = jnp.maximum(1 - jnp.abs(x[..., None] - pixels[:, None, :]), 0)

@@ -335,7 +335,7 @@ class Detection(ClassTask):
 
         Probabilities of masks are in steps of 1/255, which makes them a quarter as large.
         """
-        scale = batch['size'] / batch['original_size'].astype(jnp.float32)
+        scale = batch['size'].astype(jnp.float32) / batch['original_size'].astype(jnp.float32)
         results = {name: outputs[name] for name in RESULTS}
         results['boxes'] = results['boxes'] / jnp.tile(scale[:, ::-1], 2)[:, None]
         if self.mask_size is not None:
