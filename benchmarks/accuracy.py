@@ -27,7 +27,7 @@ from gcnet_jax.errors import CheckpointError, ConfigError, UserError, print_erro
 from gcnet_jax.files import read_json, write_whole
 
 RESULT, TABLE, PLOT = 'result.json', 'table.md', 'accuracy.png'
-FAILED = 1
+FAILED, INTERRUPTED = 1, 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print_error('benchmarks.accuracy', error)
         return FAILED
+    except KeyboardInterrupt:
+        print('interrupted; the same command goes on', file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

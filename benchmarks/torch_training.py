@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 from ml_collections import ConfigDict
@@ -27,6 +26,7 @@ from gcnet_jax.training.experiment import Experiment, assemble, state_bytes
 from gcnet_jax.training.lock import hold_workdir
 from gcnet_jax.training.metrics import MetricsWriter
 from gcnet_jax.training.optimizers import optimizer_options
+from gcnet_jax.training.state import create_state
 from gcnet_jax.training.workdir import prepare_workdir
 
 CHECKPOINT = 'checkpoint.pt'
@@ -179,7 +179,7 @@ def initial_network(experiment: Experiment) -> nn.Module:
     """Builds the peer of an experiment's network with the weights that its run starts from."""
     description = experiment.description
     network = torch_peers.build(description.name, description.options['num_classes'])
-    state = experiment.initialize(jax.random.key(experiment.seed))
+    state, _ = create_state(experiment.initialize, experiment.seed, experiment.mesh)
     tensors = to_torch(experiment.model, state.evaluation_variables(), 'torchvision')
     network.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     return network

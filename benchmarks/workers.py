@@ -36,25 +36,51 @@ def run_all(jobs: Sequence[Job], processes: int) -> Iterator[str]:
         for job in jobs:
             yield job()
         return
-    context, waiting, workers = multiprocessing.get_context('spawn'), list(jobs), {}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_sigterm_as_exit())
-        for index in range(min(processes, len(jobs))):
+    with _sigterm_as_exit(), contextlib.closing(_Workers()) as workers:
+        waiting = list(jobs)
+        while waiting or workers.busy:
+            while waiting and len(workers.busy) < processes:
+                workers.give(waiting.pop(0), cores, processes)
+            yield from workers.answers()
+
+
+class _Workers:
+    """Processes that wait for jobs, and those that have one."""
+
+    def __init__(self) -> None:
+        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.idle: list[multiprocessing.connection.Connection] = []
+        self.busy: list[multiprocessing.connection.Connection] = []
+
+    def give(self, job: Job, cores: Sequence[int], processes: int) -> None:
+        """Gives a job to a process that waits for one, or to a new one."""
+        if not self.idle:
+            context = multiprocessing.get_context('spawn')
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(theirs, cores[index::processes]))
-            worker.start()
+            own = cores[len(self.processes) :: processes]
+            self.processes.append(context.Process(target=_work, args=(theirs, own)))
+            self.processes[-1].start()
             theirs.close()
-            stack.callback(worker.join)
-            stack.callback(worker.terminate)
-            workers[ours] = worker
-            ours.send(waiting.pop(0))
-        while workers:
-            for pipe in multiprocessing.connection.wait(list(workers)):
-                yield _answer(pipe)
-                if waiting:
-                    pipe.send(waiting.pop(0))
-                else:
-                    del workers[pipe]
+            self.idle.append(ours)
+        pipe = self.idle.pop()
+        pipe.send(job)
+        self.busy.append(pipe)
+
+    def answers(self) -> Iterator[str]:
+        """Waits for a job to end; yields the lines of those that have."""
+        for pipe in multiprocessing.connection.wait(self.busy):
+            self.busy.remove(pipe)
+            yield _answer(pipe)
+            self.idle.append(pipe)
+
+    def close(self) -> None:
+        """Stops all processes, and waits for runs to be saved."""
+        for process in self.processes:
+            process.terminate()
+        for pipe in (*self.busy, *self.idle):
+            pipe.close()
+        for process in self.processes:
+            process.join()
 
 
 def _answer(pipe: Any) -> str:
@@ -70,7 +96,7 @@ def _answer(pipe: Any) -> str:
 def _work(pipe: Any, cores: Sequence[int]) -> None:
     os.setsid()  # Ctrl-C reaches the first process alone, which then stops this one.
     os.sched_setaffinity(0, cores)
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             job = pipe.recv()
             try:

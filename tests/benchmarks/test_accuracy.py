@@ -38,11 +38,17 @@ def tiny(monkeypatch):
     monkeypatch.setitem(GRIDS, 'tiny', grid)
 
 
-@pytest.mark.parametrize(
-    ('grid', 'network'), [(name, network) for name in GRIDS for network in GRIDS[name].networks]
-)
-def test_every_network_builds(grid, network):
-    options = dict(GRIDS[grid].networks[network])
+# Grids of several budgets share their networks: each is built once.
+NETWORKS = {
+    (network, options['name']): options
+    for grid in GRIDS.values()
+    for network, options in grid.networks.items()
+}
+
+
+@pytest.mark.parametrize(('network', 'name'), NETWORKS)
+def test_every_network_builds(network, name):
+    options = dict(NETWORKS[network, name])
     model = create_model(options.pop('name'), num_classes=10, **options)
     images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
     variables = jax.eval_shape(
@@ -148,7 +154,7 @@ def test_runs_are_trained_once_and_read_after_that(tiny, tmp_path, capsys):
         (['digit'], "unknown grid 'digit'; did you mean 'digits'?"),
         (['tiny', '--networks', 'gcc'], "unknown network of grid tiny 'gcc'; did you mean 'gc'?"),
         (['tiny', '--seeds', '0'], '--seeds is 0'),
-        (['tiny', '--processes', '999'], '--processes is 999; it must be 1 to'),
+        (['tiny', '--processes', '999'], '--processes is 999; it must be from 1 to'),
         (['tiny', '--config.training.seed=1'], 'networks and seeds are those of the grid'),
         (['tiny', '--config.training.early_stopping_steps=1'], 'have the same length'),
         (['tiny', '--config.training.batchsize=1'], 'config.training.batch_size'),

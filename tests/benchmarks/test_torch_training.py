@@ -25,10 +25,11 @@ def config():
     config.data.augmentation = 'pad_crop'
     config.data.num_threads = 1
     config.task.label_smoothing = 0.1
-    config.optimizer.weight_decay = 0.05  # So large that four steps show it.
-    config.schedule.peak_learning_rate = 0.02
+    # Decay so strong that four steps show it; steps so short that they do not multiply rounding.
+    config.optimizer.weight_decay = 0.5
+    config.schedule.peak_learning_rate = 0.002
     config.schedule.warmup_steps = 2
-    config.training.batch_size = 16
+    config.training.batch_size = 32
     config.training.total_steps = STEPS
     config.training.log_steps = 1
     config.training.seed = 5
