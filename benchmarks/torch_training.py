@@ -134,16 +134,20 @@ class TorchRun:
         """Takes one step on a batch of the package's loader and returns its loss."""
         prepared = self.experiment.task.prepare(batch, None)
         targets = smooth_labels(prepared['label'], self.experiment.task.label_smoothing)
-        for group in self.optimizer.param_groups:
-            group['lr'] = float(self.experiment.schedule(self.step))
         self.network.train()
         self.optimizer.zero_grad()
         logits = self.network(self._images(prepared['image']))
         loss = nn.functional.cross_entropy(logits, self._put(targets))
         loss.backward()
+        self.update()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Moves the weights by their gradients, at this step's learning rate."""
+        for group in self.optimizer.param_groups:
+            group['lr'] = float(self.experiment.schedule(self.step))
         self.optimizer.step()
         self.step += 1
-        return loss.detach()
 
     def evaluate(self) -> dict[str, float]:
         """Returns the task's metrics over the evaluation split."""
