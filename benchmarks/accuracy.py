@@ -183,7 +183,7 @@ def _budget(grid: Grid, runs: Sequence[Run], results: Mapping[Run, Mapping]) -> 
     if not results:
         return lines
     minutes = sum(result['seconds'] for result in results.values()) / 60
-    lines[0] += f' They took {minutes:,.0f} minutes in sum.'
+    lines[0] += f' They took {minutes:,.0f} minutes in sum, each since its last start.'
     batch = runs[0].config().training.batch_size
     settings = [f'{key}={value}' for key, value in grid.settings.items()] + list(runs[0].settings)
     budgets = {(r['step'], round(r['epoch'], 1), r['examples']) for r in results.values()}

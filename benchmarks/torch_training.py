@@ -2,7 +2,9 @@
 
 Only network, gradients and optimizer are PyTorch's. The initial weights, the batches with their
 augmentation, the normalisation, the smoothed labels, the learning rate of each step and the counts
-of the evaluation are the package's own, of the same seed.
+of the evaluation are the package's own, of the same seed. Runs of fewer than 100 steps are not
+comparable: the package then evaluates with norm statistics that it computes afresh, and PyTorch
+with running averages that have not settled.
 """
 
 import contextlib
