@@ -229,15 +229,27 @@ def report(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({'machine': where, 'rows': list(rows)}))
         return
+    print(f'{where["date"]}: {machine_line(where)}\n')
+    print(markdown_table(rows))
+
+
+def machine_line(where: Mapping[str, Any]) -> str:
+    """Returns what `machine` found as text, without the date."""
     versions = ', '.join(f'{library} {version}' for library, version in where['versions'].items())
-    print(f'{where["date"]}: {where["processor"]}, {where["cores"]} cores')
-    print(f'Python {where["python"]}, {versions}\n')
+    cores = f'{where["processor"]}, {where["cores"]} cores'
+    return f'{cores}\nPython {where["python"]}, {versions}'
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows, all with the same keys, as a Markdown table."""
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ['-' * width for width in widths])
+    lines = []
     for row in cells:
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(f'| {" | ".join(padded)} |')
+        lines.append(f'| {" | ".join(padded)} |')
+    return '\n'.join(lines)
 
 
 def _cell(value: Any) -> str:

@@ -59,14 +59,14 @@ def add_context(network: nn.Module, stages: tuple[int, ...], ratio: float) -> nn
     return network
 
 
-def small_resnet(stage_sizes: tuple[int, ...], widths: tuple[int, ...]) -> nn.Module:
-    """CIFAR's ResNet of torchvision's blocks, with projection shortcuts; ten classes."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
-        nn.BatchNorm2d(widths[0]),
-        nn.ReLU(inplace=True),
-    ]
-    network, inputs = nn.Sequential(*layers), widths[0]
+def small_resnet(
+    stage_sizes: tuple[int, ...], widths: tuple[int, ...], num_classes: int = 10
+) -> nn.Module:
+    """CIFAR's ResNet of torchvision's blocks, with projection shortcuts and torchvision's names."""
+    network, inputs = nn.Sequential(), widths[0]
+    network.add_module('conv1', nn.Conv2d(3, inputs, 3, padding=1, bias=False))
+    network.add_module('bn1', nn.BatchNorm2d(inputs))
+    network.add_module('relu', nn.ReLU(inplace=True))
     for stage, (size, width) in enumerate(zip(stage_sizes, widths, strict=True), start=1):
         blocks = nn.Sequential()
         for index in range(size):
@@ -79,8 +79,10 @@ def small_resnet(stage_sizes: tuple[int, ...], widths: tuple[int, ...]) -> nn.Mo
             blocks.append(torchvision.models.resnet.BasicBlock(inputs, width, stride, shortcut))
             inputs = width
         network.add_module(f'layer{stage}', blocks)
-    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
-    return network.extend(head)
+    network.add_module('avgpool', nn.AdaptiveAvgPool2d(1))
+    network.add_module('flatten', nn.Flatten())
+    network.add_module('fc', nn.Linear(inputs, num_classes))
+    return network
 
 
 class GCCNNBlock(nn.Module):
@@ -106,16 +108,29 @@ class GCCNNBlock(nn.Module):
         return torch.relu(self.branch(features) + self.shortcut(features))
 
 
-def build(name: str) -> nn.Module:
+# Blocks of each stage of CIFAR's ResNets, by our names.
+SMALL = {'resnet20': (3, 3, 3), 'resnet56': (9, 9, 9)}
+SMALL_WIDTHS = (16, 32, 64)
+
+
+def build(name: str, num_classes: int | None = None) -> nn.Module:
     """Builds the peer of one of our networks, by our name.
+
+    Args:
+      name: Of our network.
+      num_classes: Size of the classifier, for CIFAR's plain ResNets; None for 10.
 
     Raises:
       ValueError: It has none here.
     """
+    if name in SMALL:
+        return small_resnet(SMALL[name], SMALL_WIDTHS, num_classes or 10)
+    if num_classes is not None:
+        raise ValueError(f'{name} has no peer in PyTorch here with another classifier')
     if name == 'gc_resnet50':
         return add_context(torchvision.models.resnet50(), (2, 3, 4), 1 / 16)
     if name == 'gc_resnet20':
-        return add_context(small_resnet((3, 3, 3), (16, 32, 64)), (1, 2, 3), 1 / 4)
+        return add_context(small_resnet(SMALL['resnet20'], SMALL_WIDTHS), (1, 2, 3), 1 / 4)
     if name == 'gccnn':
         widths = ((3, 64, 1), (64, 128, 2), (128, 256, 2))
         blocks = (GCCNNBlock(*width) for width in widths)

@@ -23,7 +23,7 @@ from gcnet_jax.porting.published_segmenters import PUBLISHED
 from gcnet_jax.stored import ModelDescription, write_ported
 from gcnet_jax.tasks import TASKS
 from gcnet_jax.training import overrides
-from gcnet_jax.training.config import all_paths
+from gcnet_jax.training.config import all_paths, default_config
 from gcnet_jax.training.overrides import override
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,10 @@ def check_command(words):
 
 def check_benchmark(name, words):
     source = (ROOT / 'benchmarks' / f'{name}.py').read_text()
-    assert all(f"'{word}'" in source for word in words if word.startswith('--'))
+    settings = [word for word in words if word.startswith('--config.')]
+    flags = [word for word in words if word.startswith('--') and word not in settings]
+    assert all(f"'{flag}'" in source for flag in flags)
+    override(default_config(), settings)
 
 
 def check_pip(words):
