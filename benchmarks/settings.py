@@ -100,15 +100,25 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that `choose_device` reads."""
+    parser.add_argument('--device', choices=DEVICES, help='gpu where there is one, if not given')
+
+
+def choose_device(given: str | None) -> str:
+    """Returns the device that was given, or else the GPU if there is one."""
+    return given or ('gpu' if cards() else 'cpu')
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a setting."""
-    parser.add_argument('--device', choices=DEVICES, help='gpu where there is one, if not given')
+    add_device_flag(parser)
     parser.add_argument('--precision', choices=PRECISIONS, default='float32')
 
 
 def read_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Setting:
     """Returns the setting; ends the program if the candidates cannot run, and says why."""
-    setting = Setting(flags.device or ('gpu' if cards() else 'cpu'), flags.precision)
+    setting = Setting(choose_device(flags.device), flags.precision)
     require_packages(parser, flags.candidates)
     servers = [name for name in flags.candidates if name in SERVERS]
     if servers and (setting.device == 'gpu' or setting.dtype != 'float32'):
