@@ -13,17 +13,21 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.settings import cards, peak_bytes
+
 # Makes a candidate ready (imports, weights, compilation) and returns the function to be timed,
 # which returns when its work is done.
 Setup = Callable[[], Callable[[], Any]]
 
-LIBRARIES = ('jax', 'jaxlib', 'flax', 'torch', 'torchvision', 'timm', 'tensorflow-cpu', 'grain')
+LIBRARIES = (
+    *('jax', 'jaxlib', 'flax', 'torch', 'torchvision', 'timm', 'onnxruntime', 'openvino'),
+    *('tensorflow-cpu', 'grain'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Timing:
 
     Attributes:
       seconds: Of each run, in order.
-      peak_bytes: The most memory that its process held, libraries included.
+      peak_bytes: The most memory that its process held, libraries included; on a GPU that of the
+        GPU.
     """
 
     seconds: tuple[float, ...]
@@ -50,13 +55,17 @@ class Timing:
         return (third - first) / self.median
 
 
-def compare(candidates: Mapping[str, Setup], *, rounds: int, warmups: int = 2) -> dict[str, Timing]:
+def compare(
+    candidates: Mapping[str, Setup], *, rounds: int, warmups: int = 2, alone: bool = False
+) -> dict[str, Timing]:
     """Times candidates in turns.
 
     Args:
       candidates: By name; each is picklable: a module's function, or a `functools.partial` of one.
       rounds: How often each is timed; at least 2.
       warmups: Runs of each before the first that is timed.
+      alone: One after the other instead, each gone before the next starts, because a GPU has not
+        the memory for all.
 
     Raises:
       RuntimeError: A candidate failed; its own traceback is on standard error.
@@ -64,6 +73,11 @@ def compare(candidates: Mapping[str, Setup], *, rounds: int, warmups: int = 2) -
     """
     if rounds < 2:
         raise ValueError(f'rounds is {rounds}; it must be 2 or more')
+    if alone:
+        timings = {}
+        for name, setup in candidates.items():
+            timings |= compare({name: setup}, rounds=rounds, warmups=warmups)
+        return timings
     context = multiprocessing.get_context('spawn')
     workers = {}
     with contextlib.ExitStack() as stack:
@@ -103,8 +117,7 @@ def _work(setup: Setup, pipe: Any) -> None:
     with contextlib.suppress(EOFError):
         while True:
             if pipe.recv() == 'memory':
-                # Linux counts in KiB.
-                pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+                pipe.send(peak_bytes())
                 continue
             began = time.perf_counter()
             run()
@@ -124,6 +137,7 @@ def machine() -> dict[str, Any]:
     return {
         'processor': name,
         'cores': len(os.sched_getaffinity(0)),
+        'cards': cards(),
         'python': platform.python_version(),
         'versions': versions,
         'date': datetime.date.today().isoformat(),
@@ -153,6 +167,15 @@ def throughput_rows(
         }
         for name, timing in timings.items()
     ]
+
+
+def variable_shapes(model: Any, size: int) -> dict[str, Any]:
+    """Returns the shapes of a network's variables for images of this height and width."""
+    import jax
+    import jax.numpy as jnp
+
+    images = jnp.zeros((1, size, size, 3))
+    return dict(jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False)))
 
 
 def random_variables(shapes: Mapping[str, Any]) -> Any:
@@ -236,8 +259,8 @@ def report(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
 def machine_line(where: Mapping[str, Any]) -> str:
     """Returns what `machine` found as text, without the date."""
     versions = ', '.join(f'{library} {version}' for library, version in where['versions'].items())
-    cores = f'{where["processor"]}, {where["cores"]} cores'
-    return f'{cores}\nPython {where["python"]}, {versions}'
+    parts = [where['processor'], f'{where["cores"]} cores', *where['cards']]
+    return f'{", ".join(parts)}\nPython {where["python"]}, {versions}'
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

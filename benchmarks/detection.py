@@ -2,14 +2,15 @@
 
     python -m benchmarks.detection [--train] [--model NAME] [--size HEIGHT WIDTH] [--rounds N]
         [--mmdetection-python PYTHON --mmdetection-config CONFIG [--mmdetection-setup MODULE]]
-        [--threads N] [--json]
+        [--device cpu|gpu] [--threads N] [--json]
 
-Each side is a process of its own on the same `--threads` processors; they take turns. Both have the
-same random weights and the same image, and count from the normalised, padded image to one boolean
-mask of the image's size for each detection. Ours is timed as the one program that it is, and part
-by part; the latter in a process of its own, so that its memory is not the program's. Memory is
-given for a first run, which compiles, and for one that finds the program in JAX's compilation
-cache, as every later run does. With `--train` it is a training step that is timed, see
+Each side is a process of its own on the same `--threads` processors, and on the GPU where there is
+one, in float32 without TF32; they take turns. Both have the same random weights and the same image,
+and count from the normalised, padded image to one boolean mask of the image's size for each
+detection. Ours is timed as the one program that it is, and part by part; the latter in a process of
+its own, so that its memory is not the program's. Memory, on a GPU that of the GPU, is given for a
+first run, which compiles, and for one that finds the program in JAX's compilation cache, as every
+later run does. With `--train` it is a training step that is timed, see
 `benchmarks.detection_steps`, as one part.
 
 mmdetection's is timed if an interpreter that can import mmdet is given, with the path of a
@@ -28,7 +29,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import common
+from benchmarks import common, settings
 from benchmarks.detection_sides import OURS, OURS_BY_PART, THEIRS, WHOLE
 
 PARTS = ('backbone', 'neck', 'proposals', 'boxes', 'masks', 'paste')
@@ -42,6 +43,7 @@ def _start(side: str, python: str, options: Mapping[str, Any]) -> subprocess.Pop
         **os.environ,
         'OMP_NUM_THREADS': str(options['threads']),
         'JAX_COMPILATION_CACHE_DIR': os.path.join(options['directory'], 'compiled'),
+        'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',  # The sides share a GPU.
     }
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
@@ -138,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--model', default='gc_mask_rcnn_resnet50_fpn', help='a detector of ours')
     parser.add_argument('--size', nargs=2, type=int, default=(800, 1333), metavar='PIXELS')
     parser.add_argument('--rounds', type=int, default=5, help='runs of each side that are timed')
+    settings.add_device_flag(parser)
     parser.add_argument('--threads', type=int, default=2, help='processors of each side')
     parser.add_argument('--mmdetection-python', help='an interpreter that can import mmdet')
     parser.add_argument('--mmdetection-config', help='the same detector, a file of mmdetection')
@@ -151,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     if bool(flags.mmdetection_python) != bool(flags.mmdetection_config):
         parser.error('--mmdetection-python and --mmdetection-config go together')
+    flags.device = settings.choose_device(flags.device)
     common.report(rows(compare(flags)), as_json=flags.json)
 
 

@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.settings import Setting, peak_bytes
 
 WHOLE = 'whole'
 OURS, OURS_BY_PART, THEIRS = 'gcnet_jax', 'gcnet_jax by part', 'mmdetection'
@@ -116,15 +117,21 @@ def image(height: int, width: int) -> np.ndarray:
 
 
 class Clock:
-    """Seconds and processor seconds of parts, in the order in which they are timed."""
+    """Seconds and processor seconds of parts, in the order in which they are timed.
 
-    def __init__(self) -> None:
+    Args:
+      wait: Returns when what was asked of the device is done.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
         self.seconds: dict[str, tuple[float, float]] = {}
+        self._wait = wait
 
     def __call__(self, name: str, function: Callable, *arguments: Any, **options: Any) -> Any:
         """Calls the function and notes how long it took."""
         wall, processor = time.perf_counter(), time.process_time()
         result = function(*arguments, **options)
+        self._wait()
         self.seconds[name] = (time.perf_counter() - wall, time.process_time() - processor)
         return result
 
@@ -210,6 +217,7 @@ def load_mmdetection(flags: argparse.Namespace, *, train: bool) -> tuple[Any, An
 
     importlib.import_module('mmdet.models')  # Fills the registry.
     torch.set_num_threads(flags.threads)
+    device = Setting(flags.device).start_torch()
     init_default_scope('mmdet')
     config = Config.fromfile(flags.mmdetection_config)
     if not train:
@@ -220,7 +228,8 @@ def load_mmdetection(flags: argparse.Namespace, *, train: bool) -> tuple[Any, An
         state = {name: torch.from_numpy(file[name]) for name in file.files}
     counters = [name for name in model.state_dict() if name.endswith('num_batches_tracked')]
     model.load_state_dict({**state, **{name: torch.tensor(0) for name in counters}})
-    pixels = torch.from_numpy(image(*flags.size)).permute(0, 3, 1, 2).contiguous()
+    model.to(device)
+    pixels = torch.from_numpy(image(*flags.size)).permute(0, 3, 1, 2).contiguous().to(device)
     shape, padded = tuple(flags.size), tuple(pixels.shape[2:])
     sample = DetDataSample(
         metainfo={
@@ -282,13 +291,14 @@ def serve(side: str, flags: argparse.Namespace) -> None:
             OURS_BY_PART: lambda: ours(flags, by_part=True),
             THEIRS: lambda: theirs(flags),
         }
+    setting = Setting(flags.device)
+    if side != THEIRS:
+        setting.start_jax()  # Its results are waited for by themselves.
     run = setups[side]()
     for _ in sys.stdin:
-        clock = Clock()
+        clock = Clock(setting.wait_for_torch if side == THEIRS else lambda: None)
         found = run(clock)
-        # Linux counts in KiB.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answer = {'seconds': clock.seconds, 'boxes': found, 'peak_bytes': peak}
+        answer = {'seconds': clock.seconds, 'boxes': found, 'peak_bytes': peak_bytes()}
         print(json.dumps(answer), flush=True)
 
 
@@ -297,6 +307,7 @@ def main(side: str, options: str) -> None:
     flags = argparse.Namespace(**json.loads(options))
     flags.directory = Path(flags.directory)
     if side == 'weights':
+        Setting().start_jax()
         write_weights(flags.model, flags.directory, folded=not flags.train)
     else:
         serve(side, flags)

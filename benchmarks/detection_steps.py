@@ -79,13 +79,14 @@ def theirs(flags: argparse.Namespace) -> Callable[[Clock], int]:
 
     boxes, labels, masks = objects(*flags.size)
     padded = np.pad(masks, [(0, 0)] + [(0, -side % 32) for side in flags.size])
+    device = pixels.device
     sample.gt_instances = InstanceData(
-        bboxes=torch.from_numpy(boxes),
-        labels=torch.from_numpy(labels),
+        bboxes=torch.from_numpy(boxes).to(device),
+        labels=torch.from_numpy(labels).to(device),
         masks=BitmapMasks(padded, *padded.shape[1:]),
     )
     sample.ignored_instances = InstanceData(
-        bboxes=torch.zeros((0, 4)), labels=torch.zeros(0).long()
+        bboxes=torch.zeros((0, 4), device=device), labels=torch.zeros(0, device=device).long()
     )
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=LEARNING_RATE, momentum=0.9)

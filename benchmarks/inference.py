@@ -1,21 +1,34 @@
-"""Inference, ours against PyTorch's: images/s and memory of one network in each of its homes.
+"""Inference, ours against others': images/s and memory of one network in each of its homes.
 
-    python -m benchmarks.inference [--networks ...] [--batches ...] [--rounds N] [--json]
+    python -m benchmarks.inference [--networks ...] [--batches ...] [--candidates ...]
+        [--precision float32|tf32|bfloat16] [--device cpu|gpu] [--rounds N] [--json]
 
 Ours is what `gcnet_jax.Classifier` runs: BatchNorm folded into the convolutions, jitted. PyTorch's
 are timm's and torchvision's networks in channels_last under `torch.inference_mode`, as they are and
-through `torch.compile`. All weights are random, all images float32 noise.
+through `torch.compile`; for bfloat16 their weights and images are converted beforehand. On a CPU
+there are also onnxruntime and OpenVINO, see `benchmarks.serving`. All weights are random, all
+images noise.
 """
 
+import argparse
+import dataclasses
 import functools
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks import common
+from benchmarks import common, serving, settings
+from benchmarks.settings import Setting
 
 NETWORKS = ('resnet50', 'gc_resnet50', 'gcresnet50t', 'gcresnext50ts')
 CANDIDATES = ('gcnet_jax', 'torch eager', 'torch.compile')
+SERVERS = {
+    'onnxruntime': serving.onnxruntime_session,
+    'OpenVINO': serving.openvino_model,
+}
 
 
 def images(batch: int, size: int) -> np.ndarray:
@@ -23,16 +36,17 @@ def images(batch: int, size: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype(np.float32)
 
 
-def ours(network: str, batch: int, size: int) -> Callable:
+def ours(network: str, batch: int, size: int, setting: Setting) -> Callable:
     """Sets up the folded and jitted network."""
     import jax
 
     from gcnet_jax.inference.fold import fold_batch_norms, folded_batch_norm
     from gcnet_jax.models import create_model
 
-    model, inputs = create_model(network), jax.numpy.asarray(images(batch, size))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs, train=False))
-    variables = common.random_variables(dict(shapes))
+    setting.start_jax()
+    model = create_model(network, dtype=setting.dtype)
+    inputs = jax.numpy.asarray(images(batch, size), setting.dtype)
+    variables = common.random_variables(common.variable_shapes(model, size))
     variables = jax.device_put(fold_batch_norms(model, variables, inputs, train=False))
 
     @jax.jit
@@ -43,33 +57,56 @@ def ours(network: str, batch: int, size: int) -> Callable:
     return lambda: compute(variables, inputs).block_until_ready()
 
 
-def torch_peer(network: str, batch: int, size: int, *, compiled: bool) -> Callable:
+def torch_peer(
+    network: str, batch: int, size: int, setting: Setting, *, compiled: bool
+) -> Callable:
     """Sets up the same network in PyTorch."""
     import torch
 
     from benchmarks.torch_peers import build
 
-    model = build(network).eval().to(memory_format=torch.channels_last)
-    inputs = torch.from_numpy(images(batch, size)).permute(0, 3, 1, 2)
+    place = {'device': setting.start_torch(), 'dtype': getattr(torch, setting.dtype)}
+    model = build(network).eval().to(memory_format=torch.channels_last, **place)
+    inputs = torch.from_numpy(images(batch, size)).permute(0, 3, 1, 2).to(**place)
     run = torch.compile(model) if compiled else model
 
     def compute():
         with torch.inference_mode():
-            return run(inputs)
+            logits = run(inputs)
+        setting.wait_for_torch()
+        return logits
 
     compute()  # Compiles.
     return compute
 
 
-def setups(network: str, batch: int, size: int, candidates: list[str]) -> dict[str, Callable]:
-    """Returns what makes each candidate ready."""
-    shared = {'network': network, 'batch': batch, 'size': size}
+def setups(
+    network: str, batch: int, size: int, setting: Setting, candidates: Iterable[str], file: Path
+) -> dict[str, Callable]:
+    """Returns what makes each candidate ready; `file` is the network as an ONNX file."""
+    shared = {'network': network, 'batch': batch, 'size': size, 'setting': setting}
     known = {
         'gcnet_jax': functools.partial(ours, **shared),
         'torch eager': functools.partial(torch_peer, compiled=False, **shared),
         'torch.compile': functools.partial(torch_peer, compiled=True, **shared),
+        **{name: functools.partial(setup, file, batch, size) for name, setup in SERVERS.items()},
     }
     return {name: known[name] for name in candidates}
+
+
+def rows_of(network: str, setting: Setting, flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times a network at every batch size."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, f'{network}.onnx')
+        if not SERVERS.keys().isdisjoint(flags.candidates):
+            serving.write_onnx(network, flags.size, file)
+        for batch in flags.batches:
+            candidates = setups(network, batch, flags.size, setting, flags.candidates, file)
+            timings = common.compare(candidates, rounds=flags.rounds, alone=setting.device == 'gpu')
+            columns = {'network': network, **dataclasses.asdict(setting), 'batch': batch}
+            rows += common.throughput_rows(columns, timings, batch, 'torch eager')
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,18 +119,15 @@ def main(arguments: list[str] | None = None) -> None:
         '--networks', nargs='+', default=NETWORKS, choices=list_models(), metavar='NAME'
     )
     parser.add_argument('--batches', nargs='+', type=int, default=(1, 8, 32), metavar='N')
-    parser.add_argument('--candidates', nargs='+', default=CANDIDATES, choices=CANDIDATES)
+    parser.add_argument(
+        '--candidates', nargs='+', default=CANDIDATES, choices=(*CANDIDATES, *SERVERS)
+    )
     parser.add_argument('--size', type=int, default=224, help='height and width in pixels')
     parser.add_argument('--rounds', type=int, default=10, help='runs of each that are timed')
+    settings.add_flags(parser)
     flags = parser.parse_args(arguments)
-    rows = []
-    for network in flags.networks:
-        for batch in flags.batches:
-            candidates = setups(network, batch, flags.size, flags.candidates)
-            timings = common.compare(candidates, rounds=flags.rounds)
-            rows += common.throughput_rows(
-                {'network': network, 'batch': batch}, timings, batch, 'torch eager'
-            )
+    setting = settings.read_flags(parser, flags)
+    rows = [row for network in flags.networks for row in rows_of(network, setting, flags)]
     common.report(rows, as_json=flags.json)
 
 

@@ -19,26 +19,30 @@ class GlobalContext(nn.Module):
     """Attention over all positions, a bottleneck with LayerNorm, and a sum."""
 
     ratio: float
+    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: Features) -> Features:
         """Adds the same update to every position."""
+        conv = partial(nn.Conv, kernel_size=(1, 1), dtype=self.dtype)
         channels = features.shape[-1]
-        weights = nn.softmax(nn.Conv(1, (1, 1))(features), axis=(1, 2))
+        weights = nn.softmax(conv(1)(features), axis=(1, 2))
         context = jnp.sum(features * weights, axis=(1, 2), keepdims=True)
-        hidden = nn.relu(nn.LayerNorm()(nn.Conv(int(channels * self.ratio), (1, 1))(context)))
-        return features + nn.Conv(channels, (1, 1))(hidden)
+        hidden = nn.LayerNorm(dtype=self.dtype)(conv(int(channels * self.ratio))(context))
+        return features + conv(channels)(nn.relu(hidden))
 
 
 class SqueezeExcite(nn.Module):
     """A gate for each channel, from the mean over all positions."""
 
+    dtype: Dtype = jnp.float32
+
     @nn.compact
     def __call__(self, features: Features) -> Features:
         """Scales the channels."""
-        channels = features.shape[-1]
-        squeezed = nn.relu(nn.Dense(channels // 16)(features.mean((1, 2))))
-        return features * nn.sigmoid(nn.Dense(channels)(squeezed))[:, None, None]
+        dense, channels = partial(nn.Dense, dtype=self.dtype), features.shape[-1]
+        squeezed = nn.relu(dense(channels // 16)(features.mean((1, 2))))
+        return features * nn.sigmoid(dense(channels)(squeezed))[:, None, None]
 
 
 class Block(nn.Module):
@@ -47,7 +51,7 @@ class Block(nn.Module):
     widths: tuple[int, ...]
     sizes: tuple[int, ...]
     stride: int
-    contexts: tuple[Callable[[], nn.Module], ...]
+    contexts: tuple[Callable[..., nn.Module], ...]
     norm: Callable[..., nn.Module]
     dtype: Dtype
 
@@ -62,7 +66,7 @@ class Block(nn.Module):
             branch = self.norm()(conv(width, (size, size), (step, step))(branch))
             branch = branch if index == last else nn.relu(branch)
         for context in self.contexts:
-            branch = context()(branch)
+            branch = context(dtype=self.dtype)(branch)
         if features.shape != branch.shape:
             strides = (self.stride, self.stride)
             features = self.norm()(conv(self.widths[-1], (1, 1), strides)(features))
@@ -77,7 +81,7 @@ class PlainResNet(nn.Module):
     bottleneck: bool
     stem: str
     num_classes: int
-    contexts: tuple[Callable[[], nn.Module], ...] = ()
+    contexts: tuple[Callable[..., nn.Module], ...] = ()
     context_stages: tuple[int, ...] = ()
     dtype: Dtype = jnp.float32
 

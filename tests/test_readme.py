@@ -124,7 +124,8 @@ def check_command(words):
 
 
 def check_benchmark(name, words):
-    source = (ROOT / 'benchmarks' / f'{name}.py').read_text()
+    files = (f'{name}.py', 'common.py', 'settings.py')  # The last two have the flags of several.
+    source = ''.join((ROOT / 'benchmarks' / file).read_text() for file in files)
     settings = [word for word in words if word.startswith('--config.')]
     flags = [word for word in words if word.startswith('--') and word not in settings]
     assert all(f"'{flag}'" in source for flag in flags)

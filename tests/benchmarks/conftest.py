@@ -9,7 +9,7 @@ from benchmarks import common
 def in_this_process(monkeypatch):
     """Candidates run once, here: test_common.py starts processes, and each one imports JAX."""
 
-    def compare(candidates, *, rounds):
+    def compare(candidates, *, rounds, alone=False):
         for setup in candidates.values():
             setup()()
         return {name: common.Timing((0.25,) * rounds, 0) for name in candidates}

@@ -9,28 +9,49 @@ import pytest
 
 from benchmarks import training
 from benchmarks.plain_flax import NETWORKS
+from benchmarks.settings import PRECISIONS, Setting
 from gcnet_jax.models import create_model
 
 
 def rows_of(capsys, *flags):
-    training.main(['--cases', 'digits', '--batch', '2', '--rounds', '2', '--json', *flags])
+    small = ['--cases', 'digits', '--batches', '2', '--rounds', '2', '--device', 'cpu', '--json']
+    training.main([*small, *flags])
     return json.loads(capsys.readouterr().out)['rows']
 
 
 @pytest.mark.slow
-def test_ours_and_plain_flax_need_no_torch(capsys, in_this_process):
-    rows = rows_of(capsys, '--candidates', 'gcnet_jax', 'plain Flax')
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_ours_and_plain_flax_need_no_torch(precision, capsys, in_this_process):
+    rows = rows_of(capsys, '--candidates', 'gcnet_jax', 'plain Flax', '--precision', precision)
     assert [(row['network'], row['candidate']) for row in rows] == [
         ('gccnn', 'gcnet_jax'),
         ('gccnn', 'plain Flax'),
     ]
     assert all(row['images/s'] > 0 and row['batch'] == 2 for row in rows)
+    assert {row['precision'] for row in rows} == {precision}
 
 
 @pytest.mark.torch
-def test_torch_stands_beside_them(capsys):
-    rows = rows_of(capsys, '--candidates', 'torch')
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_torch_stands_beside_them(precision, capsys, in_this_process):
+    rows = rows_of(capsys, '--candidates', 'torch', '--precision', precision)
     assert [row['ratio to torch'] for row in rows] == [1]
+
+
+@pytest.mark.torch
+def test_the_compiled_step_is_of_what_the_compiler_returns(monkeypatch):
+    """The compiler itself takes a minute."""
+    import torch
+
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda model: compiled.append(model) or model)
+    training.torch_peer('gccnn', 2, 8, Setting(), compiled=True)()
+    assert len(compiled) == 1
+
+
+def test_what_has_no_plain_network_is_told_apart():
+    networks = {network for network, _, _ in training.CASES.values()}
+    assert networks - set(training.NOT_PLAIN) == set(NETWORKS)
 
 
 def parameter_count(model, size):
