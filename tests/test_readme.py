@@ -183,8 +183,8 @@ def test_commands_exist(page, command, monkeypatch):
 def is_setting(path):
     group, _, option = path.partition('.')
     if group == 'model':
-        networks = map(create_model, ('resnet50', 'gc_resnet18_d16'))
-        if any(hasattr(network, option.partition('.')[0]) for network in networks):
+        networks = ('resnet50', 'gc_resnet18_d16', 'mask_rcnn_resnet50_fpn')
+        if any(hasattr(create_model(name), option.partition('.')[0]) for name in networks):
             return True
     paths = all_paths()
     return path in paths or any(known.startswith(f'{path}.') for known in paths)
