@@ -29,7 +29,7 @@ BATCHES = ('1', '32', '256')
 INFERENCE = ('--networks', *NETWORKS, '--batches', *BATCHES, '--rounds', '30')
 TRAINING = ('--cases', *NETWORKS, '--batches', *BATCHES, '--rounds', '20')
 DETECTION = ('--rounds', '10')
-ACCURACY = ()
+ACCURACY = ('cifar10_resnet20', 'cifar10_resnet56', 'cifar100_resnet20', 'cifar100_resnet56')
 # The same in miniature.
 SMALL_TESTS = ('tests/context/test_global_context.py',)
 SMALL_INFERENCE = (
@@ -38,7 +38,10 @@ SMALL_INFERENCE = (
 )
 SMALL_TRAINING = ('--cases', 'gc_resnet20', '--batches', '2', '--rounds', '2')
 SMALL_DETECTION = ('--size', '96', '128', '--rounds', '1')
-SMALL_ACCURACY = ('--small',)
+SMALL_ACCURACY = (
+    *('digits', '--networks', 'none', '--seeds', '2'),
+    *('--config.training.total_steps=2', '--config.training.batch_size=16'),
+)
 
 
 def parts(flags: argparse.Namespace) -> dict[str, list[str]]:
@@ -72,7 +75,8 @@ def parts(flags: argparse.Namespace) -> dict[str, list[str]]:
         how = [*(SMALL_DETECTION if flags.small else DETECTION), *theirs]
         found['detection'] = benchmark('detection', *how)
         found['detection_training'] = benchmark('detection', '--train', *how)
-    found['accuracy'] = benchmark('accuracy', *(SMALL_ACCURACY if flags.small else ACCURACY))
+    accuracy = SMALL_ACCURACY if flags.small else ACCURACY
+    found['accuracy'] = benchmark('accuracy', *accuracy, '--workdir', str(flags.out / 'runs'))
     return found
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks import detection, gpu, inference, settings, training
+from benchmarks import accuracy, detection, gpu, inference, settings, training
 
 MMDETECTION = ['--mmdetection-python', 'python', '--mmdetection-config', 'config.py']
 
@@ -75,6 +75,8 @@ def test_every_benchmark_understands_its_command(monkeypatch, small):
     for name, (_, _, module, *arguments) in known.items():
         if name not in ('tests', 'accuracy'):
             modules[module.removeprefix('benchmarks.')].main(arguments)
+    flags, overrides = accuracy.parse(known['accuracy'][3:])
+    assert all(accuracy.runs_of(flags, overrides, grid) for grid in flags.grids)
     assert known['tests'][:3] == [
         *('env', 'JAX_PLATFORMS=cuda,cpu', 'JAX_DEFAULT_MATMUL_PRECISION=float32')
     ]
