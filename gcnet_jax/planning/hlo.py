@@ -239,9 +239,20 @@ def _read_bytes(name: str, body: dict[str, _Instruction], users: dict[str, list[
             return float('inf')
         elif user.opcode in _SLICES:
             total += array_bytes(user.shape)
-        elif user.opcode not in _WRITES:
+        elif user.opcode not in _WRITES or not _is_result(user_name, body, users):
             return float('inf')
+        elif user.opcode == 'scatter':  # It adds to what is there.
+            total += _written_bytes(user_name, body)
     return total
+
+
+def _is_result(name: str, body: dict[str, _Instruction], users: dict[str, list[str]]) -> bool:
+    """Whether a computation only returns this, and reads nothing of it."""
+    passed_on = all(
+        body[user].opcode in (*_SAME_DATA, 'tuple') and _is_result(user, body, users)
+        for user in users[name]
+    )
+    return passed_on and (body[name].is_root or bool(users[name]))
 
 
 def _written_bytes(name: str, body: dict[str, _Instruction]) -> float:

@@ -279,6 +279,15 @@ UPDATE = """
   ROOT %both = (f32[9,100]{1,0}, f32[1,100]{1,0}) tuple(%new, %q)
 }
 """
+READ_TOO = """
+%read_too (p: f32[9,100], q: f32[1,100], i: s32[]) -> f32[9,100] {
+  %p = f32[9,100]{1,0} parameter(0)
+  %q = f32[1,100]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %new = f32[9,100]{1,0} dynamic-update-slice(%p, %q, %i, %i)
+  ROOT %sum = f32[9,100]{1,0} add(%new, %new)
+}
+"""
 
 
 @pytest.mark.parametrize(
@@ -294,9 +303,14 @@ UPDATE = """
             400 + 4 + 4 + 400,
         ),
         ('f32[9,100]{1,0} dynamic-update-slice(%a, %b, %i, %i)', 400 + 4 + 4 + 400),
+        ('f32[9,100]{1,0} scatter(%a, %i, %b), to_apply=%add', 400 + 4 + 400 + 400),
+        (
+            'f32[9,100]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%read_too',
+            3600 + 400 + 4 + 3600,
+        ),
         ('f32[9,100]{1,0} add(%a, %a)', 3 * 3600),
     ],
-    ids=['fused slice', 'fused update', 'slice', 'update', 'whole'],
+    ids=['fused slice', 'fused update', 'slice', 'update', 'scatter', 'read too', 'whole'],
 )
 def test_of_an_array_that_is_sliced_or_written_into_the_slice_moves(entry, size):
     """Loops over boxes would read a feature map in whole for each of them."""
@@ -305,4 +319,4 @@ def test_of_an_array_that_is_sliced_or_written_into_the_slice_moves(entry, size)
         '%b = f32[1,100]{1,0} parameter(1)',
         '%i = s32[] parameter(2)',
     ]
-    assert traffic([*before, f'ROOT %r = {entry}'], SLICE, UPDATE).hbm_bytes == size
+    assert traffic([*before, f'ROOT %r = {entry}'], SLICE, UPDATE, READ_TOO).hbm_bytes == size
