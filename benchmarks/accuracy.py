@@ -10,8 +10,11 @@ its last checkpoint, and settings other than it was begun with are refused. `tab
 """
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.util
 import json
+import os
 import shlex
 import sys
 import time
@@ -23,11 +26,14 @@ from benchmarks import common
 from benchmarks.accuracy_grids import GRIDS, Grid, find_grid
 from benchmarks.accuracy_report import NOTES, comparison_rows, draw, shown
 from benchmarks.workers import run_all
+from gcnet_jax.commands.train import FAILED, INTERRUPTED, PREEMPTED
 from gcnet_jax.errors import CheckpointError, ConfigError, UserError, print_error, unknown_name
 from gcnet_jax.files import read_json, write_whole
 
 RESULT, TABLE, PLOT = 'result.json', 'table.md', 'accuracy.png'
-FAILED, INTERRUPTED = 1, 130
+# What a grid compares is not set by hand, but for the type and the norms of all its networks.
+FIXED = ('config.data.name', 'config.model.', 'config.task.name', 'config.training.seed')
+FREE = ('config.model.dtype', 'config.model.norm.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +144,10 @@ def runs_of(flags: argparse.Namespace, settings: Sequence[str], name: str) -> li
     grid = find_grid(name)
     for text in settings:
         path = text.lstrip('-').partition('=')[0].removeprefix('no')
-        if path in ('config.model.name', 'config.training.seed', 'config.training.init_from'):
-            raise ConfigError(f'{text}: networks and seeds are those of the grid; leave it out')
+        if path.startswith((*FIXED, 'config.training.init_from')) and not path.startswith(FREE):
+            raise ConfigError(
+                f'{text}: data set, networks and seeds are those of the grid; leave it out'
+            )
         if path.startswith('config.training.early_stopping'):
             raise ConfigError(f'{text}: all runs of a grid have the same length; leave it out')
     for network in flags.networks or ():
@@ -154,11 +162,49 @@ def runs_of(flags: argparse.Namespace, settings: Sequence[str], name: str) -> li
     ]
 
 
+def with_earlier_runs(runs: Sequence[Run]) -> list[Run]:
+    """Adds what other commands have finished in the same directory with the same settings."""
+    first, found = runs[0], list(runs)
+    for network in find_grid(first.grid).networks:
+        for place in (first.directory / network).glob('seed*'):
+            seed = place.name.removeprefix('seed')
+            if not seed.isdigit():
+                continue
+            run = dataclasses.replace(first, network=network, seed=int(seed))
+            with contextlib.suppress(CheckpointError):
+                if run not in found and run.result():
+                    found.append(run)
+    return found
+
+
+def check_start(runs: Sequence[Run]) -> None:
+    """Opens the data set of a grid, and looks for what its runs need, before any is trained.
+
+    Raises:
+      UserError: Something is missing, or a setting cannot work.
+    """
+    from gcnet_jax.training.experiment import assemble
+
+    if runs:
+        assemble(runs[0].config())
+    for run in runs:
+        if run.in_torch:
+            if importlib.util.find_spec('torch') is None:
+                raise UserError(
+                    f'{run.grid}/{run.network} needs PyTorch: pip install -r '
+                    'requirements-torch.txt, or name other --networks'
+                )
+            from benchmarks.torch_training import check_settings
+
+            check_settings(run.config())
+
+
 def report(runs: Sequence[Run], command: str) -> str:
     """Writes table and plot of the runs of one grid that have finished; returns the table."""
     from gcnet_jax.analysis.pictures import save_figure
 
     grid, directory = find_grid(runs[0].grid), runs[0].directory
+    runs = with_earlier_runs(runs)
     results = {run: result for run in runs if (result := run.result())}
     accuracies: dict[str, dict[int, float]] = {}
     for run, result in results.items():
@@ -225,15 +271,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     flags, settings = parse(arguments)
     command = shlex.join(['python', '-m', 'benchmarks.accuracy', *arguments])
+    # Several runs share a GPU: none may take most of its memory for itself.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    from gcnet_jax.training.processes import Interrupted, Preempted
+
     try:
         grids = [runs_of(flags, settings, name) for name in flags.grids]
-        # All of them before the first is trained: what is refused is refused at once.
-        left = [run for runs in grids for run in runs if run.result() is None]
+        left = [[run for run in runs if run.result() is None] for runs in grids]
         if not flags.report_only:
-            for line in run_all([run.train for run in left], flags.processes):
-                print(line, flush=True)
-        for runs in grids:
-            print(report(runs, command))
+            # All of them before the first is trained: what is refused is refused at once.
+            for runs in left:
+                check_start(runs)
+        for runs, missing in zip(grids, left, strict=True):
+            if not flags.report_only:
+                for line in run_all([run.train for run in missing], flags.processes):
+                    print(line, flush=True)
+            print(report(runs, command), flush=True)
+    except Preempted as stop:
+        print_error('benchmarks.accuracy', stop)
+        return INTERRUPTED if isinstance(stop, Interrupted) else PREEMPTED
     except UserError as error:
         print_error('benchmarks.accuracy', error)
         return FAILED

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.settings import cards, peak_bytes
+from benchmarks.settings import gpus, peak_bytes
 
 # Makes a candidate ready (imports, weights, compilation) and returns the function to be timed,
 # which returns when its work is done.
@@ -137,7 +137,7 @@ def machine() -> dict[str, Any]:
     return {
         'processor': name,
         'cores': len(os.sched_getaffinity(0)),
-        'cards': cards(),
+        'gpus': gpus(),
         'python': platform.python_version(),
         'versions': versions,
         'date': datetime.date.today().isoformat(),
@@ -259,7 +259,7 @@ def report(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
 def machine_line(where: Mapping[str, Any]) -> str:
     """Returns what `machine` found as text, without the date."""
     versions = ', '.join(f'{library} {version}' for library, version in where['versions'].items())
-    parts = [where['processor'], f'{where["cores"]} cores', *where['cards']]
+    parts = [where['processor'], f'{where["cores"]} cores', *where['gpus']]
     return f'{", ".join(parts)}\nPython {where["python"]}, {versions}'
 
 

@@ -25,7 +25,7 @@ from benchmarks.settings import Setting
 
 NETWORKS = ('resnet50', 'gc_resnet50', 'gcresnet50t', 'gcresnext50ts')
 CANDIDATES = ('gcnet_jax', 'torch eager', 'torch.compile')
-SERVERS = {
+RUNTIMES = {
     'onnxruntime': serving.onnxruntime_session,
     'OpenVINO': serving.openvino_model,
 }
@@ -89,7 +89,7 @@ def setups(
         'gcnet_jax': functools.partial(ours, **shared),
         'torch eager': functools.partial(torch_peer, compiled=False, **shared),
         'torch.compile': functools.partial(torch_peer, compiled=True, **shared),
-        **{name: functools.partial(setup, file, batch, size) for name, setup in SERVERS.items()},
+        **{name: functools.partial(setup, file, batch, size) for name, setup in RUNTIMES.items()},
     }
     return {name: known[name] for name in candidates}
 
@@ -99,7 +99,7 @@ def rows_of(network: str, setting: Setting, flags: argparse.Namespace) -> list[d
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, f'{network}.onnx')
-        if not SERVERS.keys().isdisjoint(flags.candidates):
+        if not RUNTIMES.keys().isdisjoint(flags.candidates):
             serving.write_onnx(network, flags.size, file)
         for batch in flags.batches:
             candidates = setups(network, batch, flags.size, setting, flags.candidates, file)
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument('--batches', nargs='+', type=int, default=(1, 8, 32), metavar='N')
     parser.add_argument(
-        '--candidates', nargs='+', default=CANDIDATES, choices=(*CANDIDATES, *SERVERS)
+        '--candidates', nargs='+', default=CANDIDATES, choices=(*CANDIDATES, *RUNTIMES)
     )
     parser.add_argument('--size', type=int, default=224, help='height and width in pixels')
     parser.add_argument('--rounds', type=int, default=10, help='runs of each that are timed')

@@ -13,7 +13,7 @@ from typing import Any
 DEVICES = ('cpu', 'gpu')
 PRECISIONS = ('float32', 'tf32', 'bfloat16')
 # They run our ONNX file, which computes in float32, on the CPU.
-SERVERS = ('onnxruntime', 'OpenVINO')
+RUNTIMES = ('onnxruntime', 'OpenVINO')
 
 _TORCH = (('torch', 'torchvision', 'timm'), 'pip install -r requirements-torch.txt')
 # By candidate: the packages that it needs, and what installs them.
@@ -77,7 +77,7 @@ class Setting:
             torch.cuda.synchronize()
 
 
-def cards() -> list[str]:
+def gpus() -> list[str]:
     """Returns the names of the NVIDIA GPUs of this machine, without starting a library on them."""
     query = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -107,7 +107,7 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 
 def choose_device(given: str | None) -> str:
     """Returns the device that was given, or else the GPU if there is one."""
-    return given or ('gpu' if cards() else 'cpu')
+    return given or ('gpu' if gpus() else 'cpu')
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -120,9 +120,9 @@ def read_flags(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> Se
     """Returns the setting; ends the program if the candidates cannot run, and says why."""
     setting = Setting(choose_device(flags.device), flags.precision)
     require_packages(parser, flags.candidates)
-    servers = [name for name in flags.candidates if name in SERVERS]
-    if servers and (setting.device == 'gpu' or setting.dtype != 'float32'):
-        parser.error(f'{servers[0]} runs with --device cpu --precision float32 only')
+    runtimes = [name for name in flags.candidates if name in RUNTIMES]
+    if runtimes and (setting.device == 'gpu' or setting.dtype != 'float32'):
+        parser.error(f'{runtimes[0]} runs with --device cpu --precision float32 only')
     return setting
 
 

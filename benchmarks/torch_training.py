@@ -41,6 +41,7 @@ FIXED = {
     'task.class_weights': None,
     'model.context': None,
     'model.dtype': 'float32',
+    'model.dropout_rate': 0.0,
     'model.norm.kind': 'batch',
     'model.norm.group_size': None,
     'optimizer.name': 'sgd',
@@ -53,6 +54,8 @@ FIXED = {
     'training.early_stopping_epochs': None,
     'training.early_stopping_steps': None,
 }
+# Of a network: what is read, or in FIXED.
+KNOWN_OPTIONS = ('name', 'num_classes', 'norm.channel_groups')
 
 
 def train_torch(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -86,6 +89,9 @@ def train_torch(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 def check_settings(config: ConfigDict) -> None:
     """Refuses what would make another run here than in the package."""
     for path, value in leaves(plain(config)):
+        group, _, option = path.partition('.')
+        if group == 'model' and path not in FIXED and option not in KNOWN_OPTIONS:
+            raise ConfigError(f'config.{path} is set; runs in PyTorch have no such option')
         if path in FIXED and value != FIXED[path]:
             raise ConfigError(
                 f'config.{path} is {value!r}; runs in PyTorch have {FIXED[path]!r}: leave out the '

@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from gcnet_jax.commands.train import PREEMPTED
 from gcnet_jax.errors import ConfigError, UserError
 
 # What is done, picklable, and returns a line about it.
 Job = Callable[[], str]
-PREEMPTED = 75  # As train.py: nothing is wrong, the same command goes on.
 
 
 def run_all(jobs: Sequence[Job], processes: int) -> Iterator[str]:
     """Runs jobs and yields the line of each as it ends.
 
     Several processes divide the cores among them: small networks use two cores better in two runs
-    than in one. Where this process stops early, they receive SIGTERM, and a run then saves itself.
+    than in one. Where this process stops early, they receive SIGTERM: a run of ours then saves
+    itself, one of PyTorch's goes on from its last checkpoint.
 
     Raises:
       ConfigError: There are more processes than cores.
@@ -36,7 +37,7 @@ def run_all(jobs: Sequence[Job], processes: int) -> Iterator[str]:
         for job in jobs:
             yield job()
         return
-    with _sigterm_as_exit(), contextlib.closing(_Workers()) as workers:
+    with sigterm_as_exit(), contextlib.closing(_Workers()) as workers:
         waiting = list(jobs)
         while waiting or workers.busy:
             while waiting and len(workers.busy) < processes:
@@ -107,7 +108,7 @@ def _work(pipe: Any, cores: Sequence[int]) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
+def sigterm_as_exit() -> Iterator[None]:
     """Lets SIGTERM unwind this process, which stops the others."""
 
     def leave(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import accuracy
 from gcnet_jax.__main__ import _parser, main
 from gcnet_jax.commands.config_files import load_config, read_flags
 from gcnet_jax.data.preprocessing import KeepRatio
@@ -124,6 +125,10 @@ def check_command(words):
 
 
 def check_benchmark(name, words):
+    if name == 'accuracy':
+        flags, settings = accuracy.parse(words)
+        assert all(accuracy.runs_of(flags, settings, grid) for grid in flags.grids)
+        return
     files = (f'{name}.py', 'common.py', 'settings.py')  # The last two have the flags of several.
     source = ''.join((ROOT / 'benchmarks' / file).read_text() for file in files)
     settings = [word for word in words if word.startswith('--config.')]

@@ -102,7 +102,7 @@ def _check_images(entries: list[Any], file: object) -> dict[int, ImageEntry]:
         name = _file_name(entry, where, file)
         other = files.setdefault(PurePosixPath(name), number)
         if other != number:
-            # Each would be an image in which the objects of the other are none.
+            # To each entry the other's objects would be background.
             raise DataError(
                 f'{one_line(file)}: {where} has the file_name {one_line(name, 80)!r} of image '
                 f'{other}; list a file once, with all of its annotations'

@@ -193,7 +193,7 @@ def check_batches(experiment: Experiment) -> None:
     """Makes both loaders without reading a batch.
 
     What they refuse, such as an image that is larger than its canvas, would otherwise be reported
-    when the config has been written, and that of the evaluation split after an epoch.
+    when the config has been written, and for the evaluation split only after the first epoch.
 
     Raises:
       ConfigError, DataError: As the loaders do.

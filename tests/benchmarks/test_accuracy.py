@@ -142,6 +142,10 @@ def test_runs_are_trained_once_and_read_after_that(tiny, tmp_path, capsys):
     assert result.stat().st_mtime_ns == written
     assert (tmp_path / 'tiny' / 'table.md').read_text() in table
     assert (tmp_path / 'tiny' / 'accuracy.png').read_bytes().startswith(b'\x89PNG')
+    # A command for other networks leaves these in the table.
+    others = [text if text != 'none' else 'gc' for text in arguments]
+    assert accuracy.main([*others, '--seeds=1', '--report-only']) == 0
+    assert '1 of 2 runs have finished' in capsys.readouterr().out
     # Another budget in the same place.
     arguments.remove('--config.training.batch_size=16')
     assert accuracy.main(arguments) == 1
@@ -156,6 +160,9 @@ def test_runs_are_trained_once_and_read_after_that(tiny, tmp_path, capsys):
         (['tiny', '--seeds', '0'], '--seeds is 0'),
         (['tiny', '--processes', '999'], '--processes is 999; it must be from 1 to'),
         (['tiny', '--config.training.seed=1'], 'networks and seeds are those of the grid'),
+        (['tiny', '--config.model.context=None'], 'networks and seeds are those of the grid'),
+        (['tiny', '--config.data.name=mnist'], 'networks and seeds are those of the grid'),
+        (['tiny', '--config.data.data_dir=/nowhere', '--config.data.train_split=no'], 'split'),
         (['tiny', '--config.training.early_stopping_steps=1'], 'have the same length'),
         (['tiny', '--config.training.batchsize=1'], 'config.training.batch_size'),
     ],

@@ -10,10 +10,10 @@ from benchmarks import settings
 
 @pytest.fixture
 def read(monkeypatch):
-    """Reads flags as a benchmark does; every package is there, and the cards are those given."""
+    """Reads flags as a benchmark does; every package is there, and the gpus are those given."""
 
-    def read(*flags, cards=(), missing=()):
-        monkeypatch.setattr(settings, 'cards', lambda: list(cards))
+    def read(*flags, gpus=(), missing=()):
+        monkeypatch.setattr(settings, 'gpus', lambda: list(gpus))
         monkeypatch.setattr(
             importlib.util, 'find_spec', lambda name: None if name in missing else 'here'
         )
@@ -27,8 +27,8 @@ def read(monkeypatch):
 
 def test_a_gpu_is_taken_where_there_is_one(read):
     assert read() == settings.Setting('cpu', 'float32')
-    assert read(cards=['H100']).device == 'gpu'
-    assert read('--device', 'cpu', cards=['H100']).device == 'cpu'
+    assert read(gpus=['H100']).device == 'gpu'
+    assert read('--device', 'cpu', gpus=['H100']).device == 'cpu'
     assert read('--precision', 'tf32').dtype == 'float32'
     assert read('--precision', 'bfloat16').dtype == 'bfloat16'
 
@@ -51,11 +51,11 @@ def test_cards_are_those_that_the_driver_names(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', f'{tmp_path}:/usr/bin:/bin')
     driver.write_text('#!/bin/sh\necho NVIDIA H100 80GB HBM3\n')
     driver.chmod(0o755)
-    assert settings.cards() == ['NVIDIA H100 80GB HBM3']
+    assert settings.gpus() == ['NVIDIA H100 80GB HBM3']
     driver.write_text('#!/bin/sh\nexit 9\n')
-    assert settings.cards() == []
+    assert settings.gpus() == []
     monkeypatch.setenv('PATH', str(tmp_path / 'nothing'))
-    assert settings.cards() == []
+    assert settings.gpus() == []
 
 
 def test_without_a_gpu_the_memory_is_that_of_the_process():

@@ -132,6 +132,8 @@ def test_a_run_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
         ('training.ema_decay', 0.9),
         ('optimizer.name', 'adamw'),
         ('model.dtype', 'bfloat16'),
+        ('model.dropout_rate', 0.2),
+        ('model.widths', (8, 16, 32)),
     ],
 )
 def test_what_is_not_implemented_is_refused(config, tmp_path, path, value):
