@@ -91,7 +91,7 @@ def check_settings(config: ConfigDict) -> None:
     for path, value in leaves(plain(config)):
         group, _, option = path.partition('.')
         if group == 'model' and path not in FIXED and option not in KNOWN_OPTIONS:
-            raise ConfigError(f'config.{path} is set; runs in PyTorch have no such option')
+            raise ConfigError(f'config.{path} is {value!r}; runs in PyTorch have no such option')
         if path in FIXED and value != FIXED[path]:
             raise ConfigError(
                 f'config.{path} is {value!r}; runs in PyTorch have {FIXED[path]!r}: leave out the '
