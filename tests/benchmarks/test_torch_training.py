@@ -133,7 +133,7 @@ def test_a_run_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
         ('optimizer.name', 'adamw'),
         ('model.dtype', 'bfloat16'),
         ('model.dropout_rate', 0.2),
-        ('model.widths', (8, 16, 32)),
+        ('model.stem', 'small'),
     ],
 )
 def test_what_is_not_implemented_is_refused(config, tmp_path, path, value):
