@@ -25,10 +25,9 @@ from benchmarks.settings import Setting
 
 NETWORKS = ('resnet50', 'gc_resnet50', 'gcresnet50t', 'gcresnext50ts')
 CANDIDATES = ('gcnet_jax', 'torch eager', 'torch.compile')
-RUNTIMES = {
-    'onnxruntime': serving.onnxruntime_session,
-    'OpenVINO': serving.openvino_model,
-}
+RUNTIMES = dict(
+    zip(settings.RUNTIMES, (serving.onnxruntime_session, serving.openvino_model), strict=True)
+)
 
 
 def images(batch: int, size: int) -> np.ndarray:

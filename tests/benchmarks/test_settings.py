@@ -46,7 +46,7 @@ def test_a_missing_package_is_named(read, capsys):
     assert 'OpenVINO needs openvino: pip install' in capsys.readouterr().err
 
 
-def test_cards_are_those_that_the_driver_names(tmp_path, monkeypatch):
+def test_gpus_are_those_that_the_driver_names(tmp_path, monkeypatch):
     driver = tmp_path / 'nvidia-smi'
     monkeypatch.setenv('PATH', f'{tmp_path}:/usr/bin:/bin')
     driver.write_text('#!/bin/sh\necho NVIDIA H100 80GB HBM3\n')
