@@ -117,7 +117,8 @@ def _kernel_of(features: Features, gradient: Output, size: int, groups: int) -> 
     return jax.ShapeDtypeStruct(shape, features.dtype)
 
 
-def _is_plain(compute: partial, groups: int) -> bool:
+def _has_ordered_gradients(compute: partial, groups: int) -> bool:
+    """Whether a form is XLA's own convolution, without groups; see `_ordered_features_gradient`."""
     return compute.func is plain_convolution and groups == 1
 
 
@@ -125,7 +126,7 @@ def _cpu_features_gradient(
     gradient: Output, kernel: Kernel, *, size: tuple[int, int], **geometry: int
 ) -> Features:
     features = _features_of(gradient, kernel, size, geometry['groups'])
-    if _is_plain(_cpu_form(features, kernel, **geometry), geometry['groups']):
+    if _has_ordered_gradients(_cpu_form(features, kernel, **geometry), geometry['groups']):
         return _ordered_features_gradient(
             gradient, kernel, size, geometry['stride'], geometry['dilation']
         )
@@ -142,7 +143,7 @@ def _cpu_kernel_gradient(
         return _narrow_kernel_gradient(features, gradient, stride)
     geometry = {'stride': stride, 'groups': groups, 'dilation': dilation}
     kernel = _kernel_of(features, gradient, size, groups)
-    if _is_plain(_cpu_form(features, kernel, **geometry), groups):
+    if _has_ordered_gradients(_cpu_form(features, kernel, **geometry), groups):
         return _ordered_kernel_gradient(features, gradient, size, stride, dilation)
     return _kernel_gradient(_cpu_form, features, gradient, size=size, **geometry)
 

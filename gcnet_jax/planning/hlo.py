@@ -196,7 +196,7 @@ def _kind(opcode: str) -> str | None:
 def _memory_bytes(
     instruction: _Instruction, known: dict[str, _Instruction], body: dict[str, _Instruction]
 ) -> int:
-    """What an instruction, a fusion of this body or a single one, moves from and to main memory."""
+    """What an instruction moves from and to main memory; `body` is that of a fusion, else empty."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(('-start', '-update')):
         return 0
@@ -208,22 +208,33 @@ def _memory_bytes(
         sources = [known[name].shape for name in start.operands() if name in known]
         read = sum(array_bytes(shape, main_memory_only=True) for shape in sources)
         return written + min(read, array_bytes(instruction.shape))
-    if body:
-        numbers = {name: item.rest for name, item in body.items() if item.opcode == 'parameter'}
-        parameters = sorted(numbers, key=lambda name: int(numbers[name].split(')')[0]))
-    else:
+    if not body:
         parameters = [name for name in instruction.operands() if name in known]
         body = {name: _Instruction('parameter', known[name].shape, '') for name in parameters}
         body['root'] = dataclasses.replace(instruction, is_root=True)
+    else:
+        numbers = {name: item.rest for name, item in body.items() if item.opcode == 'parameter'}
+        parameters = sorted(numbers, key=lambda name: int(numbers[name].split(')')[0]))
+    sizes = [array_bytes(operand.shape, main_memory_only=True) for operand in operands]
+    return _body_bytes(body, list(zip(parameters, sizes, strict=False)), written)
+
+
+def _body_bytes(
+    body: dict[str, _Instruction], parameters: list[tuple[str, int]], result: int
+) -> int:
+    """What a computation reads of its parameters and writes of its result; their sizes are given.
+
+    Of an array that it slices, or writes into, that is those slices. An operand that is given twice
+    is twice among the parameters.
+    """
     users = collections.defaultdict(list)
     for name, item in body.items():
         for used in dict.fromkeys(item.operands()):
             users[used].append(name)
     roots = [name for name, item in body.items() if item.is_root]
-    total = min(written, sum(_written_bytes(name, body) for name in roots) if roots else written)
-    for name, operand in zip(parameters, operands, strict=False):
-        whole = array_bytes(operand.shape, main_memory_only=True)
-        total += min(whole, _read_bytes(name, body, users)) if whole else 0
+    total = min(result, sum(_written_bytes(name, body) for name in roots) if roots else result)
+    for name, size in parameters:
+        total += min(size, _read_bytes(name, body, users)) if size else 0
     return total
 
 
