@@ -31,6 +31,7 @@ from typing import Any
 
 from benchmarks import common, settings
 from benchmarks.detection_sides import OURS, OURS_BY_PART, THEIRS, WHOLE
+from gcnet_jax.errors import unknown_name
 
 PARTS = ('backbone', 'neck', 'proposals', 'boxes', 'masks', 'paste')
 WARMUPS = 1
@@ -154,6 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     if bool(flags.mmdetection_python) != bool(flags.mmdetection_config):
         parser.error('--mmdetection-python and --mmdetection-config go together')
+    from gcnet_jax.models import list_models
+
+    if flags.model not in (known := list_models(task='detection')):
+        parser.error(unknown_name('detector', flags.model, known))
     flags.device = settings.choose_device(flags.device)
     common.report(rows(compare(flags)), as_json=flags.json)
 

@@ -67,3 +67,9 @@ def test_an_interpreter_alone_is_refused(capsys):
     with pytest.raises(SystemExit):
         detection.main(['--mmdetection-python', 'python'])
     assert 'go together' in capsys.readouterr().err
+
+
+def test_another_network_is_refused_before_a_side_starts(capsys):
+    with pytest.raises(SystemExit):
+        detection.main(['--train', '--model', 'gc_mask_rcnn_resnet50'])
+    assert "did you mean 'gc_mask_rcnn_resnet50_fpn'" in capsys.readouterr().err
