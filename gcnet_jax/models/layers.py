@@ -89,6 +89,7 @@ class BatchNorm(nn.BatchNorm):
         *,
         train: bool,
         normalize: bool = True,
+        statistics: tuple[Float[Array, ' channel'], Float[Array, ' channel']] | None = None,
     ) -> Float[Array, 'batch *spatial channel'] | tuple[Float[Array, ' channel'], ...]:
         """Returns the normalised features.
 
@@ -101,7 +102,7 @@ class BatchNorm(nn.BatchNorm):
         running = self.frozen or not train
         if self.group_size is not None and not running and not self.is_initializing():
             return self._by_group(features)
-        mean, scale, shift = self._affine(features, running)
+        mean, scale, shift = self._affine(features, running, statistics)
         if not normalize:
             return mean, scale, shift
         # Not `(features - mean) * scale + shift`: for the gradient of the scale a CPU would store
@@ -113,13 +114,15 @@ class BatchNorm(nn.BatchNorm):
 
     @nn.nowrap
     def _affine(
-        self, features: Float[Array, 'batch *spatial channel'], running: bool
+        self, features: Float[Array, 'batch *spatial channel'], running: bool, statistics
     ) -> tuple[Float[Array, ' channel'], ...]:
         """Returns mean, scale and shift, of the batch or the running ones."""
         if running:
             mean, variance = (kept.value for kept in self._running(features.shape[-1]))
         else:
-            mean, variance = self._statistics(features, tuple(range(features.ndim - 1)))
+            mean, variance = statistics or self._statistics(
+                features, tuple(range(features.ndim - 1))
+            )
             self._follow(mean, variance)
         scale, shift = self._parameters(features.shape[-1])
         return mean, jax.lax.rsqrt(variance + self.epsilon) * scale, shift

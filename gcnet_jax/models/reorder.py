@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gcnet_jax.context.common import float32_or_wider, masked_softmax, over_positions
+from gcnet_jax.context.common import float32_or_wider, masked_softmax
 from gcnet_jax.context.global_context import GlobalContext
 from gcnet_jax.models.backbone import Features, Map
 from gcnet_jax.models.layers import BatchNorm, max_pool
 from gcnet_jax.models.resnet import BottleneckBlock, ResNet
+from gcnet_jax.ops.convolution import convolve
 
 Maps = Float[Array, 'batch height width channel']
 Inner = Float[Array, 'batch height width inner_channel']
@@ -80,7 +81,7 @@ class PooledFirstResNet(ResNet):
 
 
 class PooledFirstBottleneck(BottleneckBlock):
-    """A bottleneck whose global context is pooled before conv3 in training."""
+    """A bottleneck that takes all that training needs of conv3's output from its input."""
 
     @nn.nowrap
     def _expand_and_add(
@@ -97,99 +98,58 @@ class PooledFirstBottleneck(BottleneckBlock):
             train
             and self.stochastic_depth_rate == 0
             and not self.is_initializing()
-            and len(context) == 1
-            and isinstance(context[0], GlobalContext)
-            and (context[0].pooling, context[0].fusion) == ('attention', 'add')
+            and all(map(_pools_linearly, context))
+            and len(context) <= 1
         ):
-            return _add_pooled_first(branch, shortcut, conv3, norm3, context[0])
+            return _add_projected(branch, shortcut, conv3, norm3, context)
         return super()._expand_and_add(branch, shortcut, conv3, norm3, context, train=train)
 
 
-def _add_pooled_first(
-    inner: Inner, shortcut: Maps, conv3: nn.Module, norm3: BatchNorm, context: GlobalContext
-) -> Maps:
-    """Returns `z + update(z) + shortcut` with `z = norm3(conv3(inner))`, in less memory traffic.
-
-    The context comes from `inner`, a quarter as wide as `z`, and `z` itself is never stored: what
-    norm, context and sum do to an element is one affine map for each image and channel. On a TPU
-    this takes nearly all of the block's cost away.
-    """
-    expanded = conv3(inner)
-    mean, scale, shift = norm3(expanded, train=True, normalize=False)
-    kernel = nn.meta.unbox(conv3.get_variable('params', 'kernel'))[0, 0]
-    params = nn.meta.unbox(context.variables['params'])
-    vector = pool_before_expansion(
-        inner, kernel, expanded, (mean, scale, shift), params['pool']['logits']['kernel'][:, 0]
+def _pools_linearly(context: nn.Module) -> bool:
+    return isinstance(context, GlobalContext) and (context.pooling, context.fusion) == (
+        'attention',
+        'add',
     )
-    transform = context.transform(vector.shape[-1], parent=None)
-    update = transform.apply({'params': params['add']}, vector).astype(shift.dtype)
-    # For each image and channel both, for the gradients' sake: the sums behind those of scale and
-    # shift then have one shape, and one pass makes them both. The barrier keeps it so.
-    scale, shift, mean = (jnp.broadcast_to(x[None], update.shape) for x in (scale, shift, mean))
-    scale, shift = jax.lax.optimization_barrier((scale, shift + update - mean * scale))
-    branch = expanded.astype(scale.dtype) * scale[:, None, None] + shift[:, None, None]
+
+
+def _add_projected(inner, shortcut, conv3, norm3, context):
+    kernel = nn.meta.unbox(conv3.get_variable('params', 'kernel'))[0, 0]
+    statistics = projected_statistics(inner, kernel.astype(inner.dtype))
+    mean, scale, shift = norm3(conv3(inner), train=True, normalize=False, statistics=statistics)
+    shift = shift - mean * scale
+    kernel = (kernel * scale).astype(inner.dtype)
+    if context:
+        params = nn.meta.unbox(context[0].variables['params'])
+        vector = pool_before_projection(
+            inner, kernel, shift, params['pool']['logits']['kernel'][:, 0]
+        )
+        transform = context[0].transform(vector.shape[-1], parent=None)
+        update = transform.apply({'params': params['add']}, vector).astype(shift.dtype)
+        shift = (shift + update)[:, None, None]
+    branch = convolve(inner, kernel[None, None]).astype(shift.dtype) + shift
     return (branch + shortcut.astype(branch.dtype)).astype(shortcut.dtype)
 
 
-def pool_before_expansion(
-    inner: Inner,
-    kernel: Float[Array, 'inner_channel channel'],
-    expanded: Maps,
-    norm: tuple[PerChannel, PerChannel, PerChannel],
-    weights: PerChannel,
-) -> Float[Array, 'batch channel']:
-    """Pools `z = (inner @ kernel - mean) * scale + shift` by attention, without computing it.
+def projected_statistics(inner, kernel):
+    """Mean and variance of `inner @ kernel` over the positions, from the moments of `inner`."""
+    wide = float32_or_wider(inner.dtype)
+    count = inner.size // inner.shape[-1]
+    mean = jnp.mean(inner.astype(wide), axis=(0, 1, 2))
+    moments = jax.lax.dot_general(
+        inner, inner, (((0, 1, 2), (0, 1, 2)), ((), ())), preferred_element_type=wide
+    )
+    covariance = moments / count - jnp.outer(mean, mean)
+    kernel = kernel.astype(wide)
+    with jax.default_matmul_precision('highest'):
+        return mean @ kernel, jnp.maximum(0, jnp.sum(kernel * (covariance @ kernel), axis=0))
 
-    With `w` the attention's weights, the logits are `inner . (kernel @ (scale * w))` up to a
-    constant that the softmax removes, and the context is that map of the pooled `inner`, as the
-    attention sums to one. In exact arithmetic the result is that of the plain order.
 
-    Args:
-      inner: What is expanded.
-      kernel: The 1x1 convolution.
-      expanded: `inner @ kernel`, which is not read: the gradient of what is pooled goes this way.
-      norm: Mean, scale and shift in float32.
-      weights: `w`.
-    """
-    kernel = kernel.astype(inner.dtype)
+def pool_before_projection(inner, kernel, shift, weights):
     batch, *spatial, _ = inner.shape
-    direction = kernel @ (norm[1] * weights).astype(inner.dtype)
-    logits = jnp.dot(inner, direction, preferred_element_type=float32_or_wider(inner.dtype))
+    wide = float32_or_wider(inner.dtype)
+    direction = kernel @ weights.astype(inner.dtype)
+    logits = jnp.dot(inner, direction, preferred_element_type=wide)
     attention = masked_softmax(logits.reshape(batch, -1), None).reshape(batch, *spatial)
-    pooled = pooled_product(expanded, inner, kernel, attention)
-    mean, scale, shift = (values[None] for values in norm)
-    return ((pooled.astype(mean.dtype) - mean) * scale + shift).astype(inner.dtype)
-
-
-@jax.custom_vjp
-def pooled_product(
-    product: Maps,
-    inner: Inner,
-    kernel: Float[Array, 'inner_channel channel'],
-    attention: Float[Array, 'batch height width'],
-) -> Float[Array, 'batch channel']:
-    """Sums `product = inner @ kernel` by weight, and reads only `inner`, in the inner type.
-
-    Its gradient goes to `product` and `attention`: `inner` and `kernel` receive theirs through
-    `product`, in the same passes and, for the kernel, in the same sum over devices.
-    """
-    axes = tuple(range(1, inner.ndim - 1))
     # Not a product of matrices: the TPU would lay every map out anew for it.
-    pooled = jnp.sum(inner.astype(attention.dtype) * attention[..., None], axis=axes)
-    return pooled.astype(inner.dtype) @ kernel
-
-
-def _pooled_product_forward(product, inner, kernel, attention):
-    return pooled_product(product, inner, kernel, attention), (inner, kernel, attention)
-
-
-def _pooled_product_backward(residuals, gradient):
-    inner, kernel, attention = residuals
-    of_pooled = over_positions(gradient @ kernel.T, inner.ndim).astype(attention.dtype)
-    of_attention = jnp.sum(inner.astype(attention.dtype) * of_pooled, axis=-1)
-    of_product = attention[..., None] * over_positions(gradient.astype(attention.dtype), inner.ndim)
-    zeros = jnp.zeros_like(inner), jnp.zeros_like(kernel)
-    return of_product.astype(gradient.dtype), *zeros, of_attention
-
-
-pooled_product.defvjp(_pooled_product_forward, _pooled_product_backward)
+    pooled = jnp.sum(inner.astype(wide) * attention[..., None], axis=(1, 2))
+    return (pooled.astype(inner.dtype) @ kernel + shift).astype(inner.dtype)
