@@ -224,6 +224,15 @@ def make():
 
 
 @pytest.fixture
+def reordered(monkeypatch):
+    """Training steps have the order of layers that a TPU gets."""
+    from gcnet_jax.models.reorder import reorder
+    from gcnet_jax.training import steps
+
+    monkeypatch.setattr(steps, 'reorder', lambda model, platform: reorder(model, 'tpu'))
+
+
+@pytest.fixture
 def read_only(monkeypatch):
     """A file system that lets nothing be put in place, and nothing be removed either."""
 

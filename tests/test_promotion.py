@@ -87,6 +87,17 @@ def test_blocks(name, masked, dtype, batch):
 @pytest.mark.parametrize('norm', ['batch', 'frozen'])
 @pytest.mark.parametrize('name', NETWORKS)
 def test_training_steps(name, norm, dtype):
+    trace_training_step(name, norm, dtype)
+
+
+@pytest.mark.usefixtures('reordered')
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('norm', ['batch', 'frozen'])
+def test_training_steps_in_the_order_of_a_tpu(norm, dtype):
+    trace_training_step('gc_resnet50', norm, dtype)
+
+
+def trace_training_step(name, norm, dtype):
     options = NETWORKS[name] | {'norm': {'kind': norm}}
     model = create_model(name, num_classes=3, dtype=dtype, dropout_rate=0.1, **options)
     optimizer = optax.sgd(0.1, momentum=0.9)

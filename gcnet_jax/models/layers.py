@@ -98,6 +98,8 @@ class BatchNorm(nn.BatchNorm):
           train: Use the statistics of the batch, and let the running ones follow.
           normalize: False leaves the normalising `(features - mean) * scale + shift` to the caller,
             and returns mean, scale and shift in float32; not with a group size.
+          statistics: Mean and biased variance of the features over the batch, where the caller has
+            them; they are not computed then.
         """
         running = self.frozen or not train
         if self.group_size is not None and not running and not self.is_initializing():
@@ -114,15 +116,17 @@ class BatchNorm(nn.BatchNorm):
 
     @nn.nowrap
     def _affine(
-        self, features: Float[Array, 'batch *spatial channel'], running: bool, statistics
+        self,
+        features: Float[Array, 'batch *spatial channel'],
+        running: bool,
+        statistics: tuple[Float[Array, ' channel'], Float[Array, ' channel']] | None,
     ) -> tuple[Float[Array, ' channel'], ...]:
         """Returns mean, scale and shift, of the batch or the running ones."""
         if running:
             mean, variance = (kept.value for kept in self._running(features.shape[-1]))
         else:
-            mean, variance = statistics or self._statistics(
-                features, tuple(range(features.ndim - 1))
-            )
+            axes = tuple(range(features.ndim - 1))
+            mean, variance = statistics or self._statistics(features, axes)
             self._follow(mean, variance)
         scale, shift = self._parameters(features.shape[-1])
         return mean, jax.lax.rsqrt(variance + self.epsilon) * scale, shift

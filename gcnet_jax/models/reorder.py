@@ -1,10 +1,13 @@
-"""A pass for training: the same ResNet with its pooling moved to where the maps are smaller.
+"""A pass for training: the same ResNet with fewer passes over its widest maps.
 
-`model.apply` runs the layers in the order written. On a TPU, memory traffic bounds a
-training step, and two of the paper's poolings read a network's widest maps. In exact arithmetic
-both can come earlier, where the maps are a quarter as wide or as large:
+`model.apply` runs the layers in the order written. On a TPU, memory traffic bounds a training step.
+In exact arithmetic three layers can do with less of it:
 
-- The global context behind a bottleneck's conv3 and norm3: all three are linear in the positions.
+- A bottleneck's last norm: its statistics are those of a linear map of conv3's input, and follow
+  from the input's own mean and covariance. Norm and convolution are then one convolution, whose
+  output goes straight into the residual sum; neither direction stores or reads it.
+- The global context behind that norm: the pooling is linear too, and takes place in conv3's input,
+  which is a quarter as wide.
 - The stem's maximum behind norm and ReLU: neither changes the order of values.
 
 The training step applies the pass, as inference folds norms; parameters are the same.
@@ -30,25 +33,30 @@ Inner = Float[Array, 'batch height width inner_channel']
 PerChannel = Float[Array, ' channel']
 
 
-def reorder(model: nn.Module) -> nn.Module:
-    """Returns the same network, with the same variables, that pools earlier in training.
+def reorder(model: nn.Module, platform: str) -> nn.Module:
+    """Returns the same network, with the same variables, that moves less memory in training.
 
     Whatever is no ResNet itself (a subclass, one with inserted blocks, another network), and a
     ResNet whose norms are not one affine map per channel, is returned as it is. Blocks keep their
-    order where they drop (stochastic depth) or where the context after conv3 is not a single
+    order where they drop (stochastic depth) or where the context after conv3 is anything but one
     GlobalContext with attention pooling that is added. Sown values are those of the other blocks.
+
+    Args:
+      model: Any network.
+      platform: That of the devices, 'tpu', 'gpu' or 'cpu'. On a CPU sums bound the step, of which
+        the pass has some more, so the model is returned as it is.
     """
-    if type(model) is not ResNet:
+    if platform == 'cpu' or type(model) is not ResNet:
         return model
     norm = model.norm(dtype=model.dtype)
     if not isinstance(norm, BatchNorm) or norm.group_size is not None:
         return model
-    block = PooledFirstBottleneck if model.block is BottleneckBlock else model.block
+    block = ReorderedBottleneck if model.block is BottleneckBlock else model.block
     fields = [field.name for field in dataclasses.fields(model) if field.name != 'parent']
-    return PooledFirstResNet(**{name: getattr(model, name) for name in fields} | {'block': block})
+    return ReorderedResNet(**{name: getattr(model, name) for name in fields} | {'block': block})
 
 
-class PooledFirstResNet(ResNet):
+class ReorderedResNet(ResNet):
     """A ResNet whose stem takes its maximum before norm and ReLU in training.
 
     They are left with a quarter of the positions, and the gradients need one map of this size, the
@@ -80,8 +88,8 @@ class PooledFirstResNet(ResNet):
         return finish(turned), finish(max_pool(turned))
 
 
-class PooledFirstBottleneck(BottleneckBlock):
-    """A bottleneck that takes all that training needs of conv3's output from its input."""
+class ReorderedBottleneck(BottleneckBlock):
+    """A bottleneck that never stores conv3's output in training."""
 
     @nn.nowrap
     def _expand_and_add(
@@ -98,53 +106,94 @@ class PooledFirstBottleneck(BottleneckBlock):
             train
             and self.stochastic_depth_rate == 0
             and not self.is_initializing()
-            and all(map(_pools_linearly, context))
             and len(context) <= 1
+            and all(map(_is_linear_when_pooled, context))
         ):
-            return _add_projected(branch, shortcut, conv3, norm3, context)
+            return _project_and_add(branch, shortcut, conv3, norm3, context)
         return super()._expand_and_add(branch, shortcut, conv3, norm3, context, train=train)
 
 
-def _pools_linearly(context: nn.Module) -> bool:
+def _is_linear_when_pooled(context: nn.Module) -> bool:
+    """Whether a block adds one vector, pooled by attention, to all positions."""
     return isinstance(context, GlobalContext) and (context.pooling, context.fusion) == (
         'attention',
         'add',
     )
 
 
-def _add_projected(inner, shortcut, conv3, norm3, context):
+def _project_and_add(
+    inner: Inner,
+    shortcut: Maps,
+    conv3: nn.Module,
+    norm3: BatchNorm,
+    context: Sequence[GlobalContext],
+) -> Maps:
+    """Returns `z + shortcut` with `z = norm3(conv3(inner))`, plus the context of `z`, if any.
+
+    That is one convolution, whose output takes its shift and the shortcut where it is made. Its
+    gradients need `inner` and the sum's gradient, and no map of `z`.
+    """
     kernel = nn.meta.unbox(conv3.get_variable('params', 'kernel'))[0, 0]
-    statistics = projected_statistics(inner, kernel.astype(inner.dtype))
-    mean, scale, shift = norm3(conv3(inner), train=True, normalize=False, statistics=statistics)
+    # Under jit, conv3's output is not computed: nothing reads it.
+    mean, scale, shift = norm3(
+        conv3(inner),
+        train=True,
+        normalize=False,
+        statistics=projected_statistics(inner, kernel.astype(inner.dtype)),
+    )
     shift = shift - mean * scale
-    kernel = (kernel * scale).astype(inner.dtype)
-    if context:
-        params = nn.meta.unbox(context[0].variables['params'])
-        vector = pool_before_projection(
-            inner, kernel, shift, params['pool']['logits']['kernel'][:, 0]
-        )
-        transform = context[0].transform(vector.shape[-1], parent=None)
+    kernel = (kernel.astype(scale.dtype) * scale[None]).astype(inner.dtype)
+    for module in context:
+        params = nn.meta.unbox(module.variables['params'])
+        vector = pool_projected(inner, kernel, shift, params['pool']['logits']['kernel'][:, 0])
+        transform = module.transform(vector.shape[-1], parent=None)
         update = transform.apply({'params': params['add']}, vector).astype(shift.dtype)
-        shift = (shift + update)[:, None, None]
-    branch = convolve(inner, kernel[None, None]).astype(shift.dtype) + shift
+        # For each image too, for the gradients' sake: the sums behind that of the shift then have
+        # the update's shape, and one pass makes both. The barrier keeps it so.
+        shift = jax.lax.optimization_barrier(jnp.broadcast_to(shift[None], update.shape))
+        shift = shift + update
+    branch = convolve(inner, kernel[None, None]).astype(shift.dtype)
+    branch = branch + shift.reshape((-1, 1, 1, shift.shape[-1]))
     return (branch + shortcut.astype(branch.dtype)).astype(shortcut.dtype)
 
 
-def projected_statistics(inner, kernel):
-    """Mean and variance of `inner @ kernel` over the positions, from the moments of `inner`."""
+def projected_statistics(
+    inner: Inner, kernel: Float[Array, 'inner_channel channel']
+) -> tuple[PerChannel, PerChannel]:
+    """Returns mean and biased variance of `inner @ kernel` over the positions of all images.
+
+    For a column `k` of the kernel they are `mean . k` and `k . covariance . k` of `inner`.
+    """
     wide = float32_or_wider(inner.dtype)
-    count = inner.size // inner.shape[-1]
-    mean = jnp.mean(inner.astype(wide), axis=(0, 1, 2))
-    moments = jax.lax.dot_general(
-        inner, inner, (((0, 1, 2), (0, 1, 2)), ((), ())), preferred_element_type=wide
-    )
-    covariance = moments / count - jnp.outer(mean, mean)
+    axes = tuple(range(inner.ndim - 1))
+    mean = jnp.mean(inner, axis=axes, dtype=wide)
+    products = jax.lax.dot_general(inner, inner, ((axes, axes), ((), ())), None, wide)
+    positions = inner.size // inner.shape[-1]
+    covariance = products / positions - jnp.outer(mean, mean)
     kernel = kernel.astype(wide)
     with jax.default_matmul_precision('highest'):
-        return mean @ kernel, jnp.maximum(0, jnp.sum(kernel * (covariance @ kernel), axis=0))
+        variance = jnp.sum(kernel * (covariance @ kernel), axis=0)
+        return mean @ kernel, jnp.maximum(0.0, variance)
 
 
-def pool_before_projection(inner, kernel, shift, weights):
+def pool_projected(
+    inner: Inner,
+    kernel: Float[Array, 'inner_channel channel'],
+    shift: PerChannel,
+    weights: PerChannel,
+) -> Float[Array, 'batch channel']:
+    """Pools `z = inner @ kernel + shift` by attention, without computing it.
+
+    With `w` the attention's weights, the logits are `inner . (kernel @ w)` up to a constant that
+    the softmax removes, and the context is that map of the pooled `inner`, as the attention sums to
+    one. In exact arithmetic the result is that of the plain order.
+
+    Args:
+      inner: What is projected.
+      kernel: The 1x1 convolution with its norm, in the inner type.
+      shift: The norm's, in float32.
+      weights: `w`.
+    """
     batch, *spatial, _ = inner.shape
     wide = float32_or_wider(inner.dtype)
     direction = kernel @ weights.astype(inner.dtype)
@@ -152,4 +201,4 @@ def pool_before_projection(inner, kernel, shift, weights):
     attention = masked_softmax(logits.reshape(batch, -1), None).reshape(batch, *spatial)
     # Not a product of matrices: the TPU would lay every map out anew for it.
     pooled = jnp.sum(inner.astype(wide) * attention[..., None], axis=(1, 2))
-    return (pooled.astype(inner.dtype) @ kernel + shift).astype(inner.dtype)
+    return ((pooled.astype(inner.dtype) @ kernel).astype(wide) + shift[None]).astype(inner.dtype)

@@ -86,7 +86,7 @@ def make_apply(model: nn.Module, task: Task, options: StepOptions, mesh: Mesh) -
     It takes the parameters, the statistics, what the task's `inputs` returned, and a random key.
     Modules whose parameters are all frozen run as in evaluation.
     """
-    model = reorder(model)
+    model = reorder(model, mesh.devices.flat[0].platform)
 
     def apply(params, batch_stats, inputs, key):
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The pass that pools earlier in training: the same outputs, gradients and statistics."""
+"""The pass that moves less memory in training: the same outputs, gradients and statistics."""
 
 from functools import partial
 
@@ -12,7 +12,12 @@ from gcnet_jax.context import GlobalContext, insert
 from gcnet_jax.context.common import masked_softmax
 from gcnet_jax.models import create_model
 from gcnet_jax.models.layers import BatchNorm
-from gcnet_jax.models.reorder import PooledFirstResNet, pool_before_expansion, reorder
+from gcnet_jax.models.reorder import (
+    ReorderedResNet,
+    pool_projected,
+    projected_statistics,
+    reorder,
+)
 from gcnet_jax.models.resnet import ResNet
 from gcnet_jax.training.freezing import evaluate_frozen, frozen_paths
 
@@ -49,7 +54,7 @@ def train(model, variables, images, frozen=()):
 def assert_trains_alike(model, variables, images, frozen=()):
     """Compares one step of both orders; returns the new statistics."""
     (expected, expected_statistics), expected_grads = train(model, variables, images, frozen)
-    (value, statistics), grads = train(reorder(model), variables, images, frozen)
+    (value, statistics), grads = train(reorder(model, 'tpu'), variables, images, frozen)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert jax.tree.structure(statistics) == jax.tree.structure(expected_statistics)
     for leaf, other in zip(*map(jax.tree.leaves, (statistics, expected_statistics)), strict=True):
@@ -91,7 +96,7 @@ def test_a_stem_pooled_first_gives_the_same_maps(dtype, random_variables):
         options = {'train': True, 'method': 'outputs', 'mutable': ['batch_stats']}
         return jax.jit(lambda *values: model.apply(*values, **options))(variables, images)
 
-    (maps, statistics), (plain, plain_statistics) = run(reorder(model)), run(model)
+    (maps, statistics), (plain, plain_statistics) = run(reorder(model, 'tpu')), run(model)
     tolerance = 1e-5 if dtype == 'float32' else 2e-2
     for name in ('stem', 'stage1'):
         one, other = (np.asarray(held[name], np.float32) for held in (maps, plain))
@@ -121,20 +126,23 @@ class Derived(ResNet):
 )
 def test_other_networks_are_returned_as_they_are(make):
     model = make()
-    assert reorder(model) is model
+    assert reorder(model, 'tpu') is model
 
 
 def reordered_parts(train=True, **options):
-    """Whether a network's context and its stem pool first, from what is called and multiplied."""
-    model = reorder(create_model('resnet50', context=GC | options.pop('gc', {}), **SMALL | options))
-    assert type(model) is PooledFirstResNet
+    """Whether the last norms are told their statistics, and the stem's norm leaves its map alone."""
+    gc = GC | options.pop('gc', {}) if options.get('context', True) else None
+    model = reorder(create_model('resnet50', **SMALL | options | {'context': gc}), 'tpu')
+    assert type(model) is ReorderedResNet
     images = jnp.zeros((4, 64, 64, 3))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    whole_maps = []
+    told, whole_maps = [], []
 
     def watch(method, arguments, keywords, context):
         if context.module.path == ('stem_norm',):
             whole_maps.append(keywords.get('normalize', True))
+        if context.module.path == ('stage2_1', 'norm3'):
+            told.append('statistics' in keywords)
         return method(*arguments, **keywords)
 
     def call(held):
@@ -142,12 +150,13 @@ def reordered_parts(train=True, **options):
         return model.apply(held, images, train=train, mutable=['batch_stats'], rngs=rngs)
 
     with nn.intercept_methods(watch):
-        jaxpr = jax.make_jaxpr(call)(shapes)
-    return 'optimization_barrier' in str(jaxpr), whole_maps == [False]
+        jax.eval_shape(call, shapes)
+    return told == [True], whole_maps == [False]
 
 
-def test_only_what_the_pass_is_for_pools_first():
+def test_only_what_the_pass_is_for_is_reordered():
     assert reordered_parts() == (True, True)
+    assert reordered_parts(context=None) == (True, True)
     assert reordered_parts(norm={'kind': 'frozen'}) == (True, True)
     assert reordered_parts(train=False) == (False, False)
     assert reordered_parts(gc={'fusion': 'scale_add'}) == (False, True)
@@ -157,13 +166,46 @@ def test_only_what_the_pass_is_for_pools_first():
     assert reordered_parts(stem='none') == (True, False)
 
 
+def test_a_bottleneck_stores_no_map_of_its_last_convolution():
+    """The compiled step computes each wide map once and reads it in no gradient: see the matrix
+    products and convolutions with 16 input channels, of which there are three to a block."""
+    model = create_model('resnet50', context=None, **SMALL | {'stem': 'none', 'widths': (4, 16)})
+    images = jnp.zeros((4, 8, 8, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    arrays = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
+
+    def saved(model):
+        """Shapes of what the forward pass keeps for the gradients."""
+
+        def loss(params):
+            held = arrays | {'params': params}
+            output, _ = model.apply(held, images, train=True, mutable=['batch_stats'])
+            return output.sum()
+
+        residuals = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], arrays['params'])
+        return [leaf.shape for leaf in jax.tree.leaves(residuals)]
+
+    wide = (4, 4, 4, 64)
+    assert saved(reorder(model, 'tpu')).count(wide) < saved(model).count(wide)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+def test_a_cpu_computes_in_the_order_written(platform):
+    model = create_model('gc_resnet50')
+    assert (reorder(model, platform) is model) == (platform == 'cpu')
+
+
 @pytest.mark.parametrize('options', [{}, {'stem': 'deep'}, {'context': None, 'num_classes': 0}])
 def test_variables_are_those_of_the_model(options):
     model = create_model('resnet50', **{'context': GC} | SMALL | options)
     images = random_images(32)
     one, other, third = (
         jax.eval_shape(partial(net.init, train=train), jax.random.key(0), images)
-        for net, train in ((model, False), (reorder(model), False), (reorder(model), True))
+        for net, train in (
+            (model, False),
+            (reorder(model, 'tpu'), False),
+            (reorder(model, 'tpu'), True),
+        )
     )
     assert one == other == third
 
@@ -190,50 +232,64 @@ def test_the_model_itself_calls_every_layer_in_training():
     assert seen['stage2_0/context_after_conv3_0/pool/logits'] == (4, 64, 1)
 
 
-def expansion(dtype=np.float32, channels=8):
+def projection(dtype=np.float32, channels=8):
     generator = np.random.default_rng(5)
     inner = np.maximum(generator.normal(size=(2, 5, 4, 3)), 0).astype(dtype)
-    kernel = generator.normal(size=(3, channels)).astype(np.float32)
-    norm = tuple(generator.normal(size=channels).astype(np.float32) for _ in range(3))
-    return inner, kernel, norm, generator.normal(size=channels).astype(np.float32)
+    kernel, shift, weights = (
+        generator.normal(size=shape).astype(np.float32)
+        for shape in ((3, channels), channels, channels)
+    )
+    return inner, kernel, shift, weights
 
 
-def pool_first(inner, kernel, norm, weights):
-    expanded = inner @ kernel.astype(inner.dtype)
-    return pool_before_expansion(inner, kernel, expanded, norm, weights)
-
-
-def pool_after(inner, kernel, norm, weights):
-    mean, scale, shift = norm
-    features = ((inner @ kernel - mean) * scale + shift).reshape(2, 20, -1)
+def pool_after(inner, kernel, shift, weights):
+    features = (inner @ kernel + shift).reshape(2, 20, -1)
     attention = masked_softmax(features @ weights, None)
     return (attention[..., None] * features).sum(axis=1)
 
 
-def test_pooling_before_an_expansion_is_pooling_after_it():
-    parts = expansion()
+def test_pooling_before_a_projection_is_pooling_after_it():
+    parts = projection()
     cotangent = np.random.default_rng(6).normal(size=(2, 8)).astype(np.float32)
 
     def gradient(pool):
         return jax.jit(jax.value_and_grad(lambda parts: jnp.sum(pool(*parts) * cotangent)))(parts)
 
-    (expected, expected_grads), (value, grads) = gradient(pool_after), gradient(pool_first)
+    (expected, expected_grads), (value, grads) = gradient(pool_after), gradient(pool_projected)
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_grads))
     for leaf, other in zip(*map(jax.tree.leaves, (grads, expected_grads)), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-5 * largest)
 
 
-def test_pooling_before_an_expansion_in_bfloat16():
-    inner, *rest = expansion(jnp.bfloat16)
-    pooled = pool_first(inner, *rest)
+def test_pooling_before_a_projection_in_bfloat16():
+    inner, kernel, *rest = projection(jnp.bfloat16)
+    pooled = pool_projected(inner, kernel.astype(jnp.bfloat16), *rest)
     assert pooled.dtype == jnp.bfloat16
-    expected = pool_after(inner.astype(np.float32), *rest)
+    expected = pool_after(inner.astype(np.float32), kernel, *rest)
     np.testing.assert_allclose(
         pooled.astype(np.float32), expected, atol=2e-2 * np.abs(expected).max()
     )
 
 
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+def test_statistics_of_a_projection_are_those_of_its_output(dtype):
+    inner, kernel, *_ = projection(dtype)
+    kernel = kernel.astype(dtype)
+    mean, variance = jax.jit(projected_statistics)(inner, kernel)
+    output = (inner.astype(np.float64) @ kernel.astype(np.float64)).reshape(-1, 8)
+    assert mean.dtype == variance.dtype == np.float32
+    np.testing.assert_allclose(mean, output.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(variance, output.var(axis=0), rtol=1e-5)
+
+
+def test_the_variance_of_a_constant_is_not_negative():
+    """It is a difference of sums: rounding must not bring the square root of a negative value."""
+    inner = np.full((2, 9, 7, 3), 1000.1, np.float32)
+    _, variance = jax.jit(projected_statistics)(inner, projection()[1])
+    assert (variance >= 0).all()
+
+
 def test_a_norm_that_is_not_ours_is_left_alone():
     model = create_model('resnet50', norm=lambda **options: BatchNorm(group_size=2, **options))
-    assert reorder(model) is model
+    assert reorder(model, 'tpu') is model

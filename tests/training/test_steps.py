@@ -116,9 +116,8 @@ def test_any_kind_of_norm_gives_the_same_on_any_mesh(norm, place, put, job, make
 
 
 @pytest.mark.slow
-def test_a_stem_and_a_context_that_are_pooled_first_give_the_same_on_any_mesh(
-    place, put, job, make_batch
-):
+@pytest.mark.usefixtures('reordered')
+def test_a_reordered_network_gives_the_same_on_any_mesh(place, put, job, make_batch):
     context = {'block': 'global_context', 'stages': 1, 'position': 'after_conv3', 'ratio': 1 / 4}
     model = create_model('resnet50', widths=(4,), stage_sizes=(2,), context=context, num_classes=4)
     results = []
