@@ -24,6 +24,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from PIL import Image
 
 LABELS = ('ant', 'bee', 'cat', 'dog', 'elk', 'fox')
@@ -51,6 +52,36 @@ def quick_compilation():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, 'jit', functools.partial(jax.jit, compiler_options=options))
         yield
+
+
+@pytest.fixture(scope='session')
+def programs(tmp_path_factory):
+    """Where one process of pytest keeps what tests with `compile_once` compiled."""
+    return tmp_path_factory.mktemp('programs')
+
+
+@pytest.fixture(scope='module')
+def compile_once(programs):
+    """Lets the tests of a module share compiled programs, among them and with other such modules.
+
+    For runs and commands, each of which makes its network anew and would compile it again.
+    """
+    settings = {
+        'jax_enable_compilation_cache': True,
+        'jax_compilation_cache_dir': str(programs),
+        'jax_persistent_cache_min_compile_time_secs': 0,
+        'jax_persistent_cache_min_entry_size_bytes': -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    _set_up_cache(settings)
+    yield
+    _set_up_cache(before)
+
+
+def _set_up_cache(settings):
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()  # JAX reads the settings once, when the first program is compiled.
 
 
 @pytest.fixture(scope='session')

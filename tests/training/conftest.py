@@ -117,20 +117,3 @@ def put():
         return to_global(batch, {name: shardings[name] for name in batch})
 
     return put
-
-
-@pytest.fixture(scope='module')
-def compile_once(tmp_path_factory):
-    """Lets runs of the same network share their compiled steps."""
-    names = {
-        'jax_enable_compilation_cache': True,
-        'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-        'jax_persistent_cache_min_compile_time_secs': 0,
-        'jax_persistent_cache_min_entry_size_bytes': -1,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
