@@ -29,12 +29,13 @@ Kernel = Float[Array, 'size size in_channel out_channel']
 Output = Float[Array, 'batch out_height out_width out_channel']
 
 # Found by measuring ResNet-20, ResNet-50, ResNeXt-50 and the digits' network: the height or width
-# below which XLA's 3x3 convolution is slow, the input channels up to which its kernel's gradient
-# is, the positions that the latter's replacement takes at once, and the input channels that narrow
-# groups are put together to reach.
+# below which XLA's 3x3 convolution is slow, the input and output channels up to which it is, the
+# input channels up to which its kernel's gradient is, the positions that the latter's replacement
+# takes at once, and the input channels that narrow groups are put together to reach.
 TINY = 5
+THIN = 16
 NARROW = 64
-POSITIONS_AT_ONCE = 6_400
+POSITIONS_AT_ONCE = 4_096
 NARROW_GROUP = 16
 
 
@@ -82,6 +83,10 @@ def _cpu_form(features: Any, kernel: Any, *, stride: int, groups: int, dilation:
             return partial(_product, stride=stride)
         if kernel.shape[0] == 3 and min(features.shape[1:3]) < TINY:
             return partial(_window_product, stride=stride)
+        columns = 4 if kernel.shape[2] <= 4 else 2
+        thin = max(kernel.shape[2:]) <= THIN and features.shape[2] % columns == 0
+        if kernel.shape[0] == 3 and stride == 1 and thin:
+            return partial(_joined_columns, columns=columns)
     return partial(plain_convolution, stride=stride, groups=groups, dilation=dilation)
 
 
@@ -126,7 +131,10 @@ def _cpu_features_gradient(
     gradient: Output, kernel: Kernel, *, size: tuple[int, int], **geometry: int
 ) -> Features:
     features = _features_of(gradient, kernel, size, geometry['groups'])
-    if _has_ordered_gradients(_cpu_form(features, kernel, **geometry), geometry['groups']):
+    compute = _cpu_form(features, kernel, **geometry)
+    if compute.func is _joined_columns:
+        return compute(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
+    if _has_ordered_gradients(compute, geometry['groups']):
         return _ordered_features_gradient(
             gradient, kernel, size, geometry['stride'], geometry['dilation']
         )
@@ -257,6 +265,24 @@ def _window_product(features: Features, kernel: Kernel, stride: int) -> Output:
     return jax.lax.dot_general(jnp.concatenate(seen, -1), matrix, (((3,), (0,)), ((), ())))
 
 
+def _joined_columns(features: Features, kernel: Kernel, columns: int) -> Output:
+    """A 3x3 convolution at stride 1 with few channels, neighbouring columns computed as one.
+
+    XLA's multiplies matrices as wide as the output has channels, too few to fill a CPU's registers.
+    A kernel that is wider by zeros computes some columns at once: more products, at a higher rate.
+    Its zeros make NaN of an infinite value in a column beside the window.
+    """
+    shifts = [((0, 0), (shift, columns - 1 - shift), (0, 0), (0, 0)) for shift in range(columns)]
+    joined = jax.lax.conv_general_dilated(
+        features,
+        jnp.concatenate([jnp.pad(kernel, shift) for shift in shifts], axis=3),
+        window_strides=(1, columns),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return joined.reshape(*features.shape[:3], kernel.shape[3])
+
+
 def _split_by_group(features: Features, kernel: Kernel, stride: int, groups: int) -> Output:
     """A grouped convolution: one for each group, or a few narrow groups together.
 
@@ -326,34 +352,45 @@ def _narrow_kernel_gradient(features: Features, gradient: Output, stride: int) -
     """A 3x3 kernel's gradient: the product of what each window saw with the output's gradient.
 
     XLA makes a convolution of it whose channels are the images, for which both sides are transposed
-    and what they were made from is computed anew. The windows take three times the memory, so some
-    images are done at a time.
+    and what they were made from is computed anew. Two neighbouring windows are taken as one, which
+    copies less and makes the product wider. What they saw takes six times the memory of the
+    features, so some images are done at a time; all that is done to both sides is done in the loop,
+    or else XLA would compute them anew for it.
     """
     images, height, width, outputs = gradient.shape
     together = max(1, POSITIONS_AT_ONCE // (height * width))
     while images % together:
         together -= 1
-    padded = jnp.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    parts = [array.reshape(-1, together, *array.shape[1:]) for array in (padded, gradient)]
+    pairs = -(-width // 2)
+    # Blocks of the columns from one pair to the next, and one more for the last pair's end.
+    wide = 2 * stride * (pairs + 1)
     channels = features.shape[3]
+    around = ((0, 0), (1, 1), (1, wide - features.shape[2] - 1), (0, 0))
     dtype = float32_or_wider(features.dtype)
 
-    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        over = (((0, 1, 2), (0, 1, 2)), ((), ()))
-        sums = [
-            jax.lax.dot_general(
-                part[1],
-                _row_windows(part[0], row, stride, height, width),
-                over,
-                preferred_element_type=dtype,
-            )
-            for row in range(3)
-        ]
-        return total + jnp.stack(sums), None
+    def add(index: Array, total: Array) -> Array:
+        inputs, outer = (
+            jax.lax.dynamic_slice_in_dim(array, index * together, together)
+            for array in (features, gradient)
+        )
+        blocks = jnp.pad(inputs, around).reshape(together, -1, pairs + 1, 2 * stride * channels)
+        seen = []
+        for row in range(3):
+            rows = blocks[:, row : row + stride * (height - 1) + 1 : stride]
+            seen += [rows[:, :, :-1], rows[:, :, 1:, : (3 - stride) * channels]]
+        outer = jnp.pad(outer, ((0, 0), (0, 0), (0, width % 2), (0, 0)))
+        # Positions are one dimension, as in `_product_kernel_gradient`.
+        outer = outer.reshape(-1, 2 * outputs)
+        windows = jnp.concatenate(seen, axis=-1).reshape(len(outer), -1)
+        over = (((0,), (0,)), ((), ()))
+        return total + jax.lax.dot_general(outer, windows, over, preferred_element_type=dtype)
 
-    start = jnp.zeros((3, outputs, 3 * channels), dtype)
-    total, _ = jax.lax.scan(add, start, tuple(parts))
-    return total.transpose(0, 2, 1).reshape(3, 3, channels, outputs).astype(features.dtype)
+    columns = stride + 3
+    start = jnp.zeros((2 * outputs, 3 * columns * channels), dtype)
+    total = jax.lax.fori_loop(0, images // together, add, start)
+    total = total.reshape(2, outputs, 3, columns, channels)
+    both = total[0, :, :, :3] + total[1, :, :, stride : stride + 3]
+    return both.transpose(1, 2, 3, 0).astype(features.dtype)
 
 
 def _product_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:
