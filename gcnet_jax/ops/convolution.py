@@ -29,13 +29,13 @@ Kernel = Float[Array, 'size size in_channel out_channel']
 Output = Float[Array, 'batch out_height out_width out_channel']
 
 # Found by measuring ResNet-20, ResNet-50, ResNeXt-50 and the digits' network: the height or width
-# below which XLA's 3x3 convolution is slow, the input and output channels up to which it is, the
-# input channels up to which its kernel's gradient is, the positions that the latter's replacement
-# takes at once, and the input channels that narrow groups are put together to reach.
+# below which XLA's 3x3 convolution is slow, and the input and output channels up to which it is;
+# for the kernel's gradient the input channels up to which windows are joined, and the (joined)
+# windows that are taken at once; the input channels that narrow groups are put together to reach.
 TINY = 5
 THIN = 16
-NARROW = 64
-POSITIONS_AT_ONCE = 4_096
+PAIRED = 32
+WINDOWS_AT_ONCE = 2_048
 NARROW_GROUP = 16
 
 
@@ -146,9 +146,8 @@ def _cpu_kernel_gradient(
 ) -> Kernel:
     if groups == dilation == size == 1:
         return _product_kernel_gradient(features, gradient, stride)
-    tiny = min(features.shape[1:3]) < TINY
-    if groups == dilation == 1 and size == 3 and features.shape[3] <= NARROW and not tiny:
-        return _narrow_kernel_gradient(features, gradient, stride)
+    if groups == dilation == 1 and size == 3:
+        return _window_kernel_gradient(features, gradient, stride)
     geometry = {'stride': stride, 'groups': groups, 'dilation': dilation}
     kernel = _kernel_of(features, gradient, size, groups)
     if _has_ordered_gradients(_cpu_form(features, kernel, **geometry), groups):
@@ -348,49 +347,51 @@ def _row_windows(
     )
 
 
-def _narrow_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:
+def _window_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:
     """A 3x3 kernel's gradient: the product of what each window saw with the output's gradient.
 
     XLA makes a convolution of it whose channels are the images, for which both sides are transposed
-    and what they were made from is computed anew. Two neighbouring windows are taken as one, which
-    copies less and makes the product wider. What they saw takes six times the memory of the
-    features, so some images are done at a time; all that is done to both sides is done in the loop,
-    or else XLA would compute them anew for it.
+    and what they were made from is computed anew. What the windows saw takes nine times the memory
+    of the features, so some images are done at a time. All else is done in the loop too, or XLA
+    would compute both sides anew for it. With few channels, two neighbouring windows are taken as
+    one, which copies less and makes the product wider.
     """
     images, height, width, outputs = gradient.shape
-    together = max(1, POSITIONS_AT_ONCE // (height * width))
-    while images % together:
-        together -= 1
-    pairs = -(-width // 2)
-    # Blocks of the columns from one pair to the next, and one more for the last pair's end.
-    wide = 2 * stride * (pairs + 1)
-    channels = features.shape[3]
-    around = ((0, 0), (1, 1), (1, wide - features.shape[2] - 1), (0, 0))
-    dtype = float32_or_wider(features.dtype)
+    channels, dtype = features.shape[3], float32_or_wider(features.dtype)
+    joined = 2 if channels <= PAIRED and width % 2 == 0 else 1
+    count, step, reach = width // joined, joined * stride, (joined - 1) * stride + 3
+    at_once = max(1, WINDOWS_AT_ONCE // (height * count))
+    while images % at_once:
+        at_once -= 1
+    # The columns from one window to the next are a block; a window sees one or more of them.
+    spans = range(-(-reach // step))
+    right = step * (count + spans[-1]) - features.shape[2] - 1
+    around = ((0, 0), (1, 1), (1, right), (0, 0))
+    lines = [slice(row, row + stride * (height - 1) + 1, stride) for row in range(3)]
 
     def add(index: Array, total: Array) -> Array:
         inputs, outer = (
-            jax.lax.dynamic_slice_in_dim(array, index * together, together)
+            jax.lax.dynamic_slice_in_dim(array, index * at_once, at_once)
             for array in (features, gradient)
         )
-        blocks = jnp.pad(inputs, around).reshape(together, -1, pairs + 1, 2 * stride * channels)
-        seen = []
-        for row in range(3):
-            rows = blocks[:, row : row + stride * (height - 1) + 1 : stride]
-            seen += [rows[:, :, :-1], rows[:, :, 1:, : (3 - stride) * channels]]
-        outer = jnp.pad(outer, ((0, 0), (0, 0), (0, width % 2), (0, 0)))
+        padded = jnp.pad(inputs, around)
+        blocks = padded.reshape(*padded.shape[:2], count + spans[-1], step * channels)
+        seen = [
+            blocks[:, rows, span : span + count, : (reach - span * step) * channels]
+            for rows in lines
+            for span in spans
+        ]
         # Positions are one dimension, as in `_product_kernel_gradient`.
-        outer = outer.reshape(-1, 2 * outputs)
+        outer = outer.reshape(-1, joined * outputs)
         windows = jnp.concatenate(seen, axis=-1).reshape(len(outer), -1)
         over = (((0,), (0,)), ((), ()))
         return total + jax.lax.dot_general(outer, windows, over, preferred_element_type=dtype)
 
-    columns = stride + 3
-    start = jnp.zeros((2 * outputs, 3 * columns * channels), dtype)
-    total = jax.lax.fori_loop(0, images // together, add, start)
-    total = total.reshape(2, outputs, 3, columns, channels)
-    both = total[0, :, :, :3] + total[1, :, :, stride : stride + 3]
-    return both.transpose(1, 2, 3, 0).astype(features.dtype)
+    start = jnp.zeros((joined * outputs, 3 * reach * channels), dtype)
+    total = jax.lax.fori_loop(0, images // at_once, add, start)
+    total = total.reshape(joined, outputs, 3, reach, channels)
+    own = [total[place, :, :, stride * place : stride * place + 3] for place in range(joined)]
+    return sum(own).transpose(1, 2, 3, 0).astype(features.dtype)
 
 
 def _product_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:
