@@ -29,12 +29,13 @@ Kernel = Float[Array, 'size size in_channel out_channel']
 Output = Float[Array, 'batch out_height out_width out_channel']
 
 # Found by measuring ResNet-20, ResNet-50, ResNeXt-50 and the digits' network: the height or width
-# below which XLA's 3x3 convolution is slow, the input channels up to which its kernel's gradient
-# is, the positions that the latter's replacement takes at once, and the input channels that narrow
-# groups are put together to reach.
+# below which XLA's 3x3 convolution is slow, and the input and output channels up to which it is;
+# for the kernel's gradient the input channels up to which windows are joined, and the (joined)
+# windows that are taken at once; the input channels that narrow groups are put together to reach.
 TINY = 5
-NARROW = 64
-POSITIONS_AT_ONCE = 6_400
+THIN = 16
+PAIRED = 32
+WINDOWS_AT_ONCE = 2_048
 NARROW_GROUP = 16
 
 
@@ -82,6 +83,10 @@ def _cpu_form(features: Any, kernel: Any, *, stride: int, groups: int, dilation:
             return partial(_product, stride=stride)
         if kernel.shape[0] == 3 and min(features.shape[1:3]) < TINY:
             return partial(_window_product, stride=stride)
+        columns = 4 if kernel.shape[2] <= 4 else 2
+        thin = max(kernel.shape[2:]) <= THIN and features.shape[2] % columns == 0
+        if kernel.shape[0] == 3 and stride == 1 and thin:
+            return partial(_joined_columns, columns=columns)
     return partial(plain_convolution, stride=stride, groups=groups, dilation=dilation)
 
 
@@ -126,7 +131,10 @@ def _cpu_features_gradient(
     gradient: Output, kernel: Kernel, *, size: tuple[int, int], **geometry: int
 ) -> Features:
     features = _features_of(gradient, kernel, size, geometry['groups'])
-    if _has_ordered_gradients(_cpu_form(features, kernel, **geometry), geometry['groups']):
+    compute = _cpu_form(features, kernel, **geometry)
+    if compute.func is _joined_columns:
+        return compute(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
+    if _has_ordered_gradients(compute, geometry['groups']):
         return _ordered_features_gradient(
             gradient, kernel, size, geometry['stride'], geometry['dilation']
         )
@@ -138,9 +146,8 @@ def _cpu_kernel_gradient(
 ) -> Kernel:
     if groups == dilation == size == 1:
         return _product_kernel_gradient(features, gradient, stride)
-    tiny = min(features.shape[1:3]) < TINY
-    if groups == dilation == 1 and size == 3 and features.shape[3] <= NARROW and not tiny:
-        return _narrow_kernel_gradient(features, gradient, stride)
+    if groups == dilation == 1 and size == 3:
+        return _window_kernel_gradient(features, gradient, stride)
     geometry = {'stride': stride, 'groups': groups, 'dilation': dilation}
     kernel = _kernel_of(features, gradient, size, groups)
     if _has_ordered_gradients(_cpu_form(features, kernel, **geometry), groups):
@@ -257,6 +264,24 @@ def _window_product(features: Features, kernel: Kernel, stride: int) -> Output:
     return jax.lax.dot_general(jnp.concatenate(seen, -1), matrix, (((3,), (0,)), ((), ())))
 
 
+def _joined_columns(features: Features, kernel: Kernel, columns: int) -> Output:
+    """A 3x3 convolution at stride 1 with few channels, neighbouring columns computed as one.
+
+    XLA's multiplies matrices as wide as the output has channels, too few to fill a CPU's registers.
+    A kernel that is wider by zeros computes some columns at once: more products, at a higher rate.
+    Its zeros make NaN of an infinite value in a column beside the window.
+    """
+    shifts = [((0, 0), (shift, columns - 1 - shift), (0, 0), (0, 0)) for shift in range(columns)]
+    joined = jax.lax.conv_general_dilated(
+        features,
+        jnp.concatenate([jnp.pad(kernel, shift) for shift in shifts], axis=3),
+        window_strides=(1, columns),
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    return joined.reshape(*features.shape[:3], kernel.shape[3])
+
+
 def _split_by_group(features: Features, kernel: Kernel, stride: int, groups: int) -> Output:
     """A grouped convolution: one for each group, or a few narrow groups together.
 
@@ -322,38 +347,51 @@ def _row_windows(
     )
 
 
-def _narrow_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:
+def _window_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:
     """A 3x3 kernel's gradient: the product of what each window saw with the output's gradient.
 
     XLA makes a convolution of it whose channels are the images, for which both sides are transposed
-    and what they were made from is computed anew. The windows take three times the memory, so some
-    images are done at a time.
+    and what they were made from is computed anew. What the windows saw takes nine times the memory
+    of the features, so some images are done at a time. All else is done in the loop too, or XLA
+    would compute both sides anew for it. With few channels, two neighbouring windows are taken as
+    one, which copies less and makes the product wider.
     """
     images, height, width, outputs = gradient.shape
-    together = max(1, POSITIONS_AT_ONCE // (height * width))
-    while images % together:
-        together -= 1
-    padded = jnp.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    parts = [array.reshape(-1, together, *array.shape[1:]) for array in (padded, gradient)]
-    channels = features.shape[3]
-    dtype = float32_or_wider(features.dtype)
+    channels, dtype = features.shape[3], float32_or_wider(features.dtype)
+    joined = 2 if channels <= PAIRED and width % 2 == 0 else 1
+    count, step, reach = width // joined, joined * stride, (joined - 1) * stride + 3
+    at_once = max(1, WINDOWS_AT_ONCE // (height * count))
+    while images % at_once:
+        at_once -= 1
+    # The columns from one window to the next are a block; a window sees one or more of them.
+    spans = range(-(-reach // step))
+    right = step * (count + spans[-1]) - features.shape[2] - 1
+    around = ((0, 0), (1, 1), (1, right), (0, 0))
+    lines = [slice(row, row + stride * (height - 1) + 1, stride) for row in range(3)]
 
-    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
-        over = (((0, 1, 2), (0, 1, 2)), ((), ()))
-        sums = [
-            jax.lax.dot_general(
-                part[1],
-                _row_windows(part[0], row, stride, height, width),
-                over,
-                preferred_element_type=dtype,
-            )
-            for row in range(3)
+    def add(index: Array, total: Array) -> Array:
+        inputs, outer = (
+            jax.lax.dynamic_slice_in_dim(array, index * at_once, at_once)
+            for array in (features, gradient)
+        )
+        padded = jnp.pad(inputs, around)
+        blocks = padded.reshape(*padded.shape[:2], count + spans[-1], step * channels)
+        seen = [
+            blocks[:, rows, span : span + count, : (reach - span * step) * channels]
+            for rows in lines
+            for span in spans
         ]
-        return total + jnp.stack(sums), None
+        # Positions are one dimension, as in `_product_kernel_gradient`.
+        outer = outer.reshape(-1, joined * outputs)
+        windows = jnp.concatenate(seen, axis=-1).reshape(len(outer), -1)
+        over = (((0,), (0,)), ((), ()))
+        return total + jax.lax.dot_general(outer, windows, over, preferred_element_type=dtype)
 
-    start = jnp.zeros((3, outputs, 3 * channels), dtype)
-    total, _ = jax.lax.scan(add, start, tuple(parts))
-    return total.transpose(0, 2, 1).reshape(3, 3, channels, outputs).astype(features.dtype)
+    start = jnp.zeros((joined * outputs, 3 * reach * channels), dtype)
+    total = jax.lax.fori_loop(0, images // at_once, add, start)
+    total = total.reshape(joined, outputs, 3, reach, channels)
+    own = [total[place, :, :, stride * place : stride * place + 3] for place in range(joined)]
+    return sum(own).transpose(1, 2, 3, 0).astype(features.dtype)
 
 
 def _product_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:

@@ -31,6 +31,8 @@ CONVOLUTIONS = [
     (7, 3, 4, 3, 2, 1),
     (7, 8, 4, 3, 1, 2),
     (16, 3, 4, 7, 2, 1),
+    (6, 5, 7, 3, 2, 1),
+    (6, 5, 17, 3, 2, 1),
 ]
 POOLED = [(8, 8, 3), (7, 9, 2), (2, 5, 1), (1, 1, 4)]
 
@@ -219,7 +221,7 @@ def test_grouped_convolutions_are_split_on_a_cpu_only(channels, groups, count):
 
 
 def test_images_are_taken_in_parts_where_they_are_many(monkeypatch):
-    monkeypatch.setattr(convolution, 'POSITIONS_AT_ONCE', 200)
+    monkeypatch.setattr(convolution, 'WINDOWS_AT_ONCE', 100)
     features, weights = case(8, 5, 7, 3, 1, 1, batch=6)
     actual = value_and_gradients(convolve, features, weights)
     expected = value_and_gradients(lambda *pair: reference(*pair, 1, 1), features, weights)
