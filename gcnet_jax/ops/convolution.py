@@ -29,12 +29,11 @@ Kernel = Float[Array, 'size size in_channel out_channel']
 Output = Float[Array, 'batch out_height out_width out_channel']
 
 # Found by measuring ResNet-20, ResNet-50, ResNeXt-50 and the digits' network: the height or width
-# below which XLA's 3x3 convolution is slow, and the input and output channels up to which it is;
-# for the kernel's gradient the input channels up to which windows are joined, and the (joined)
-# windows that are taken at once; the input channels that narrow groups are put together to reach.
+# below which XLA's 3x3 convolution is slow, the input and output channels up to which it is, the
+# windows that its kernel's gradient takes at once, and the input channels that narrow groups are
+# put together to reach.
 TINY = 5
 THIN = 16
-PAIRED = 32
 WINDOWS_AT_ONCE = 2_048
 NARROW_GROUP = 16
 
@@ -353,19 +352,16 @@ def _window_kernel_gradient(features: Features, gradient: Output, stride: int) -
     XLA makes a convolution of it whose channels are the images, for which both sides are transposed
     and what they were made from is computed anew. What the windows saw takes nine times the memory
     of the features, so some images are done at a time. All else is done in the loop too, or XLA
-    would compute both sides anew for it. With few channels, two neighbouring windows are taken as
-    one, which copies less and makes the product wider.
+    would compute both sides anew for it.
     """
     images, height, width, outputs = gradient.shape
     channels, dtype = features.shape[3], float32_or_wider(features.dtype)
-    joined = 2 if channels <= PAIRED and width % 2 == 0 else 1
-    count, step, reach = width // joined, joined * stride, (joined - 1) * stride + 3
-    at_once = max(1, WINDOWS_AT_ONCE // (height * count))
+    at_once = max(1, WINDOWS_AT_ONCE // (height * width))
     while images % at_once:
         at_once -= 1
-    # The columns from one window to the next are a block; a window sees one or more of them.
-    spans = range(-(-reach // step))
-    right = step * (count + spans[-1]) - features.shape[2] - 1
+    # The columns from one window to the next are a block; a window sees two or three of them.
+    spans = range(-(-3 // stride))
+    right = stride * (width + spans[-1]) - features.shape[2] - 1
     around = ((0, 0), (1, 1), (1, right), (0, 0))
     lines = [slice(row, row + stride * (height - 1) + 1, stride) for row in range(3)]
 
@@ -375,23 +371,22 @@ def _window_kernel_gradient(features: Features, gradient: Output, stride: int) -
             for array in (features, gradient)
         )
         padded = jnp.pad(inputs, around)
-        blocks = padded.reshape(*padded.shape[:2], count + spans[-1], step * channels)
+        blocks = padded.reshape(*padded.shape[:2], width + spans[-1], stride * channels)
         seen = [
-            blocks[:, rows, span : span + count, : (reach - span * step) * channels]
+            blocks[:, rows, span : span + width, : (3 - span * stride) * channels]
             for rows in lines
             for span in spans
         ]
         # Positions are one dimension, as in `_product_kernel_gradient`.
-        outer = outer.reshape(-1, joined * outputs)
+        outer = outer.reshape(-1, outputs)
         windows = jnp.concatenate(seen, axis=-1).reshape(len(outer), -1)
         over = (((0,), (0,)), ((), ()))
         return total + jax.lax.dot_general(outer, windows, over, preferred_element_type=dtype)
 
-    start = jnp.zeros((joined * outputs, 3 * reach * channels), dtype)
+    start = jnp.zeros((outputs, 9 * channels), dtype)
     total = jax.lax.fori_loop(0, images // at_once, add, start)
-    total = total.reshape(joined, outputs, 3, reach, channels)
-    own = [total[place, :, :, stride * place : stride * place + 3] for place in range(joined)]
-    return sum(own).transpose(1, 2, 3, 0).astype(features.dtype)
+    total = total.reshape(outputs, 3, 3, channels)
+    return total.transpose(1, 2, 3, 0).astype(features.dtype)
 
 
 def _product_kernel_gradient(features: Features, gradient: Output, stride: int) -> Kernel:
