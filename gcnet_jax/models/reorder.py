@@ -32,6 +32,10 @@ Maps = Float[Array, 'batch height width channel']
 Inner = Float[Array, 'batch height width inner_channel']
 PerChannel = Float[Array, ' channel']
 
+# A covariance costs as much for few positions as for many: below this number of positions for each
+# of conv3's input channels, a bottleneck keeps the order written.
+POSITIONS_PER_CHANNEL = 16
+
 
 def reorder(model: nn.Module, platform: str) -> nn.Module:
     """Returns the same network, with the same variables, that moves less memory in training.
@@ -39,7 +43,7 @@ def reorder(model: nn.Module, platform: str) -> nn.Module:
     Whatever is no ResNet itself (a subclass, one with inserted blocks, another network), and a
     ResNet whose norms are not one affine map per channel, is returned as it is. Blocks keep their
     order where they drop (stochastic depth) or where the context after conv3 is anything but one
-    GlobalContext with attention pooling that is added. Sown values are those of the other blocks.
+    GlobalContext with attention pooling that is added, or where a batch has few positions. Sown values are those of the other blocks.
 
     Args:
       model: Any network.
@@ -106,6 +110,7 @@ class ReorderedBottleneck(BottleneckBlock):
             train
             and self.stochastic_depth_rate == 0
             and not self.is_initializing()
+            and branch.size >= POSITIONS_PER_CHANNEL * branch.shape[-1] ** 2
             and len(context) <= 1
             and all(map(_is_linear_when_pooled, context))
         ):
