@@ -42,8 +42,9 @@ def reorder(model: nn.Module, platform: str) -> nn.Module:
 
     Whatever is no ResNet itself (a subclass, one with inserted blocks, another network), and a
     ResNet whose norms are not one affine map per channel, is returned as it is. Blocks keep their
-    order where they drop (stochastic depth) or where the context after conv3 is anything but one
-    GlobalContext with attention pooling that is added, or where a batch has few positions. Sown values are those of the other blocks.
+    order where they drop (stochastic depth), where a batch has few positions, or where the context
+    after conv3 is anything but one GlobalContext with attention pooling that is added. Sown values
+    are those of the other blocks.
 
     Args:
       model: Any network.

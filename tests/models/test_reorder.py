@@ -163,12 +163,13 @@ def test_only_what_the_pass_is_for_is_reordered():
     assert reordered_parts(gc={'pooling': 'average'}) == (False, True)
     assert reordered_parts(stochastic_depth_rate=0.1) == (False, True)
     assert reordered_parts(stem='small') == (True, False)
+    assert reordered_parts(widths=(4, 32)) == (False, True)  # Of few positions for its width.
     assert reordered_parts(stem='none') == (True, False)
 
 
 def test_no_bottleneck_keeps_its_last_convolution_for_the_gradients():
     model = create_model('resnet50', context=None, **SMALL | {'stem': 'none', 'widths': (4, 16)})
-    images = jnp.zeros((4, 8, 8, 3))
+    images = jnp.zeros((4, 16, 16, 3))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     arrays = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
 
@@ -184,7 +185,7 @@ def test_no_bottleneck_keeps_its_last_convolution_for_the_gradients():
         return [leaf.shape for leaf in jax.tree.leaves(residuals)]
 
     # Of each of the two blocks, what its norm keeps and what it gives on.
-    wide = (4, 4, 4, 64)
+    wide = (4, 8, 8, 64)
     assert saved(reorder(model, 'tpu')).count(wide) == saved(model).count(wide) - 2 * 2
 
 
