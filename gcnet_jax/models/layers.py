@@ -99,7 +99,7 @@ class BatchNorm(nn.BatchNorm):
           normalize: False leaves the normalising `(features - mean) * scale + shift` to the caller,
             and returns mean, scale and shift in float32; not with a group size.
           statistics: Mean and biased variance of the features over the batch, where the caller has
-            them; they are not computed then.
+            them; they are not computed then. Not with a group size either.
         """
         running = self.frozen or not train
         if self.group_size is not None and not running and not self.is_initializing():

@@ -8,7 +8,7 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gcnet_jax.ops import convolution
+from gcnet_jax.ops import convolution_forms
 from gcnet_jax.ops.convolution import convolve
 from gcnet_jax.ops.pooling import max_pool
 
@@ -221,7 +221,7 @@ def test_grouped_convolutions_are_split_on_a_cpu_only(channels, groups, count):
 
 
 def test_images_are_taken_in_parts_where_they_are_many(monkeypatch):
-    monkeypatch.setattr(convolution, 'WINDOWS_AT_ONCE', 100)
+    monkeypatch.setattr(convolution_forms, 'WINDOWS_AT_ONCE', 100)
     features, weights = case(8, 5, 7, 3, 1, 1, batch=6)
     actual = value_and_gradients(convolve, features, weights)
     expected = value_and_gradients(lambda *pair: reference(*pair, 1, 1), features, weights)
